@@ -1,0 +1,73 @@
+"""How every job starts and ends: flags become a dataclass, the result becomes one line of JSON, errors become exit statuses."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+
+from lib.errors import JobError, UserError
+
+Config = TypeVar("Config")
+
+DataURL = Annotated[str, tyro.conf.arg(metavar="URL")]
+
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+
+
+def default_data_url() -> str:
+    """Return `$DATA_URL`, or `./data` where it is not set."""
+    return os.environ.get("DATA_URL") or "./data"
+
+
+def in_submitted_job() -> bool:
+    """Return whether this process runs in the temporary working directory of a `ray job submit`."""
+    return "_ray_pkg_" in str(Path.cwd())
+
+
+def absolute_url(url: str, flag: str) -> str:
+    """Return `url` as an absolute local path, or unchanged when it names a storage scheme.
+
+    Raises:
+        UserError: a relative path inside a submitted Ray job, whose working directory vanishes with the job.
+    """
+    if "://" in url:
+        return url
+    path = Path(url).expanduser()
+    if not path.is_absolute() and in_submitted_job():
+        raise UserError(
+            f"{flag} is the relative path {url!r}, which would vanish with the job's temporary working directory: "
+            "set DATA_URL (or the flag) to an absolute path or to a URL such as s3://bucket/folder"
+        )
+    return str(path.absolute())
+
+
+def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], *, description: str) -> NoReturn:
+    """Parse the flags, run the job, print its result as one line of JSON and exit.
+
+    Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        config = tyro.cli(config_type, description=description, config=(tyro.conf.FlagConversionOff,) if False else ())
+        result = job(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except JobError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_FAILURE)
+    print(json.dumps(result), flush=True)
+    sys.exit(0)

@@ -1,0 +1,9 @@
+"""The two errors that end a job with one clear line instead of a traceback."""
+
+
+class UserError(Exception):
+    """The user's mistake: says what is wrong, the value, what is allowed and the next step. Exit status 2."""
+
+
+class JobError(Exception):
+    """The job failed for a reason outside the program (disk full, storage gone): one line, exit status 1."""

@@ -1,0 +1,1 @@
+"""A model's accuracy, measured so that it can be trusted."""

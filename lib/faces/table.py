@@ -1,0 +1,43 @@
+"""The faces table: one row for each input photo, in Parquet files under `split=<train|val|test>/`."""
+
+from typing import Any
+
+import pyarrow as pa
+
+SPLITS = ("train", "val", "test")
+
+ALIGNED = "aligned"
+NO_FACE = "no_face"
+LOW_SCORE = "low_score"
+TOO_SMALL = "too_small"
+CORRUPT = "corrupt"
+TOO_LARGE = "too_large"
+MISSING = "missing"
+NO_IDENTITY = "no_identity"
+STATUSES = (ALIGNED, NO_FACE, LOW_SCORE, TOO_SMALL, CORRUPT, TOO_LARGE, MISSING, NO_IDENTITY)
+
+FINGERPRINT_KEY = b"conv-facenet.fingerprint"
+"""Key in the Parquet schema's metadata under which the fingerprint stands as JSON."""
+
+SUCCESS_NAME = "_SUCCESS"
+
+SCHEMA = pa.schema(
+    [
+        pa.field("photo", pa.string(), nullable=False),
+        pa.field("identity", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("num_faces", pa.int16()),
+        pa.field("score", pa.float32()),
+        pa.field("box", pa.list_(pa.float32(), 4)),
+        pa.field("landmarks", pa.list_(pa.float32(), 10)),
+        pa.field("crop", pa.binary()),
+    ]
+)
+"""Boxes are x0 y0 x1 y1 and landmarks x y of left eye, right eye, nose, mouth left, mouth right (as seen in the photo),
+in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the status is `aligned`."""
+
+
+def faces_table(rows: list[dict[str, Any]], fingerprint_json: str) -> pa.Table:
+    """Return the rows (keys as in `SCHEMA`, absent ones null) as a table whose metadata carries the fingerprint."""
+    schema = SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint_json.encode()})
+    return pa.Table.from_pylist(rows, schema=schema)

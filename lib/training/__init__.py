@@ -1,0 +1,1 @@
+"""Aligned faces train an embedding model."""
