@@ -1,4 +1,4 @@
-"""How every job starts and ends: flags become a dataclass, the result becomes one line of JSON, errors become exit statuses."""
+"""How every job starts and ends: flags become a dataclass, the result one line of JSON, errors exit statuses."""
 
 import json
 import logging
@@ -7,15 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from lib.errors import JobError, UserError
 
 Config = TypeVar("Config")
-
-DataURL = Annotated[str, tyro.conf.arg(metavar="URL")]
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -39,13 +37,13 @@ def absolute_url(url: str, flag: str) -> str:
     """
     if "://" in url:
         return url
-    path = Path(url).expanduser()
-    if not path.is_absolute() and in_submitted_job():
+    path = os.path.expanduser(url)  # noqa: PTH111 - pathlib would not fold `..` away
+    if not os.path.isabs(path) and in_submitted_job():  # noqa: PTH117
         raise UserError(
             f"{flag} is the relative path {url!r}, which would vanish with the job's temporary working directory: "
             "set DATA_URL (or the flag) to an absolute path or to a URL such as s3://bucket/folder"
         )
-    return str(path.absolute())
+    return os.path.abspath(path)  # noqa: PTH100
 
 
 def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], *, description: str) -> NoReturn:
@@ -55,7 +53,7 @@ def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        config = tyro.cli(config_type, description=description, config=(tyro.conf.FlagConversionOff,) if False else ())
+        config = tyro.cli(config_type, description=description)
         result = job(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,7 +64,7 @@ def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
-    except Exception:
+    except Exception:  # noqa: BLE001 - the last resort: a traceback and exit status 1
         traceback.print_exc()
         sys.exit(EXIT_FAILURE)
     print(json.dumps(result), flush=True)

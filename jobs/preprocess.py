@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Turn photos into a Parquet table of aligned faces; started again it goes on where it was."""
+
+from lib.config import run_job
+from lib.faces.preprocessing import PreprocessConfig, preprocess
+
+if __name__ == "__main__":
+    run_job(PreprocessConfig, preprocess, description=__doc__ or "")

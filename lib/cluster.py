@@ -1,0 +1,59 @@
+"""The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.config import in_submitted_job
+from lib.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connect to Ray for the duration: `$RAY_ADDRESS` where it is set, as in a submitted job, else a local cluster.
+
+    Raises:
+        UserError: `$RAY_ADDRESS` names a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
+        runtime_env = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
+        try:
+            ray.init(address=address, runtime_env=runtime_env)
+        except ConnectionError as error:
+            raise UserError(
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: start one with `ray start --head`, "
+                "or unset it to run on this machine alone"
+            ) from error
+    else:
+        ray.init(address="local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}})
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def num_cpus() -> int:
+    """Return the logical CPUs of the connected cluster, at least 1."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def num_gpus() -> int:
+    """Return the logical GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))

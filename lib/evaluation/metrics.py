@@ -1,0 +1,458 @@
+"""How well distances between embeddings tell the same person from different ones.
+
+Everywhere: two photos are called the same person when their Euclidean distance is at most the threshold; FAR is the
+share of different pairs called the same, TAR the share of same pairs called the same.
+
+Shapes: N photos, D embedding, P pairs, F folds, I identities, T thresholds (points of the curve), R resamples,
+B probes of one chunk, G gallery photos; `*` stands for any leading dimensions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lib.errors import UserError
+from lib.evaluation.pairs import Pairs
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4)
+
+MIN_FALSE_ACCEPTS = 10
+"""TAR at a FAR is given only where that FAR is at least so many of the different pairs: with 10 of them the relative
+standard error of the FAR itself is a third, and with fewer the figure tells of single photos."""
+
+CHUNK_ELEMENTS = 1 << 22
+"""Largest intermediate array: 32 MB in float64."""
+
+CONFIDENCE = 0.95
+
+
+def pair_distances(embeddings_ND: NDArray[np.floating], a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> FloatArray:
+    """Return the Euclidean distance of each pair, a chunk at a time.
+
+    Raises:
+        UserError: an embedding that is not finite (how many there are).
+    """
+    embeddings_ND = _sound(embeddings_ND)
+    distances_P = np.empty(len(a_P), np.float64)
+    step = max(1, CHUNK_ELEMENTS // max(1, embeddings_ND.shape[1]))
+    for start in range(0, len(a_P), step):
+        chunk = slice(start, start + step)
+        difference_PD = embeddings_ND[a_P[chunk]] - embeddings_ND[b_P[chunk]]
+        distances_P[chunk] = np.sqrt(np.einsum("pd,pd->p", difference_PD, difference_PD))
+    return distances_P
+
+
+def _sound(embeddings_ND: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the embeddings in float32 or float64, or raise for those that are not finite."""
+    num_broken = np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1))
+    if num_broken:
+        raise UserError(
+            f"{num_broken} of {len(embeddings_ND)} embeddings hold NaN or infinity: the model is broken; "
+            "take an earlier checkpoint, or train again with a lower learning rate"
+        )
+    return embeddings_ND.astype(np.result_type(embeddings_ND, np.float32), copy=False)
+
+
+def failed_as_errors(distances_P: FloatArray, pairs: Pairs, failed_N: BoolArray) -> FloatArray:
+    """Return the distances with every pair of a failed photo (one without a face) made an error at any threshold.
+
+    Such a same pair is infinitely far apart, such a different pair infinitely near.
+    """
+    failed_P = failed_N[pairs.a_P] | failed_N[pairs.b_P]
+    return np.where(failed_P, np.where(pairs.same_P, np.inf, -np.inf), distances_P)
+
+
+def best_threshold(distances_P: FloatArray, same_P: BoolArray) -> tuple[float, float]:
+    """Return the threshold that judges most pairs rightly, and their share.
+
+    Exact: every way in which a finite threshold can part the pairs is tried. Of equally good ones the lowest is taken,
+    midway between the two distances it parts.
+
+    Raises:
+        UserError: no finite distance.
+    """
+    order_P = np.argsort(distances_P)
+    return _best_threshold(distances_P[order_P], same_P[order_P])
+
+
+def _best_threshold(sorted_P: FloatArray, same_P: BoolArray) -> tuple[float, float]:
+    """Do the work of `best_threshold` for distances in rising order."""
+    first, last = np.searchsorted(sorted_P, -np.inf, side="right"), np.searchsorted(sorted_P, np.inf)
+    if first == last:
+        raise UserError("no pair has an embedding on both sides: were faces found in the photos at all?")
+    # Cut c calls the first c pairs the same. Equal distances cannot be parted.
+    cut_T = first + np.concatenate([[0], np.flatnonzero(np.diff(sorted_P[first:last])) + 1, [last - first]])
+    num_right_C = np.count_nonzero(~same_P) + np.concatenate([[0], np.cumsum(np.where(same_P, 1, -1))])
+    cut = int(cut_T[np.argmax(num_right_C[cut_T])])
+    share = float(num_right_C[cut] / len(same_P))
+    if cut == first:
+        return float(np.nextafter(sorted_P[first], -np.inf)), share
+    if cut == last:
+        return float(sorted_P[last - 1]), share
+    below, above = sorted_P[cut - 1], sorted_P[cut]
+    middle = below + (above - below) / 2
+    return float(middle if middle < above else below), share
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KFoldAccuracy:
+    """Accuracy with the threshold of each fold chosen on the other folds."""
+
+    accuracy: float
+    """Mean over the folds."""
+    accuracy_std: float
+    """Standard error of that mean, as LFW reports it: standard deviation over the folds / sqrt(F)."""
+    accuracy_F: FloatArray
+    threshold_F: FloatArray
+    right_P: BoolArray
+    """Whether each pair was judged rightly by its fold's threshold."""
+
+
+def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[np.integer]) -> KFoldAccuracy:
+    """Return the accuracy of LFW's protocol (Huang et al. 2007, Labeled Faces in the Wild, section on View 2).
+
+    Raises:
+        UserError: fewer than two folds, a fold with pairs of one kind only.
+    """
+    labels_F, index_P = np.unique(fold_P, return_inverse=True)
+    num_folds = len(labels_F)
+    if num_folds < 2:
+        raise UserError(f"the pairs stand in {num_folds} fold: a threshold is chosen on the others, so two are needed")
+    num_same_F = np.bincount(index_P, weights=same_P, minlength=num_folds)
+    one_kind = labels_F[(num_same_F == 0) | (num_same_F == np.bincount(index_P))]
+    if len(one_kind):
+        named = ", ".join(map(str, one_kind))
+        raise UserError(f"fold {named} holds pairs of one kind only: every fold needs both same and different pairs")
+    order_P = np.argsort(distances_P)
+    sorted_P, same_sorted_P, index_sorted_P = distances_P[order_P], same_P[order_P], index_P[order_P]
+    threshold_F = np.empty(num_folds)
+    for fold in range(num_folds):
+        others_P = index_sorted_P != fold
+        threshold_F[fold], _ = _best_threshold(sorted_P[others_P], same_sorted_P[others_P])
+    right_P = (distances_P <= threshold_F[index_P]) == same_P
+    accuracy_F = np.bincount(index_P, weights=right_P) / np.bincount(index_P)
+    return KFoldAccuracy(
+        accuracy=float(accuracy_F.mean()),
+        accuracy_std=float(accuracy_F.std(ddof=1) / np.sqrt(num_folds)),
+        accuracy_F=accuracy_F,
+        threshold_F=threshold_F,
+        right_P=right_P,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RocCurve:
+    """The corners of the curve, from "nobody is the same" (0, 0) to "everybody is" (1, 1), straight between them."""
+
+    threshold_T: FloatArray
+    """Distances that occur, rising, after -inf for nobody."""
+    far_T: FloatArray
+    tar_T: FloatArray
+    num_same: int
+    num_different: int
+
+
+def roc_curve(distances_P: FloatArray, same_P: BoolArray) -> RocCurve:
+    """Return the exact curve.
+
+    Raises:
+        UserError: pairs of one kind only.
+    """
+    num_same = int(np.count_nonzero(same_P))
+    if num_same in (0, len(same_P)):
+        raise UserError(f"{num_same} of {len(same_P)} pairs are of the same person: both kinds are needed")
+    order_P = np.argsort(distances_P)
+    sorted_P, same_P = distances_P[order_P], same_P[order_P]
+    cut_T = _curve_cuts(sorted_P, same_P)
+    far_T, tar_T = _far_and_tar(np.ones(len(same_P)), same_P, cut_T)
+    return RocCurve(
+        threshold_T=np.concatenate([[-np.inf], sorted_P[cut_T[1:] - 1]]),
+        far_T=far_T,
+        tar_T=tar_T,
+        num_same=num_same,
+        num_different=len(same_P) - num_same,
+    )
+
+
+def _curve_cuts(sorted_P: FloatArray, same_P: BoolArray) -> NDArray[np.int64]:
+    """Return how many of the pairs, in rising order, are called the same at each corner of the curve.
+
+    Equal distances cannot be parted, and within a run of one kind the curve goes straight on, however pairs are
+    weighted.
+    """
+    run_ends = np.append(np.flatnonzero(sorted_P[1:] != sorted_P[:-1]) + 1, len(sorted_P))
+    num_pairs = np.diff(run_ends, prepend=0)
+    num_same = np.diff(np.cumsum(same_P)[run_ends - 1], prepend=0)
+    mixed = (num_same > 0) & (num_same < num_pairs)
+    straight_on = ~mixed[:-1] & ~mixed[1:] & ((num_same[:-1] > 0) == (num_same[1:] > 0))
+    return np.concatenate([[0], run_ends[:-1][~straight_on], run_ends[-1:]])
+
+
+def _far_and_tar(weights_XP: FloatArray, same_P: BoolArray, cut_T: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
+    """Return FAR and TAR, [*, T], at the cuts; pairs and weights [*, P] in rising order of distance."""
+    rates = []
+    for kind_P in (~same_P, same_P):
+        called_same_XT = np.zeros((*weights_XP.shape[:-1], len(cut_T)))
+        np.cumsum(np.add.reduceat(weights_XP * kind_P, cut_T[:-1], axis=-1), axis=-1, out=called_same_XT[..., 1:])
+        with np.errstate(invalid="ignore"):  # a resample without one kind: NaN, left out of the interval
+            rates.append(called_same_XT / called_same_XT[..., -1:])
+    return rates[0], rates[1]
+
+
+def auc(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
+    """Return the area [*] under curves [*, T].
+
+    It is the chance that a same pair is nearer than a different one, ties counted half (Fawcett 2006, An introduction
+    to ROC analysis, section 7).
+    """
+    return np.asarray(np.trapezoid(tar_T, far_T, axis=-1))
+
+
+def eer(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
+    """Return the error rate [*] at which FAR and 1 - TAR are equal, on straight lines between the points of [*, T]."""
+    excess_T = far_T - (1 - tar_T)  # rises from -1 to 1
+    after = np.argmax(excess_T >= 0, axis=-1)[..., None]
+    (excess_0, far_0), (excess_1, far_1) = (
+        (np.take_along_axis(excess_T, at, axis=-1), np.take_along_axis(far_T, at, axis=-1)) for at in (after - 1, after)
+    )
+    return np.asarray((far_0 - excess_0 / (excess_1 - excess_0) * (far_1 - far_0))[..., 0])
+
+
+def tar_at_far(far_T: FloatArray, tar_T: FloatArray, far: float) -> FloatArray:
+    """Return the highest TAR [*] on curves [*, T] at which FAR is at most `far`; nothing between points is invented."""
+    last = np.count_nonzero(far_T <= far, axis=-1)[..., None] - 1
+    return np.asarray(np.take_along_axis(tar_T, last, axis=-1)[..., 0])
+
+
+def supported_fars(num_different: int) -> list[float]:
+    """Return those of `FARS` that allow `MIN_FALSE_ACCEPTS` false accepts among so many different pairs."""
+    return [far for far in FARS if far * num_different >= MIN_FALSE_ACCEPTS * (1 - 1e-9)]
+
+
+def bootstrap_intervals(
+    distances_P: FloatArray,
+    pairs: Pairs,
+    identity_N: ArrayLike,
+    *,
+    num_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR under another draw of people.
+
+    Pairs of one person are not independent, so people are resampled, not pairs: a person drawn m times gives its same
+    pairs m times, and a different pair of persons drawn m and n times stands m * n times (the vertex bootstrap of
+    Snijders and Borgatti 1999, Non-parametric standard errors and tests for network statistics). Thresholds of
+    the folds stay as chosen. A resample without one of the kinds is left out; None where all are.
+    """
+    assert num_resamples > 0
+    right_P = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P).right_P
+    order_P = np.argsort(distances_P)
+    same_P = pairs.same_P[order_P]
+    cut_T = _curve_cuts(distances_P[order_P], same_P)
+    codes_N = np.unique(np.asarray(identity_N), return_inverse=True)[1]
+    num_people, person_2P = _renumbered(codes_N[np.stack([pairs.a_P[order_P], pairs.b_P[order_P]])])
+    # Each fold counts alike, as in the mean over folds.
+    _, index_P, size_F = np.unique(pairs.fold_P[order_P], return_inverse=True, return_counts=True)
+    share_P = 1 / size_F[index_P]
+    right_share_P = share_P * right_P[order_P]
+    fars = supported_fars(int(np.count_nonzero(~same_P)))
+
+    rng = np.random.default_rng(seed)
+    step = max(1, CHUNK_ELEMENTS // 4 // len(order_P))
+    figures: dict[str, list[FloatArray]] = {}
+    for start in range(0, num_resamples, step):
+        weights_RP = _resampled_weights(rng, min(step, num_resamples - start), num_people, person_2P)
+        far_RT, tar_RT = _far_and_tar(weights_RP, same_P, cut_T)
+        with np.errstate(invalid="ignore"):  # a resample without any of the pairs: NaN
+            accuracy_R = (weights_RP @ right_share_P) / (weights_RP @ share_P)
+        chunk = {"accuracy": accuracy_R, "auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
+        chunk |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
+        for name, values_R in chunk.items():
+            figures.setdefault(name, []).append(values_R)
+    intervals = {name: _percentiles(np.concatenate(parts)) for name, parts in figures.items()}
+    tars = {far_key(far): intervals.pop(far_key(far), None) for far in FARS}
+    return {"level": CONFIDENCE, "num_resamples": num_resamples, **intervals, "tar_at_far": tars}
+
+
+def _resampled_weights(
+    rng: np.random.Generator, num_resamples: int, num_people: int, person_2P: NDArray[np.int64]
+) -> FloatArray:
+    """Draw as many people as there are, with replacement, and return how often each pair then stands, [R, P]."""
+    drawn_RI = (
+        rng.integers(num_people, size=(num_resamples, num_people)) + num_people * np.arange(num_resamples)[:, None]
+    )
+    times_RI = np.bincount(drawn_RI.ravel(), minlength=drawn_RI.size).reshape(drawn_RI.shape).astype(np.float64)
+    # A pair of one person takes its second factor from a column of ones.
+    padded_RI = np.pad(times_RI, ((0, 0), (0, 1)), constant_values=1)
+    second_P = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])
+    return times_RI.take(person_2P[0], axis=1) * padded_RI.take(second_P, axis=1)
+
+
+def _renumbered(codes: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+    """Return how many different codes there are, and the codes without gaps."""
+    used = np.bincount(codes.ravel()) > 0
+    return int(used.sum()), (np.cumsum(used) - 1)[codes]
+
+
+def _percentiles(values_R: FloatArray) -> list[float] | None:
+    values_R = values_R[np.isfinite(values_R)]
+    tail = (1 - CONFIDENCE) / 2
+    return [float(value) for value in np.quantile(values_R, [tail, 1 - tail])] if len(values_R) else None
+
+
+def far_key(far: float) -> str:
+    """Return how a FAR is written as a key in a report, such as "0.001"."""
+    return f"{far:g}"
+
+
+def identification(
+    embeddings_ND: NDArray[np.floating], identity_N: ArrayLike, *, failed_N: BoolArray | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Return how often the right person is the nearest (rank 1) or among the five nearest (rank 5) of the gallery.
+
+    Closed set: the gallery holds one photo of every person, drawn by `seed` among those not failed, so people with one
+    photo are in the way of the others; every other photo of a person with two or more is a probe. A failed probe, or
+    one whose person has no gallery photo, is a miss; at equal distances the wrong person stands before the right one.
+    """
+    person_N, count_I = np.unique(np.asarray(identity_N), return_inverse=True, return_counts=True)[1:]
+    failed_N = np.zeros(len(person_N), bool) if failed_N is None else failed_N
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(~failed_N))
+    people_G, first_G = np.unique(person_N[drawn], return_index=True)
+    gallery_G = drawn[first_G]
+    place_I = np.full(len(count_I), -1)
+    place_I[people_G] = np.arange(len(people_G))
+    is_probe_N = count_I[person_N] >= 2
+    is_probe_N[gallery_G] = False
+    probes = np.flatnonzero(is_probe_N & ~failed_N)  # such a photo's person is in the gallery, if only by this photo
+
+    embeddings_ND = _sound(embeddings_ND)
+    gallery_GD = embeddings_ND[gallery_G]
+    squared_G = np.einsum("gd,gd->g", gallery_GD, gallery_GD)
+    num_rank_1 = num_rank_5 = 0
+    step = max(1, CHUNK_ELEMENTS // max(1, len(gallery_G)))
+    for start in range(0, len(probes), step):
+        probes_B = probes[start : start + step]
+        nearness_BG = embeddings_ND[probes_B] @ gallery_GD.T
+        nearness_BG -= squared_G / 2  # orders the gallery as the distance does, the other way round
+        right_B = nearness_BG[np.arange(len(probes_B)), place_I[person_N[probes_B]]]
+        num_before_B = np.count_nonzero(nearness_BG >= right_B[:, None], axis=1) - 1
+        num_rank_1 += int(np.count_nonzero(num_before_B < 1))
+        num_rank_5 += int(np.count_nonzero(num_before_B < 5))
+    num_probes = int(np.count_nonzero(is_probe_N))
+    return {
+        "rank_1": num_rank_1 / num_probes if num_probes else None,
+        "rank_5": num_rank_5 / num_probes if num_probes else None,
+        "num_gallery": len(gallery_G),
+        "num_probes": num_probes,
+    }
+
+
+def original_table(
+    distances_P: FloatArray, same_P: BoolArray, tolerance: float, *, beta: float = 1.0
+) -> dict[str, Any]:
+    """Return the table that the original project prints, at the threshold it calls tolerance.
+
+    F-beta is van Rijsbergen's, recall weighing `beta` times as much as precision. Means leave out failed photos.
+    A figure whose denominator is empty (the precision where nothing is called the same) is None.
+    """
+    called_P = distances_P <= tolerance
+    true_positives = int(np.count_nonzero(called_P & same_P))
+    false_positives = int(np.count_nonzero(called_P & ~same_P))
+    false_negatives = int(np.count_nonzero(~called_P & same_P))
+    finite_P = np.isfinite(distances_P)
+    return {
+        "processed_rows": len(same_P),
+        "accuracy_percent": 100 * (1 - (false_positives + false_negatives) / len(same_P)),
+        "false_positives": false_positives,
+        "false_negatives": false_negatives,
+        "precision": _ratio(true_positives, true_positives + false_positives),
+        "recall": _ratio(true_positives, true_positives + false_negatives),
+        "f_beta": _ratio(
+            (1 + beta**2) * true_positives,
+            (1 + beta**2) * true_positives + beta**2 * false_negatives + false_positives,
+        ),
+        "beta": beta,
+        "mean_distance_same": _mean(distances_P[finite_P & same_P]),
+        "mean_distance_different": _mean(distances_P[finite_P & ~same_P]),
+        "tolerance": tolerance,
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _mean(values: FloatArray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def verification_figures(distances_P: FloatArray, pairs: Pairs) -> dict[str, Any]:
+    """Return accuracy, AUC, EER and TAR@FAR of these distances, ready for JSON; what a training epoch reports.
+
+    `accuracy` and `accuracy_std` (a standard error) as `KFoldAccuracy` says; `threshold` is the best for all pairs
+    together, the one to keep with the model. A TAR that the number of different pairs does not support is None.
+
+    Raises:
+        UserError: as `kfold_accuracy` does.
+    """
+    kfold = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P)
+    curve = roc_curve(distances_P, pairs.same_P)
+    supported = supported_fars(curve.num_different)
+    return {
+        "num_pairs": len(pairs),
+        "num_same_pairs": curve.num_same,
+        "num_different_pairs": curve.num_different,
+        "accuracy": kfold.accuracy,
+        "accuracy_std": kfold.accuracy_std,
+        "fold_accuracies": kfold.accuracy_F.tolist(),
+        "fold_thresholds": kfold.threshold_F.tolist(),
+        "threshold": best_threshold(distances_P, pairs.same_P)[0],
+        "auc": float(auc(curve.far_T, curve.tar_T)),
+        "eer": float(eer(curve.far_T, curve.tar_T)),
+        "tar_at_far": {
+            far_key(far): float(tar_at_far(curve.far_T, curve.tar_T, far)) if far in supported else None for far in FARS
+        },
+    }
+
+
+def verification_report(
+    embeddings_ND: NDArray[np.floating],
+    identity_N: ArrayLike,
+    pairs: Pairs,
+    *,
+    failed_N: BoolArray | None = None,
+    tolerance: float | None = None,
+    num_resamples: int = 500,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return every figure of the model on these pairs, ready for JSON.
+
+    Args:
+        embeddings_ND: one for each photo of the list that the pairs index; rows of failed photos are not looked at.
+        identity_N: of the same photos, strings or numbers.
+        failed_N: photos without an embedding, such as those without a face; their pairs and probes count as errors.
+        tolerance: threshold of the original's table; None takes the best one for these very pairs.
+
+    Raises:
+        UserError: embeddings that are not finite; too few folds, or a fold of one kind.
+    """
+    if failed_N is None:
+        failed_N = np.zeros(len(embeddings_ND), bool)
+    if failed_N.any():
+        embeddings_ND = np.where(failed_N[:, None], embeddings_ND.dtype.type(0), embeddings_ND)
+    distances_P = failed_as_errors(pair_distances(embeddings_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
+    figures = verification_figures(distances_P, pairs)
+    return figures | {
+        "num_failed_pairs": int(np.count_nonzero(~np.isfinite(distances_P))),
+        "num_missing_pairs": pairs.num_missing_pairs,
+        "intervals": bootstrap_intervals(distances_P, pairs, identity_N, num_resamples=num_resamples, seed=seed),
+        "identification": identification(embeddings_ND, identity_N, failed_N=failed_N, seed=seed),
+        "original_table": original_table(
+            distances_P, pairs.same_P, figures["threshold"] if tolerance is None else tolerance
+        ),
+    }

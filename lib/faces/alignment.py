@@ -1,0 +1,62 @@
+"""One `warpAffine` from the photo to the aligned crop: eyes level, in their place, scaled by the face box.
+
+Points are pixels with the centre of the top left pixel at (0, 0), as OpenCV has them.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from lib.errors import UserError
+from lib.faces.images import Photo, reduction_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Where a face lies in its crop."""
+
+    image_size: int = 240
+    """Side of the square crop, in pixels."""
+    eye_height: float = 0.4
+    """Height of the eye midpoint, as a share of the crop's side from the top (0.5: the middle)."""
+    margin: float = 0.1
+    """How much longer the crop's side is than the long side of the face box, as a share of the latter."""
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.image_size <= 4096:
+            raise UserError(f"--image-size is {self.image_size}: allowed are 16 to 4096 pixels")
+        if not 0.1 <= self.eye_height <= 0.9:
+            raise UserError(f"--eye-height is {self.eye_height}: allowed are 0.1 to 0.9 of the crop's side")
+        if not 0.0 <= self.margin <= 2.0:
+            raise UserError(f"--margin is {self.margin}: allowed are 0 to 2 of the face box's side")
+
+
+def alignment_matrix(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> np.ndarray:
+    """Return the similarity [2, 3] float64 that takes points of the photo to points of the crop.
+
+    The rotation levels the line through the eyes, the scale fits the box's long side with the margin, and the
+    midpoint of the eyes comes to the vertical centre line at `eye_height`.
+    """
+    left_eye, right_eye = np.asarray(landmarks_52[:2], np.float64)
+    box = np.asarray(box_4, np.float64)
+    side = max(box[2] - box[0], box[3] - box[1], 1.0) * (1.0 + alignment.margin)
+    scale = alignment.image_size / side
+    angle = np.arctan2(right_eye[1] - left_eye[1], right_eye[0] - left_eye[0])
+    rotation = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    place = np.array([0.5, alignment.eye_height]) * alignment.image_size - 0.5
+    return np.column_stack([rotation, place - rotation @ ((left_eye + right_eye) / 2)])
+
+
+def align(photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> np.ndarray:
+    """Return the aligned crop, [S, S, 3] uint8 BGR, black only where the photo ends.
+
+    The photo is read at the coarsest scale that still has a pixel for each pixel of the crop, so that a large face is
+    averaged down instead of sampled with holes. Box and landmarks are pixels of the upright photo at full scale.
+    """
+    matrix = alignment_matrix(box_4, landmarks_52, alignment)
+    reduction = reduction_for(float(np.hypot(matrix[0, 0], matrix[0, 1])))
+    # A point x of the photo lies at (x + 0.5) / n - 0.5 in the reduced one.
+    to_photo = np.array([[reduction, 0, (reduction - 1) / 2], [0, reduction, (reduction - 1) / 2], [0, 0, 1.0]])
+    size = (alignment.image_size, alignment.image_size)
+    return cv2.warpAffine(photo.pixels(reduction), matrix @ to_photo, size, flags=cv2.INTER_LINEAR)

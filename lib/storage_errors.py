@@ -1,0 +1,124 @@
+"""What a storage's errors mean: which of them pass by themselves, and one clear line for each of the others."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from lib.errors import JobError, UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PASSING_S3_CODES = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException")
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or its bucket is not there: ends a job as `UserError` does, unless caught as `FileNotFoundError`."""
+
+
+def redacted(text: str) -> str:
+    """Return a URL, or a text with URLs in it, without passwords, keys and signatures: fit for a log."""
+    without_password = re.sub(r"://\S*:\S*@", "://***@", text)
+    return re.sub(r"(://[^?\s]*)\?\S*=\S*", r"\1?***", without_password)
+
+
+def shown(url: str) -> str:
+    """Return a URL as it stands in messages: quoted, on one line, without secrets."""
+    return repr(redacted(url))
+
+
+@contextmanager
+def explained(url: str, doing: str) -> Iterator[None]:
+    """Turn a storage's error into one line that says what could not be done, why, and the next step.
+
+    Raises:
+        MissingFileError: the file or its bucket is not there.
+        UserError: the user's mistake, such as a wrong secret or a read-only folder.
+        JobError: a failure outside the program, such as a full disk or an endpoint that is gone.
+    """
+    try:
+        yield
+    except (UserError, JobError):
+        raise
+    except Exception as error:
+        explanation = _explanation(error, url, f"cannot {doing} {shown(url)}")
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether the same request may well succeed later: connection lost, timeout, 5xx, slow down."""
+    import aiohttp
+    from botocore.exceptions import ConnectionError as S3ConnectionError
+    from botocore.exceptions import HTTPClientError, SSLError
+
+    faults = (
+        ConnectionError,
+        TimeoutError,
+        S3ConnectionError,
+        HTTPClientError,
+        aiohttp.ClientConnectionError,
+        aiohttp.ClientPayloadError,
+    )
+    if isinstance(error, faults):
+        return not isinstance(error, SSLError)
+    status = (_s3_answer(error) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or s3_code(error) in PASSING_S3_CODES
+
+
+def s3_code(error: BaseException | None) -> str:
+    """Return the code of the S3 answer behind an error, such as `NoSuchBucket`, or an empty string."""
+    return (_s3_answer(error) or {}).get("Error", {}).get("Code", "")
+
+
+def _s3_answer(error: BaseException | None) -> dict | None:
+    # s3fs turns botocore's ClientError into an OSError, and leaves it as the cause.
+    while error is not None and not hasattr(error, "response"):
+        error = error.__cause__
+    return getattr(error, "response", None)
+
+
+def _explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
+    """Return the error to raise in the place of a storage's own, or None for one that is no storage's."""
+    if isinstance(error, OSError) and error.errno and _s3_answer(error) is None:
+        return _local_explanation(error, error.errno, what)
+    return _remote_explanation(error, url, what)
+
+
+def _local_explanation(error: OSError, number: int, what: str) -> UserError | JobError:
+    what = f"{what}: {os.strerror(number)}"
+    if number in DISK_FULL:
+        return JobError(f"{what}: free space in that folder and run the same command again")
+    if isinstance(error, FileNotFoundError):
+        return MissingFileError(f"{what}: correct the path, or run first the job that makes it")
+    if isinstance(error, PermissionError) or number == errno.EROFS:
+        return UserError(f"{what}: change its permissions, or choose another place")
+    if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+        return UserError(f"{what}: choose another place")
+    return JobError(what)
+
+
+def _remote_explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
+    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, SSLError
+
+    code = s3_code(error)
+    reason = " ".join(redacted(str(error)).split()).rstrip(".") or type(error).__name__
+    if code == "NoSuchBucket":
+        return MissingFileError(f"{what}: there is no bucket {urlsplit(url).netloc!r}: create it, or correct the URL")
+    if isinstance(error, FileNotFoundError):
+        return MissingFileError(f"{what}: it is not there: correct the URL, or run first the job that makes it")
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return UserError(f"{what}: {reason}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if code == "InvalidAccessKeyId":
+        return UserError(f"{what}: the storage does not know this access key: correct AWS_ACCESS_KEY_ID")
+    if code == "SignatureDoesNotMatch":
+        return UserError(f"{what}: the secret does not belong to the access key: correct AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, PermissionError):
+        return UserError(f"{what}: {reason}: ask for this right, or correct AWS_ACCESS_KEY_ID or the bucket's name")
+    if is_passing(error):
+        return JobError(f"{what}: {reason}: check the storage and AWS_ENDPOINT_URL, and run the same command again")
+    if isinstance(error, ValueError | SSLError):
+        return UserError(f"{what}: {reason}: correct the URL or AWS_ENDPOINT_URL")
+    return JobError(f"{what}: {reason}") if isinstance(error, OSError | BotoCoreError) else None

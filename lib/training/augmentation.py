@@ -1,0 +1,257 @@
+"""Encoded crops become training images: decoded at reduced scale, moved by one warp, recoloured by one table.
+
+An image is a plain function of the encoded crop and a row of numbers drawn for it, so the result depends neither on
+the number of threads nor on their order.
+
+Shape suffixes: N images of a batch, H and W pixels, K numbers of one draw.
+"""
+
+import collections
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from lib.training.face_cache import FaceCache, decode_jpeg
+
+Task = TypeVar("Task")
+Loaded = TypeVar("Loaded")
+Image = npt.NDArray[np.uint8]
+
+Level = Literal["none", "original", "strong"]
+
+MAX_ANGLE_DEG = 10.0
+AUTO_CONTRAST_SHARE = 0.5
+
+MIN_AREA_SHARE = 0.7
+"""Smallest part of the crop's area that `strong` keeps."""
+MAX_LIGHT_CHANGE = 0.3
+"""`strong` multiplies contrast and brightness by up to 1 -+ this."""
+GREY_SHARE = 0.1
+BLUR_SHARE = 0.2
+BLUR_SIGMA_PIXELS = (0.4, 1.6)
+JPEG_SHARE = 0.3
+JPEG_QUALITY = (30, 90)
+
+
+class Draw(NamedTuple):
+    """Numbers evenly drawn from [0, 1) that say what happens to one image."""
+
+    flip: float
+    angle: float
+    auto_contrast: float
+    area: float
+    x: float
+    y: float
+    contrast: float
+    brightness: float
+    grey: float
+    blur: float
+    blur_sigma: float
+    jpeg: float
+    jpeg_quality: float
+
+
+_WORDS_PER_STEP = 4
+_STEPS_PER_DRAW = -(-len(Draw._fields) // _WORDS_PER_STEP)
+
+
+def draws(first: int, num: int, *, seed: int, epoch: int, rank: int = 0) -> npt.NDArray[np.float64]:
+    """Return the rows of numbers for images `first` to `first + num - 1` of an epoch [N, K].
+
+    A counter-based generator jumps straight to them, so any worker thread gets the numbers of any image.
+    """
+    key = np.random.SeedSequence((seed, epoch, rank)).generate_state(2, np.uint64)
+    stream = np.random.Philox(key=key).advance(first * _STEPS_PER_DRAW)
+    numbers_NK = np.random.Generator(stream).random((num, _STEPS_PER_DRAW * _WORDS_PER_STEP))
+    return numbers_NK[:, : len(Draw._fields)]
+
+
+def augmented(jpeg: npt.NDArray[np.uint8], draw: Draw, *, level: Level, crop_size: int, size: int) -> Image | None:
+    """Return the crop, decoded and augmented, as RGB of `size` x `size` pixels; None where it cannot be decoded.
+
+    `crop_size` is the side of the encoded crop. The decoder shrinks by a power of two, and what is left to the warp is
+    less than a factor of two, at which bilinear sampling still reads every pixel.
+    """
+    side_share = np.sqrt(1 - (1 - MIN_AREA_SHARE) * draw.area) if level == "strong" else 1.0
+    reduction = next((n for n in (8, 4, 2) if crop_size * side_share >= n * size), 1)
+    pixels = decode_jpeg(jpeg, reduction)
+    if pixels is None:
+        return None
+    matrix_23 = output_to_crop(pixels.shape[:2], size, draw, side_share)
+    # The border is repeated: black wedges would show the angle, and leave auto contrast nothing to stretch.
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    image = cv2.warpAffine(pixels, matrix_23, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return _degraded(_recoloured(image, draw, level), draw) if level == "strong" else _recoloured(image, draw, level)
+
+
+def output_to_crop(crop_hw: tuple[int, ...], size: int, draw: Draw, side_share: float) -> npt.NDArray[np.float64]:
+    """Return the 2 x 3 matrix from pixel centres of the image to pixel centres of the crop.
+
+    It takes a square of `side_share` of the crop's side, placed by the draw, turned about its middle and maybe flipped.
+    """
+    height, width = crop_hw
+    angle = np.deg2rad(MAX_ANGLE_DEG * (2 * draw.angle - 1))
+    scale_x, scale_y = width * side_share / size, height * side_share / size
+    cos, sin = np.cos(angle), np.sin(angle)
+    mirror = -1.0 if draw.flip < 0.5 else 1.0
+    matrix = np.array([[mirror * cos * scale_x, -sin * scale_x], [mirror * sin * scale_y, cos * scale_y]])
+    centre_x = width * (0.5 + (1 - side_share) * (draw.x - 0.5)) - 0.5
+    centre_y = height * (0.5 + (1 - side_share) * (draw.y - 0.5)) - 0.5
+    offset = np.array([centre_x, centre_y]) - matrix @ np.full(2, (size - 1) / 2)
+    return np.column_stack([matrix, offset])
+
+
+def _recoloured(image: Image, draw: Draw, level: Level) -> Image:
+    """Apply auto contrast, and for `strong` contrast and brightness, through one table of 256 values a channel."""
+    stretch = draw.auto_contrast < AUTO_CONTRAST_SHARE
+    if level == "original":
+        return cv2.LUT(image, auto_contrast_table(image)) if stretch else image
+    table = auto_contrast_table(image) if stretch else np.arange(256.0)[None, :, None]
+    contrast, brightness = 1 + MAX_LIGHT_CHANGE * (2 * np.array([draw.contrast, draw.brightness]) - 1)
+    table = ((table - 128.0) * contrast + 128.0) * brightness
+    return cv2.LUT(image, np.broadcast_to(table.clip(0, 255), (1, 256, 3)).astype(np.uint8))
+
+
+def auto_contrast_table(image: Image) -> npt.NDArray[np.uint8]:
+    """Return the table [1, 256, 3] that stretches each channel to 0 … 255, as Pillow's `ImageOps.autocontrast` does."""
+    table = np.empty((1, 256, 3), np.uint8)
+    for channel, values in enumerate(cv2.split(image)):
+        low, high, _, _ = cv2.minMaxLoc(values)
+        scale = 255.0 / (high - low) if high > low else 1.0
+        offset = -low * scale if high > low else 0.0
+        table[0, :, channel] = (np.arange(256) * scale + offset).clip(0, 255)
+    return table
+
+
+def _degraded(image: Image, draw: Draw) -> Image:
+    """Make of some images a grey, a blurred or a badly compressed one."""
+    if draw.grey < GREY_SHARE:
+        image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    if draw.blur < BLUR_SHARE:
+        image = cv2.GaussianBlur(image, (0, 0), _between(draw.blur_sigma, BLUR_SIGMA_PIXELS))
+    if draw.jpeg < JPEG_SHARE:
+        quality = round(_between(draw.jpeg_quality, JPEG_QUALITY))
+        _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+        compressed = decode_jpeg(jpeg)
+        assert compressed is not None, "OpenCV reads what it has written"
+        return compressed
+    return image
+
+
+def _between(share: float, limits: tuple[float, float]) -> float:
+    return limits[0] + share * (limits[1] - limits[0])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadTask:
+    """A batch to be loaded."""
+
+    rows: npt.NDArray[np.integer]
+    """Rows of the cache, of any shape; images come in the order of the flattened rows [N]."""
+    first_draw: int
+    """How many images were drawn before this batch in the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedBatch:
+    """The images of a batch."""
+
+    rows: npt.NDArray[np.integer]
+    images: Image
+    """uint8 RGB [N, H, W, 3]; black where `failed`."""
+    failed: npt.NDArray[np.bool_]
+    """True [N] for crops that cannot be decoded: their triplets must be left out of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchLoader:
+    """Reads a batch from the cache: a call is a plain function of the task, so threads may share a loader."""
+
+    cache: FaceCache
+    size: int
+    """Side of the images in pixels, as the model takes them."""
+    level: Level
+    seed: int
+    epoch: int
+    rank: int = 0
+
+    def __call__(self, task: LoadTask) -> LoadedBatch:
+        """Decode and augment the images of a batch."""
+        rows = task.rows.ravel()
+        if self.level == "none":
+            images_NHWC, failed_N = self.cache.decode(rows, size=self.size)
+            return LoadedBatch(rows=task.rows, images=images_NHWC, failed=failed_N)
+        draws_NK = draws(task.first_draw, len(rows), seed=self.seed, epoch=self.epoch, rank=self.rank)
+        images_NHWC = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
+        failed_N = np.zeros(len(rows), bool)
+        for place, (row, draw_K) in enumerate(zip(rows.tolist(), draws_NK.tolist(), strict=True)):
+            image = augmented(
+                self.cache.crop_bytes(row),
+                Draw(*draw_K),
+                level=self.level,
+                crop_size=self.cache.crop_size,
+                size=self.size,
+            )
+            if image is None:
+                failed_N[place] = True
+                self.cache.note_failed(row)
+            else:
+                images_NHWC[place] = image
+        return LoadedBatch(rows=task.rows, images=images_NHWC, failed=failed_N)
+
+
+class Prefetcher(Generic[Task, Loaded]):
+    """Loads ahead of the consumer on threads, in order.
+
+    An error of `load` is raised in its turn; tasks are drawn, and their errors raised, on the consumer's thread.
+    Leaving the `with` block drops what was not consumed and waits for what is being loaded.
+
+    Attributes:
+        wait_s: seconds that the consumer has waited, the drawing of tasks included.
+    """
+
+    def __init__(
+        self, load: Callable[[Task], Loaded], tasks: Iterable[Task], *, num_threads: int, num_ahead: int
+    ) -> None:
+        """Start at the first `next`; `num_ahead` batches are loaded or being loaded while the consumer works."""
+        # OpenCV's own threads would fight with ours, and the tasks are too small for them.
+        cv2.setNumThreads(1)
+        self.wait_s = 0.0
+        self._load = load
+        self._tasks = iter(tasks)
+        self._num_ahead = num_ahead
+        self._futures: collections.deque[Future[Loaded]] = collections.deque()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="load")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Loaded]:
+        return self
+
+    def __next__(self) -> Loaded:
+        began = time.perf_counter()
+        try:
+            while len(self._futures) <= self._num_ahead:
+                try:
+                    task = next(self._tasks)
+                except StopIteration:
+                    break
+                self._futures.append(self._pool.submit(self._load, task))
+            if not self._futures:
+                raise StopIteration
+            return self._futures.popleft().result()
+        finally:
+            self.wait_s += time.perf_counter() - began

@@ -1,0 +1,257 @@
+"""Random access to any crop: one memory-mapped Arrow file a node, made once from the faces table.
+
+The file holds the crops in the order (split, file name, row), so a row is the same photo on every node. Its name
+carries a digest of `_SUCCESS`: other faces get another file.
+
+Shape suffixes: N photos (rows), H and W pixels.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib import storage
+from lib.errors import JobError, UserError
+from lib.faces import table
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Part of the file's name: raise it when the content changes."""
+
+ROWS_PER_BATCH = 1024
+"""All batches but the last have so many rows, so a row number says where its crop is. At 2 MB a crop a batch still fits
+the 32-bit offsets of `binary`."""
+
+CACHE_SCHEMA = pa.schema(
+    [
+        pa.field("photo", pa.string(), nullable=False),
+        pa.field("identity", pa.string(), nullable=False),
+        pa.field("crop", pa.binary(), nullable=False),
+    ]
+)
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_READ_FLAGS = {
+    1: cv2.IMREAD_COLOR_RGB,
+    2: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+"""OpenCV names no reduced RGB; its bits for the scale alone stand in the grey names."""
+
+
+def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str) -> str:
+    """Return the path of the cache file of these splits, after making it where it is not there yet.
+
+    Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
+    file under the final name. Caches of other faces are left alone.
+
+    Raises:
+        UserError: the faces folder is absent or not finished, no photo of these splits is aligned, or `cache_dir`
+            cannot be written to.
+        JobError: the disk is full.
+    """
+    folder = Path(cache_dir)
+    path = folder / _cache_name(_read_success(faces_url), splits)
+    if path.exists():
+        return str(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_file = path.with_suffix(".lock").open("wb")
+    except OSError as error:
+        raise UserError(f"--cache-dir {cache_dir!r} cannot be written to ({error}): choose another folder") from error
+    with lock_file, _locked(lock_file.fileno(), path):
+        if not path.exists():
+            _build(faces_url, splits, path)
+    return str(path)
+
+
+def _read_success(faces_url: str) -> dict[str, object]:
+    url = storage.join(faces_url, table.SUCCESS_NAME)
+    if not storage.exists(url):
+        raise UserError(f"no finished faces at {faces_url} (no {table.SUCCESS_NAME}): run jobs/preprocess.py first")
+    return storage.read_json(url)
+
+
+def _cache_name(success: dict[str, object], splits: Sequence[str]) -> str:
+    content = json.dumps([FORMAT_VERSION, success], sort_keys=True)
+    return f"faces-{'-'.join(splits)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
+
+
+@contextmanager
+def _locked(descriptor: int, path: Path) -> Iterator[None]:
+    """Hold the lock, which the system takes back from a process that dies."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process of this node to make %s", path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+
+
+def _build(faces_url: str, splits: Sequence[str], path: Path) -> None:
+    urls = [url for split in splits for url in _part_urls(faces_url, split)]
+    num_bytes_needed = sum(_num_bytes(url) for url in urls)
+    others = [other for other in path.parent.glob("faces-*.arrow") if other != path]
+    if others:
+        logger.info("%s holds caches of other faces or splits: %s", path.parent, ", ".join(o.name for o in others))
+    # Asked before the copy, because a disk found full at its end costs the user the time of all of it.
+    if shutil.disk_usage(path.parent).free < num_bytes_needed:
+        raise _disk_full(path.parent, num_bytes_needed)
+    temporary = path.with_suffix(".unfinished")
+    try:
+        num_rows = _copy(urls, temporary)
+        if num_rows:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise _disk_full(path.parent, num_bytes_needed) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if not num_rows:
+        raise UserError(
+            f"no photo in split {', '.join(splits)} of {faces_url} is aligned: "
+            "run jobs/preprocess.py on photos with faces first"
+        )
+    logger.info("made %s: %d crops, %.1f MB", path, num_rows, path.stat().st_size / 1e6)
+
+
+def _disk_full(folder: Path, num_bytes_needed: int) -> JobError:
+    return JobError(
+        f"--cache-dir {str(folder)!r} is full: the crops need {num_bytes_needed:,} bytes there; "
+        "make room or choose another folder"
+    )
+
+
+def _part_urls(faces_url: str, split: str) -> list[str]:
+    folder = storage.join(faces_url, f"split={split}")
+    return [storage.join(folder, info.path) for info in storage.list_files(folder, suffix=".parquet")]
+
+
+def _num_bytes(url: str) -> int:
+    """Return the bytes of the columns that are copied, as the file's footer has them."""
+    with storage.open_parquet(url) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
+
+
+def _copy(urls: Sequence[str], path: Path) -> int:
+    """Write the aligned faces of the files one after the other and return how many there are."""
+    num_rows = 0
+    with path.open("wb") as sink:
+        with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
+            for batch in _equal_batches(urls):
+                writer.write_batch(batch)
+                num_rows += len(batch)
+        sink.flush()
+        os.fsync(sink.fileno())  # a rename must not survive a power cut that the content does not
+    return num_rows
+
+
+def _equal_batches(urls: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter."""
+    pending: list[pa.RecordBatch] = []
+    num_pending = 0
+    for url in urls:
+        with storage.open_parquet(url) as file:
+            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status"]):
+                usable = pc.and_(pc.equal(batch["status"], table.ALIGNED), batch["crop"].is_valid())
+                kept = batch.filter(pc.and_(usable, batch["identity"].is_valid())).select(CACHE_SCHEMA.names)
+                pending.append(kept.cast(CACHE_SCHEMA))
+                num_pending += len(kept)
+                if num_pending >= ROWS_PER_BATCH:
+                    joined = pa.concat_batches(pending)
+                    yield joined[:ROWS_PER_BATCH]
+                    pending = [joined[ROWS_PER_BATCH:]]
+                    num_pending -= ROWS_PER_BATCH
+    if num_pending:
+        yield pa.concat_batches(pending)
+
+
+def decode_jpeg(jpeg: npt.NDArray[np.uint8], reduction: int = 1) -> npt.NDArray[np.uint8] | None:
+    """Return the RGB pixels at 1/`reduction` (1, 2, 4 or 8) of the size, None where they cannot be decoded."""
+    return cv2.imdecode(jpeg, _READ_FLAGS[reduction]) if len(jpeg) else None
+
+
+class FaceCache:
+    """The crops of a cache file, by row; several threads may read at once.
+
+    Attributes:
+        photos: names of the photos, in Arrow's memory.
+        identities: names of the people, sorted.
+        labels_N: int32, the place of each row's identity in `identities`.
+        crop_size: side of a crop in pixels.
+        failed_rows: rows that could not be decoded so far.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Map the file; only the names are read."""
+        self._file = pa.ipc.open_file(pa.memory_map(path))
+        self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        self.photos: pa.ChunkedArray = pa.chunked_array([batch["photo"] for batch in self._batches])
+        names = pa.chunked_array([batch["identity"] for batch in self._batches])
+        sorted_names = names.unique().sort()
+        self.identities: list[str] = sorted_names.to_pylist()
+        self.labels_N: npt.NDArray[np.int32] = pc.index_in(names, sorted_names).to_numpy()
+        self.failed_rows: set[int] = set()
+        self.crop_size = self._find_crop_size()
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def crop_bytes(self, row: int) -> npt.NDArray[np.uint8]:
+        """Return the encoded crop, a view into the mapped file."""
+        batch, place = divmod(row, ROWS_PER_BATCH)
+        return np.frombuffer(self._batches[batch].column(2)[place].as_buffer(), np.uint8)
+
+    def decode(
+        self, rows: npt.NDArray[np.integer], size: int | None = None
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """Return the crops as RGB [N, H, W, 3], without augmentation, and which of them could not be decoded [N].
+
+        A crop that could not be decoded is black, counted in `failed_rows` and named in the log. Other sizes than the
+        crops' own are made as for recognition, each pixel the mean of the area it covers.
+        """
+        side = size or self.crop_size
+        images_NHWC = np.zeros((len(rows), side, side, 3), np.uint8)
+        failed_N = np.zeros(len(rows), bool)
+        for place, row in enumerate(rows.tolist()):
+            pixels = decode_jpeg(self.crop_bytes(row))
+            if pixels is None:
+                failed_N[place] = True
+                self.note_failed(row)
+            elif pixels.shape[:2] == (side, side):
+                images_NHWC[place] = pixels
+            else:
+                cv2.resize(pixels, (side, side), dst=images_NHWC[place], interpolation=cv2.INTER_AREA)
+        return images_NHWC, failed_N
+
+    def note_failed(self, row: int) -> None:
+        """Count a crop that could not be decoded, and name it in the log once."""
+        if row not in self.failed_rows:
+            self.failed_rows.add(row)
+            logger.warning("the crop of photo %r is corrupt and is skipped", self.photos[row].as_py())
+
+    def _find_crop_size(self) -> int:
+        for row in range(len(self)):
+            pixels = decode_jpeg(self.crop_bytes(row))
+            if pixels is not None:
+                return pixels.shape[0]
+        raise UserError("not one crop of the faces can be decoded: run jobs/preprocess.py --overwrite first")

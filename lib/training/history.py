@@ -1,0 +1,178 @@
+"""What each epoch gave: a row an epoch in Parquet, CSV, Excel and TensorBoard, and what the rows say of training."""
+
+import csv
+import io
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import openpyxl
+import pyarrow as pa
+from openpyxl.cell import Cell
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+from openpyxl.styles import Font
+from openpyxl.utils import get_column_letter
+from torch.utils.tensorboard import SummaryWriter
+
+from lib import storage
+
+Scalar = int | float | str | bool | None
+Row = dict[str, Scalar]
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+ORIGINAL_COLUMNS = {
+    "Train Loss": "train_loss",
+    "no train rows": "num_train_triplets",
+    "Test Loss": "val_loss",
+    "No test rows": "num_val_triplets",
+    "Time taken (M)": "time_min",
+    "Notes": "notes",
+}
+"""The columns that users of the original project know, and the keys of ours that they repeat; Date and Time follow."""
+
+MAX_COLUMN_WIDTH = 60
+
+
+class History:
+    """The history of a run; after each epoch every file of it is complete.
+
+    Attributes:
+        rows: one dictionary an epoch, in order.
+    """
+
+    def __init__(self, run_url: str, *, next_epoch: int) -> None:
+        """Load the rows before `next_epoch`; what stands there from that epoch on will be done again."""
+        self._run_url = run_url
+        self.rows = [row for row in _read_rows(run_url) if int(row["epoch"] or 0) < next_epoch]
+        self._upload_from: tempfile.TemporaryDirectory[str] | None = None
+        if "://" in run_url:
+            self._upload_from = tempfile.TemporaryDirectory(prefix="tensorboard-")
+        folder = self._upload_from.name if self._upload_from else storage.join(run_url, TENSORBOARD_FOLDER)
+        self._writer = SummaryWriter(folder, purge_step=next_epoch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        if self._upload_from:
+            self._upload_from.cleanup()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add the row of an epoch and write all files.
+
+        `row` holds `epoch`, the keys of `ORIGINAL_COLUMNS` as far as they are known, and any other scalars; keys may
+        differ from epoch to epoch.
+        """
+        plain: Row = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
+        assert not self.rows or int(plain["epoch"] or 0) > int(self.rows[-1]["epoch"] or 0), "an epoch comes once"
+        now = datetime.now().astimezone()
+        original: Row = {name: plain.get(key) for name, key in ORIGINAL_COLUMNS.items()}
+        self.rows.append({**plain, **original, "Date": now.strftime("%Y-%m-%d"), "Time": now.strftime("%H:%M:%S")})
+        # Parquet first: it is what a resumed run reads, and the others are written from it.
+        storage.write_parquet(storage.join(self._run_url, "history.parquet"), _table(self.rows))
+        storage.write_bytes(storage.join(self._run_url, "history.csv"), _csv(self.rows))
+        storage.write_bytes(storage.join(self._run_url, "history.xlsx"), _excel(self.rows))
+        self._write_events(plain)
+
+    def values(self, key: str) -> list[float]:
+        """Return the numbers that stand under a key, leaving out epochs without it."""
+        return [float(value) for row in self.rows if isinstance(value := row.get(key), int | float)]
+
+    def _write_events(self, row: Row) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self._writer.add_scalar(name, value, row["epoch"])
+        self._writer.flush()
+        if self._upload_from:
+            folder = storage.join(self._run_url, TENSORBOARD_FOLDER)
+            for path in Path(self._upload_from.name).iterdir():
+                storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
+
+
+def _read_rows(run_url: str) -> list[Row]:
+    url = storage.join(run_url, "history.parquet")
+    return storage.read_parquet(url).to_pylist() if storage.exists(url) else []
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Return every key of every row in the order in which they first come, the original's columns first."""
+    ours = [name for row in rows for name in row]
+    return list(dict.fromkeys(["epoch", *ORIGINAL_COLUMNS, "Date", "Time", *ours]))
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
+    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in _columns(rows)})
+
+
+def _csv(rows: Sequence[Row]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _columns(rows))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def _excel(rows: Sequence[Row]) -> bytes:
+    workbook = openpyxl.Workbook()
+    sheet = workbook.active
+    sheet.title = "history"
+    sheet.freeze_panes = "B2"
+    for column, name in enumerate(_columns(rows), start=1):
+        values = [row.get(name) for row in rows]
+        for place, value in enumerate([name, *values], start=1):
+            _fill(sheet.cell(place, column), value)
+        sheet.cell(1, column).font = Font(bold=True)
+        longest = max(len(f"{value:.6g}" if isinstance(value, float) else str(value)) for value in [name, *values])
+        sheet.column_dimensions[get_column_letter(column)].width = min(longest + 2, MAX_COLUMN_WIDTH)
+    content = io.BytesIO()
+    workbook.save(content)
+    return content.getvalue()
+
+
+def _fill(cell: Cell, value: Scalar) -> None:
+    """Put the value into the cell: text always as text, never as a formula; NaN as nothing."""
+    if isinstance(value, float) and math.isinf(value):
+        value = str(value)
+    if isinstance(value, str):
+        cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)
+        cell.data_type = "s"  # "=…" has made a formula of it
+    elif value is not None and not math.isnan(value):
+        cell.value = value
+
+
+def has_plateaued(values: Sequence[float], *, patience: int, min_delta: float = 0.0) -> bool:
+    """Return whether the last `patience` values hold none that is lower than all before by more than `min_delta`.
+
+    NaN is no improvement. Pass a measure of which more is better with its sign turned.
+    """
+    if len(values) <= patience:
+        return False
+    lowest_before = min((value for value in values[:-patience] if not math.isnan(value)), default=math.inf)
+    return not any(value < lowest_before - min_delta for value in values[-patience:])
+
+
+def is_overfitting(train_losses: Sequence[float], val_losses: Sequence[float], *, patience: int) -> bool:
+    """Return whether the training loss fell and the validation loss rose in each of the last `patience` epochs.
+
+    Both must be measured under one policy of negatives: give only epochs since the last change of it.
+    """
+    if min(len(train_losses), len(val_losses)) <= patience:
+        return False
+    return bool(np.all(np.diff(train_losses[-patience - 1 :]) < 0) and np.all(np.diff(val_losses[-patience - 1 :]) > 0))
+
+
+def has_collapsed(variances: Sequence[float], *, min_share: float = 0.1) -> bool:
+    """Return whether the last variance of the embeddings is not even `min_share` of the highest so far, or NaN."""
+    if not variances:
+        return False
+    highest = max((value for value in variances if not math.isnan(value)), default=math.inf)
+    return not variances[-1] >= min_share * highest

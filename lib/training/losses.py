@@ -1,0 +1,161 @@
+"""Triplet losses: over given triplets, and over every semi-hard triplet of a people x photos batch.
+
+Shape suffixes: B triplets, N images of a batch, M all vectors that can be negatives (the batch, then the stored ones),
+Q stored vectors, X pairs of an anchor and a positive, D dimensions of an embedding.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+MAX_TRIPLETS_AT_ONCE = 1 << 24
+"""Triplets compared at once when semi-hard ones are counted: 16 MB a Boolean."""
+
+
+class TripletLoss(NamedTuple):
+    """Loss over given triplets."""
+
+    mean: Tensor
+    """Over all triplets, active or not: what `torch.nn.TripletMarginLoss` returns."""
+    losses: Tensor
+    """Of each triplet [B]."""
+    active_share: Tensor
+    """Share of the triplets with a loss above zero."""
+    positive_distances: Tensor
+    """[B]."""
+    negative_distances: Tensor
+    """[B]."""
+
+
+class BatchLoss(NamedTuple):
+    """Loss over the semi-hard triplets of a batch."""
+
+    mean: Tensor
+    """Over the semi-hard triplets; zero, with a zero gradient, where there is none."""
+    num_semihard: Tensor
+    num_triplets: Tensor
+    """All triplets that the labels allow, semi-hard or not."""
+    mean_positive_distance: Tensor
+    mean_negative_distance: Tensor
+    """Both over the pairs of all triplets, without gradient; NaN where there is no pair."""
+
+
+def triplet_margin_loss(
+    anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor, *, margin: float, squared: bool = False
+) -> TripletLoss:
+    """Return max(0, d(anchor, positive) - d(anchor, negative) + margin), d the Euclidean distance or its square.
+
+    Formula: Schroff et al. 2015 (FaceNet), equation 2, where distances are squared. Two equal vectors give a distance
+    of zero with a gradient of zero.
+    """
+    positive_distances_B = _row_distances(anchor_BD, positive_BD, squared)
+    negative_distances_B = _row_distances(anchor_BD, negative_BD, squared)
+    losses_B = torch.relu(positive_distances_B - negative_distances_B + margin)
+    return TripletLoss(
+        mean=losses_B.mean(),
+        losses=losses_B,
+        active_share=(losses_B > 0).float().mean(),
+        positive_distances=positive_distances_B,
+        negative_distances=negative_distances_B,
+    )
+
+
+def _row_distances(left_BD: Tensor, right_BD: Tensor, squared: bool) -> Tensor:
+    differences_BD = left_BD.float() - right_BD.float()
+    if squared:
+        return differences_BD.square().sum(dim=1)
+    return torch.linalg.vector_norm(differences_BD, dim=1)
+
+
+def batch_triplet_loss(
+    embeddings_ND: Tensor,
+    labels_N: Tensor,
+    *,
+    margin: float,
+    squared: bool = False,
+    extra_negatives_QD: Tensor | None = None,
+    extra_labels_Q: Tensor | None = None,
+) -> BatchLoss:
+    """Return the mean loss of all triplets with d(a, p) < d(a, n) < d(a, p) + margin (FaceNet's semi-hard ones).
+
+    Every image is an anchor; positives come from the batch; negatives from the batch and from the extra vectors, which
+    get no gradient. Memory grows with N x M, not with the number of triplets: once the semi-hard triplets are chosen,
+    the loss is a weighted sum of distances, where a distance weighs as often as triplets use it, so that only those
+    counts are needed.
+    """
+    pool_MD, pool_labels_M = embeddings_ND, labels_N
+    if extra_negatives_QD is not None and extra_labels_Q is not None:
+        pool_MD = torch.cat([embeddings_ND, extra_negatives_QD.detach().to(embeddings_ND.dtype)])
+        pool_labels_M = torch.cat([labels_N, extra_labels_Q])
+    distances_NM = torch.cdist(embeddings_ND.float(), pool_MD.float())
+    if squared:
+        distances_NM = distances_NM.square()
+    same_NM = labels_N[:, None] == pool_labels_M
+    positive_NM = same_NM.clone().fill_diagonal_(False)
+    positive_NM[:, len(labels_N) :] = False
+
+    weights_NM, num_semihard = _semihard_weights(distances_NM.detach(), positive_NM, ~same_NM, margin)
+    total = (weights_NM * distances_NM).sum() + margin * num_semihard
+    num_positives_N, num_negatives_N = positive_NM.sum(dim=1), (~same_NM).sum(dim=1)
+    return BatchLoss(
+        mean=total / num_semihard.clamp(min=1),
+        num_semihard=num_semihard,
+        num_triplets=(num_positives_N * num_negatives_N).sum(),
+        mean_positive_distance=distances_NM.detach()[positive_NM].mean(),
+        mean_negative_distance=distances_NM.detach()[~same_NM].mean(),
+    )
+
+
+def _semihard_weights(
+    distances_NM: Tensor, positive_NM: Tensor, negative_NM: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
+    """Return each distance's weight in the sum over semi-hard triplets, and the number of these triplets."""
+    weights_NM = torch.zeros_like(distances_NM)
+    num_semihard = torch.zeros((), dtype=torch.long, device=distances_NM.device)
+    anchors_X, positives_X = positive_NM.nonzero(as_tuple=True)
+    pairs_at_once = max(1, MAX_TRIPLETS_AT_ONCE // distances_NM.shape[1])
+    for anchors, positives in zip(anchors_X.split(pairs_at_once), positives_X.split(pairs_at_once), strict=True):
+        near_X1 = distances_NM[anchors, positives][:, None]
+        gaps_XM = distances_NM[anchors] - near_X1
+        semihard_XM = negative_NM[anchors] & (gaps_XM > 0) & (gaps_XM < margin)
+        counts_X = semihard_XM.sum(dim=1)
+        weights_NM[anchors, positives] = counts_X.to(weights_NM.dtype)
+        weights_NM.index_add_(0, anchors, semihard_XM.to(weights_NM.dtype), alpha=-1)
+        num_semihard += counts_X.sum()
+    return weights_NM, num_semihard
+
+
+def gather_batch(embeddings_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the embeddings and labels of all workers, in order of rank; every worker must bring equally many.
+
+    The gradient of a worker's own part is the sum of what the losses of all workers ask of it. Averaged by DDP, that is
+    the gradient of the mean of the workers' losses: one process with the whole batch gets the same.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return embeddings_ND, labels_N
+    labels = [torch.empty_like(labels_N) for _ in range(dist.get_world_size())]
+    dist.all_gather(labels, labels_N.contiguous())
+    return _Gather.apply(embeddings_ND), torch.cat(labels)
+
+
+class _Gather(Function):
+    """Concatenation over ranks, whose gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, local_ND: Tensor) -> Tensor:
+        ctx.num_local = len(local_ND)
+        parts = [torch.empty_like(local_ND) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local_ND.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_ND: Tensor) -> Tensor:
+        total_ND = gradient_ND.contiguous().clone()
+        dist.all_reduce(total_ND)
+        start = dist.get_rank() * ctx.num_local
+        return total_ND[start : start + ctx.num_local]

@@ -1,0 +1,199 @@
+"""Which photos an epoch trains on: triplets, or batches of people x photos, and how often each photo has served.
+
+Every draw depends on (seed, epoch, rank) and the labels alone, so that an epoch that is redone draws the same again.
+
+Shape suffixes: N photos (rows), I identities, T triplets, P people of a batch, K photos of each, M people to draw
+photos of, S seeds, V neighbours of a seed.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from lib.errors import UserError
+from lib.training.mining import random_negatives
+
+Ints = npt.NDArray[np.integer]
+
+ROLES = ("anchor", "positive", "negative")
+
+_NO_PHOTO = np.iinfo(np.int64).max
+
+
+class Confusable(Protocol):
+    """Answers with the people whom the model confuses with these."""
+
+    def __call__(self, seeds_S: Ints, *, num_neighbours: int) -> Ints:
+        """Return for each seed identity others near to it, nearest first, -1 for none [S, V]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Triplets:
+    """Rows of the photos of each triplet, three arrays [T]."""
+
+    anchors: Ints
+    positives: Ints
+    negatives: Ints
+
+    def __len__(self) -> int:
+        return len(self.anchors)
+
+
+class PhotoIndex:
+    """Rows grouped by identity: the photos of a person are found in constant time.
+
+    Attributes:
+        labels_N: identity number of each row.
+        usable_N: False for rows that must not be drawn.
+        pairable: identities with two usable photos or more, ascending.
+    """
+
+    def __init__(self, labels_N: Ints, *, excluded_rows: Iterable[int] = ()) -> None:
+        """Group the rows; `excluded_rows` (photos found corrupt) are never drawn.
+
+        Raises:
+            UserError: only one identity, or none with two photos.
+        """
+        self.labels_N = labels_N
+        self.usable_N = np.ones(len(labels_N), bool)
+        self.usable_N[list(excluded_rows)] = False
+        rows = np.flatnonzero(self.usable_N).astype(np.int32)
+        self._rows_by_identity = rows[np.argsort(labels_N[rows], kind="stable")]
+        self._counts_I = np.bincount(labels_N[rows])
+        self._starts_I = np.cumsum(self._counts_I) - self._counts_I
+        self.pairable = np.flatnonzero(self._counts_I >= 2)
+        num_identities = np.count_nonzero(self._counts_I)
+        problem = ""
+        if num_identities < 2:
+            problem = f"the faces ({len(rows)} photos) show {num_identities} identity: a negative needs a second one"
+        elif not len(self.pairable):
+            problem = f"none of the {num_identities} identities has two photos, which anchor and positive need"
+        if problem:
+            raise UserError(f"{problem}; add photos and run jobs/preprocess.py on them first")
+
+    def draw_photos(self, people_M: Ints, num_photos: int, rng: np.random.Generator) -> Ints:
+        """Return `num_photos` rows of each person, evenly drawn [M, K].
+
+        No photo comes again before all of the person's have been drawn, so a person with too few photos is
+        oversampled, each photo as often as the others to within one.
+        """
+        counts_M = self._counts_I[people_M]
+        draws_MK = rng.random((len(people_M), num_photos))
+        taken_MK = np.full(draws_MK.shape, _NO_PHOTO)
+        photos_MK = np.empty(draws_MK.shape, np.int64)
+        for k in range(num_photos):
+            num_taken_M = k % counts_M
+            taken_MK[num_taken_M == 0] = _NO_PHOTO
+            photos_M = (draws_MK[:, k] * (counts_M - num_taken_M)).astype(np.int64)
+            # A number among those left becomes a number among all: each one taken at or below it moves it up.
+            for taken_M in np.sort(taken_MK[:, :k], axis=1).T:
+                photos_M += photos_M >= taken_M
+            taken_MK[:, k] = photos_MK[:, k] = photos_M
+        return self._rows_by_identity[self._starts_I[people_M][:, None] + photos_MK]
+
+
+def draw_triplets(index: PhotoIndex, num_triplets: int, *, seed: int, epoch: int = 0, rank: int = 0) -> Triplets:
+    """Draw an identity evenly over those with two photos, two different photos of it, and a photo of someone else.
+
+    One call with a seed of its own gives the fixed triplets of validation.
+    """
+    rng = np.random.default_rng((seed, epoch, rank))
+    people_T = index.pairable[rng.integers(len(index.pairable), size=num_triplets)]
+    anchors_T, positives_T = index.draw_photos(people_T, 2, rng).T
+    usable_N = None if index.usable_N.all() else index.usable_N
+    negatives_T = random_negatives(people_T, index.labels_N, rng=rng, filled_N=usable_N).astype(np.int32)
+    return Triplets(anchors=anchors_T, positives=positives_T, negatives=negatives_T)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class IdentityBatchSampler:
+    """Draws batches of P people x K photos; people with one photo only have no positive and are left out.
+
+    The people come in random order, each once before any comes again (people left over at the end of a round are
+    passed over in that round), so that all serve evenly. With `confusable`, a share of each batch is filled with
+    people near to its seeds instead.
+    """
+
+    index: PhotoIndex
+    num_people: int
+    """P, at most the number of identities with two photos."""
+    num_photos: int
+    """K, two or more; people with fewer photos are oversampled."""
+    seed: int
+    rank: int = 0
+    confusable_share: float = 0.75
+    """Share of the people that `confusable` fills; the rest are its seeds."""
+
+    def __post_init__(self) -> None:
+        num_pairable = len(self.index.pairable)
+        if not 2 <= self.num_people <= num_pairable:
+            raise UserError(
+                f"{self.num_people} people a batch: allowed are 2 to {num_pairable}, "
+                "the number of identities with two photos or more"
+            )
+        if self.num_photos < 2:
+            raise UserError(f"{self.num_photos} photos of each person a batch: two or more are needed for a positive")
+        if not 0 <= self.confusable_share < 1:
+            raise UserError(f"a share of {self.confusable_share} confusable people: allowed is 0 up to, not with, 1")
+
+    def batches(self, epoch: int, num_batches: int, confusable: Confusable | None = None) -> Iterator[Ints]:
+        """Yield the rows of each batch [P, K]; `confusable` is asked when a batch is drawn, so it may change."""
+        rng = np.random.default_rng((self.seed, epoch, self.rank))
+        rounds = self._rounds(rng)
+        for _ in range(num_batches):
+            people_P = next(rounds)
+            if confusable is not None:
+                people_P = self._with_confusable(people_P, confusable)
+            yield self.index.draw_photos(people_P, self.num_photos, rng)
+
+    def _rounds(self, rng: np.random.Generator) -> Iterator[Ints]:
+        while True:
+            people = rng.permutation(self.index.pairable)
+            for start in range(0, len(people) - self.num_people + 1, self.num_people):
+                yield people[start : start + self.num_people]
+
+    def _with_confusable(self, people_P: Ints, confusable: Confusable) -> Ints:
+        """Keep the first people as seeds, then their nearest, then their second nearest, …, then the other people."""
+        num_seeds = max(1, round(self.num_people * (1 - self.confusable_share)))
+        num_each = -(-(self.num_people - num_seeds) // num_seeds)
+        neighbours_SV = confusable(people_P[:num_seeds], num_neighbours=num_each)
+        wanted = np.concatenate([people_P[:num_seeds], neighbours_SV.T.ravel(), people_P[num_seeds:]])
+        wanted = wanted[np.isin(wanted, self.index.pairable)]
+        _, first_places = np.unique(wanted, return_index=True)
+        return wanted[np.sort(first_places)[: self.num_people]]
+
+
+class UsageCounter:
+    """How often each photo served as anchor, positive and negative.
+
+    Attributes:
+        counts_3N: int32, a row for each of `ROLES`; a checkpoint keeps it, and ranks are merged by adding it up.
+    """
+
+    def __init__(self, num_photos: int) -> None:
+        self.counts_3N = np.zeros((len(ROLES), num_photos), np.int32)
+
+    def add(self, anchors: Ints, positives: Ints, negatives: Ints) -> None:
+        """Count the rows of some triplets."""
+        for counts_N, rows in zip(self.counts_3N, (anchors, positives, negatives), strict=True):
+            np.add.at(counts_N, rows.ravel(), 1)
+
+    def statistics(self) -> dict[str, float]:
+        """Return the mean and standard deviation of the use count of the photos used, and how many were used."""
+        uses_N = self.counts_3N.sum(axis=0, dtype=np.int64)
+        used = uses_N[uses_N > 0]
+        return {
+            "mean_uses": float(used.mean()) if len(used) else 0.0,
+            "std_uses": float(used.std()) if len(used) else 0.0,
+            "num_photos_used": len(used),
+            "share_never_used": 1 - len(used) / max(len(uses_N), 1),
+        }
+
+    def table(self, photos: pa.Array | pa.ChunkedArray) -> pa.Table:
+        """Return the counts beside the names of the photos, as `usage.parquet` holds them."""
+        counts = {role: pa.array(counts_N) for role, counts_N in zip(ROLES, self.counts_3N, strict=True)}
+        return pa.table({"photo": photos, **counts})

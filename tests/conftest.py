@@ -1,0 +1,46 @@
+"""What the tests of several rooms share: a real S3 server, a fresh bucket on it, and the real photos."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from tests.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """Start a real S3 server at its first use; it ends with the tests."""
+    server = S3Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Return the URL of a fresh bucket; the environment says where it is, to this process and its children."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    # An instance keeps the endpoint and the credentials of the environment in which it was made.
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def real_photos() -> Path:
+    """Return the folder of real photos beside the project, which is no part of it."""
+    folder = Path(os.environ.get("REAL_PHOTOS") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real photos in {folder}: set REAL_PHOTOS to the folder that holds lfw/ and celeba/")
+    return folder

@@ -1,0 +1,120 @@
+"""A real S3 server for tests: SeaweedFS, in one process, with its data in a temporary folder."""
+
+import http.client
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+READY_TIMEOUT_S = 60
+USERS = {"ci": ["Admin", "Read", "Write", "List", "Tagging"], "ro": ["Read", "List"], "rw": ["Read", "Write", "List"]}
+
+# Ports that SeaweedFS would otherwise take from a fixed list, so that two test runs would meet.
+PORT_FLAGS = [
+    f"{part}.port{suffix}" for part in ("s3", "master", "volume", "filer", "admin") for suffix in ("", ".grpc")
+]
+
+# Ends the server when this process is gone without a word (killed, or out of memory): Linux's PR_SET_PDEATHSIG.
+END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class S3Server:
+    """Start it, stop it, start it again on the same data and port; `close` ends it and removes its data."""
+
+    def __init__(self) -> None:
+        # Not pytest's own folder: its name is too long for the address of a socket.
+        self._folder = Path(tempfile.mkdtemp(prefix="s3-"))
+        self._ports = _free_ports(len(PORT_FLAGS))
+        self._process: subprocess.Popen | None = None
+        self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
+        (self._folder / "data").mkdir()
+        identities = [
+            {"name": user, "credentials": [{"accessKey": user, "secretKey": f"{user}-secret"}], "actions": actions}
+            for user, actions in USERS.items()
+        ]
+        (self._folder / "s3.json").write_text(json.dumps({"identities": identities}))
+
+    def environment(self, user: str = "ci") -> dict[str, str]:
+        """Return the variables with which `user` reaches this server: `ci` may do all, `rw` no admin, `ro` read."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": user,
+            "AWS_SECRET_ACCESS_KEY": f"{user}-secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self) -> None:
+        """Start the server, unless it runs, and wait until it answers.
+
+        Raises:
+            RuntimeError: it does not; with the end of its log.
+        """
+        if self._process is not None:
+            return
+        weed = Path(sys.executable).with_name("weed")
+        flags = [f"-{name}={port}" for name, port in zip(PORT_FLAGS, self._ports, strict=True)]
+        log = self._folder / "log.txt"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", END_WITH_PARENT, weed, "mini", f"-dir={self._folder / 'data'}"),
+                    *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self._folder / 's3.json'}"),
+                    *("-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+                    *(f"-s3.localSocket={self._folder / 's3.sock'}", f"-filer.localSocket={self._folder / 'f.sock'}"),
+                    *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", *flags),
+                ],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                env=os.environ | {"TMPDIR": str(self._folder), "HOME": str(self._folder)},
+            )
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"the S3 server does not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Kill the server, as a crash would; its data stays."""
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.wait()
+        self._process = None
+        # A flag moves two of its sockets to our folder; the others are always left here, named by their port.
+        for port in self._ports:
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+                left.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop the server and remove its data."""
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._ports[0], timeout=1)
+        try:
+            connection.request("GET", "/status")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on, below those that Linux gives to outgoing connections meanwhile."""
+    ports: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as probe:
+            if len(ports) < count and probe.connect_ex(("127.0.0.1", port)) != 0:
+                ports.append(port)
+    return ports
