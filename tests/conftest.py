@@ -42,5 +42,6 @@ def real_photos() -> Path:
     """Return the folder of real photos beside the project, which is no part of it."""
     folder = Path(os.environ.get("REAL_PHOTOS") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
+        assert not os.environ.get("REAL_PHOTOS_REQUIRED"), f"the real photos must be tested on, but {folder} is not there"
         pytest.skip(f"no real photos in {folder}: set REAL_PHOTOS to the folder that holds lfw/ and celeba/")
     return folder

@@ -35,7 +35,7 @@ class S3Server:
         self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
         (self._folder / "data").mkdir()
         identities = [
-            {"name": user, "credentials": [{"accessKey": user, "secretKey": f"{user}-secret"}], "actions": actions}
+            {"name": user, "credentials": [{"accessKey": f"{user}-key", "secretKey": f"{user}-secret"}], "actions": actions}
             for user, actions in USERS.items()
         ]
         (self._folder / "s3.json").write_text(json.dumps({"identities": identities}))
@@ -44,7 +44,7 @@ class S3Server:
         """Return the variables with which `user` reaches this server: `ci` may do all, `rw` no admin, `ro` read."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": user,
+            "AWS_ACCESS_KEY_ID": f"{user}-key",
             "AWS_SECRET_ACCESS_KEY": f"{user}-secret",
             "AWS_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",

@@ -10,8 +10,8 @@ import numpy as np
 from lib.faces.drawing import Colour, colour
 
 # Few colours, shared by many people: nobody is known by colour alone.
-SKINS = tuple(map(colour, ("ecc8ae", "e2b593", "cf9c74", "b8845e", "94644a", "744b34")))
-HAIRS = tuple(map(colour, ("211a17", "3a2a21", "5f412d", "8f6238", "b58a4c", "84402a", "94949a")))
+SKINS = tuple(map(colour, ("ecc8ae", "e2b593", "cf9c74", "b8845e", "9c6b4f", "80553c")))
+HAIRS = tuple(map(colour, ("211a17", "3a2a21", "5f412d", "7d5530", "a67c42", "783824", "86868c")))
 IRISES = tuple(map(colour, ("51341f", "6f5433", "4d7355", "4677a3", "667580")))
 LIPS = tuple(map(colour, ("b5504e", "a8434f", "c06a62")))
 CLOTHES = tuple(
@@ -67,7 +67,7 @@ class Person:
     def random(cls, rng: np.random.Generator) -> "Person":
         """Return a person whose every trait is drawn from `rng`."""
         draw, chance = rng.uniform, rng.random
-        bearded, nose_length = chance() < 0.25, draw(0.5, 0.68)
+        bearded, nose_length = chance() < 0.2, draw(0.5, 0.68)
         skin = SKINS[rng.integers(len(SKINS))]
         hairs = [hair for hair in HAIRS if sum(hair) < sum(skin) + 60]
         return cls(
@@ -75,8 +75,8 @@ class Person:
             hair=hairs[rng.integers(len(hairs))],
             iris=IRISES[rng.integers(len(IRISES))],
             lips=LIPS[rng.integers(len(LIPS))],
-            head_width=draw(1.08, 1.3),
-            jaw_width=draw(0.7, 1.08),
+            head_width=draw(1.1, 1.32),
+            jaw_width=draw(0.74, 1.12),
             chin_width=draw(0.22, 0.46),
             chin=nose_length + draw(0.94, 1.12),
             crown=draw(1.5, 1.75),
@@ -85,7 +85,7 @@ class Person:
             eye_height=draw(0.1, 0.16),
             eye_tilt=draw(0.0, 0.07),
             lid_fold=draw(0.03, 0.1),
-            brow_gap=draw(0.25, 0.36),
+            brow_gap=draw(0.24, 0.34),
             brow_length=draw(0.48, 0.66),
             brow_thickness=draw(0.035, 0.12),
             brow_arch=draw(0.03, 0.13),
@@ -133,8 +133,8 @@ class Moment:
         """Return a moment drawn from `rng`: roll up to 30 degrees, yaw up to 25."""
         draw = rng.uniform
         return cls(
-            roll=float(np.radians(np.clip(rng.normal(0, 9.5), -30, 30))),
-            yaw=float(np.radians(np.clip(rng.normal(0, 8), -25, 25))),
+            roll=float(np.radians(np.clip(rng.normal(0, 9), -30, 30))),
+            yaw=float(np.radians(np.clip(rng.normal(0, 7), -25, 25))),
             pitch=draw(-0.07, 0.07),
             smile=draw(-0.25, 1.0),
             mouth_open=max(0.0, draw(-0.7, 1.0)),

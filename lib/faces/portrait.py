@@ -31,7 +31,7 @@ def draw_person(
     _draw_hair_in_front(pen, person)
     if person.glasses:
         _draw_glasses(pen, person)
-    tip_12 = np.array([[0.0, person.nose_length - 0.06]])
+    tip_12 = np.array([[0.0, person.nose_length - 0.03]])
     return np.concatenate([pen.placed(eyes_22), pen.placed(tip_12, lift=_NOSE_LIFT), pen.placed(corners_22)])
 
 
@@ -100,7 +100,7 @@ def _draw_skin(pen: Pen, person: Person, outline_N2: np.ndarray) -> None:
     pen.fill(outline_N2, person.skin, flat=True)
     spacing, width = person.eye_spacing / 2, person.head_width
     shadow, blush, light = (-0.14, -0.13, -0.08), (-0.07, -0.08, 0.02), (0.07, 0.07, 0.06)
-    deep, tired = mix(BLACK, shadow, 2.8), mix(BLACK, shadow, 1.2 * person.age)
+    deep, tired = mix(BLACK, shadow, 3.0), mix(BLACK, shadow, 1.2 * person.age)
     blobs = [
         (0.0, -0.7, 0.7, 0.4, light),
         (0.0, person.mouth + 0.25, 0.4, 0.08, deep),
@@ -152,14 +152,14 @@ def _draw_eye(pen: Pen, person: Person, moment: Moment, side: int) -> None:
     x_N = centre + half * across_N
     lid, under = np.column_stack([x_N, upper_N]), np.column_stack([x_N, lower_N])
     pen.fill(np.concatenate([lid, under[::-1]]), colour("f1ece8"))
-    radius, gaze = 0.138, centre + moment.gaze * 0.25 * half
+    radius, gaze = 0.152, centre + moment.gaze * 0.25 * half
     for part, ink in ((1.0, mix(person.iris, BLACK, 0.45)), (0.82, person.iris), (0.45, colour("120d0c"))):
         disc = ellipse(gaze, 0.0, part * radius, part * radius, 16)
         disc[:, 1] = np.clip(disc[:, 1], np.interp(disc[:, 0], x_N, upper_N), np.interp(disc[:, 0], x_N, lower_N))
         pen.fill(disc, ink)
     pen.fill(ellipse(gaze - 0.04, -0.04, 0.028, 0.028, 8), WHITE)
     lash = mix(colour("2a1a15"), person.hair, 0.3)
-    pen.stroke(lid, 0.05, lash)
+    pen.stroke(lid, 0.058, lash)
     pen.stroke(under[2:-2], 0.02, mix(person.skin, lash, 0.45))
     fold = np.column_stack([x_N, 1.15 * upper_N - person.lid_fold])[1:-1]
     pen.stroke(fold, 0.025, mix(person.skin, colour("5a2a1c"), 0.5))
@@ -204,7 +204,7 @@ def _draw_mouth(pen: Pen, person: Person, moment: Moment) -> np.ndarray:
         middle_N + 0.7 * gap * round_N + person.lower_lip * round_N**0.7,
     )
     lip_top, mouth_top, mouth_bottom, lip_bottom = (np.column_stack([half * t_N, row_N]) for row_N in rows)
-    red = mix(person.lips, mix(person.skin, BLACK, 0.3), 0.15)
+    red = mix(person.lips, mix(person.skin, BLACK, 0.6), 0.25)
     pen.fill(np.concatenate([lip_top, mouth_bottom[::-1]]), mix(red, BLACK, 0.14))
     pen.fill(np.concatenate([mouth_bottom, lip_bottom[::-1]]), red)
     pen.fill(
@@ -278,10 +278,10 @@ def _draw_hair_in_front(pen: Pen, person: Person) -> None:
     inner_pixels, outer_pixels = pen.to_pixels(turned), pen.placed(outer, flat=True)
     pen.fill_pixels(np.concatenate([inner_pixels, outer_pixels]), person.hair)
     inner, far = inner_pixels, outer_pixels[::-1]
-    for i, share in enumerate(np.linspace(0.08, 0.92, 13)):
+    for i, share in enumerate(np.linspace(0.08, 0.92, 9)):
         start, end = inner[int(share * len(inner))], far[int((share + 0.1 * part * (1 - share) * share) * len(far))]
         bend = 0.5 * (start + end) + np.array((0.12 * part, -0.12)) * pen.size
-        ink = mix(person.hair, WHITE if i % 2 else BLACK, 0.06 if i % 2 else 0.18)
+        ink = mix(person.hair, WHITE if i % 2 else BLACK, 0.06 if i % 2 else 0.14)
         pen.stroke_pixels(curve([start, bend, 0.06 * start + 0.94 * end]), 0.045, ink)
 
 

@@ -47,7 +47,7 @@ def take_photo(
 
 def _places(num_people: int, width: int, height: int, rng: np.random.Generator) -> list[tuple[np.ndarray, float]]:
     """Return for each of up to two people the point between the eyes and the length of a face unit, in pixels."""
-    size, y = min(width, height) * rng.uniform(0.115, 0.2), height * rng.uniform(0.4, 0.52)
+    size, y = min(width, height) * rng.uniform(0.13, 0.21), height * rng.uniform(0.4, 0.52)
     if num_people == 2:
         side, size = rng.choice((-1, 1)), min(size, width * 0.115)
         near, far = width * (0.5 - side * 0.12), width * (0.5 + side * 0.33)
@@ -97,7 +97,7 @@ def _light_people(
 def _develop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the picture after lens and film: blur, exposure, contrast, colour cast, noise."""
     # No lens draws edges as sharp as a pen does.
-    picture = cv2.GaussianBlur(picture, (0, 0), max(0.9, rng.uniform(-0.002, 0.0035) * max(picture.shape)))
+    picture = cv2.GaussianBlur(picture, (0, 0), max(1.0, rng.uniform(-0.002, 0.0035) * max(picture.shape)))
     exposure, gamma = rng.uniform(0.68, 1.25), rng.uniform(0.82, 1.22)
     cast_3 = exposure * (1 + rng.uniform(-0.15, 0.15, 3))
     values_V3 = 255 * (np.linspace(0, 1, 256)[:, None] ** gamma * cast_3)

@@ -1,0 +1,63 @@
+# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DATA := $(CURDIR)/data/demo
+GPU_RUNTIME := onnxruntime-gpu==1.31.1
+
+.PHONY: demo test check bench gpu clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "making $(VENV) with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@# lib is found from any folder, but only by this environment.
+	@echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/conv-facenet.pth"
+	@touch $@
+
+$(VENV)/.runtime: requirements.txt $(VENV)/.created
+	@echo "installing requirements.txt into $(VENV) (about 7 GB, some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.development: requirements-dev.txt requirements.txt $(VENV)/.created
+	@echo "installing requirements-dev.txt into $(VENV) (about 7 GB, some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.runtime
+
+# From photos to aligned faces, on drawn people or on your own data: make demo DATA_URL=/my/folder
+demo: $(VENV)/.runtime
+ifdef DATA_URL
+	@$(BIN)/python jobs/preprocess.py --data "$(DATA_URL)"
+	@echo "look at $(DATA_URL)/faces/README.md and $(DATA_URL)/faces/contact_sheet.jpg"
+else
+	@echo "drawing people who do not exist into $(DEMO_DATA)"
+	@$(BIN)/python jobs/sample.py --data "$(DEMO_DATA)"
+	@$(BIN)/python jobs/preprocess.py --data "$(DEMO_DATA)"
+	@echo "look at $(DEMO_DATA)/faces/README.md and $(DEMO_DATA)/faces/contact_sheet.jpg"
+endif
+
+test: $(VENV)/.development
+	@$(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/.development
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/python -m pip check
+
+# The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/; drawn photos else.
+bench: $(VENV)/.development
+	@for script in preprocess_quality preprocess_speed preprocess_memory metrics_speed face_cache negative_search; do \
+		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
+
+# On a machine with a CUDA GPU, once: ONNX Runtime's CUDA build in place of the CPU one (both write the same folder).
+gpu: $(VENV)/.runtime
+	@$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
+	@$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(GPU_RUNTIME)
+
+clean:
+	rm -rf $(VENV) data/demo
