@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from lib.faces.sample import SampleConfig, make_sample
 from tests.s3_server import S3Server
 
 
@@ -42,6 +43,16 @@ def real_photos() -> Path:
     """Return the folder of real photos beside the project, which is no part of it."""
     folder = Path(os.environ.get("REAL_PHOTOS") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
-        assert not os.environ.get("REAL_PHOTOS_REQUIRED"), f"the real photos must be tested on, but {folder} is not there"
+        assert not os.environ.get("REAL_PHOTOS_REQUIRED"), (
+            f"the real photos must be tested on, but {folder} is not there"
+        )
         pytest.skip(f"no real photos in {folder}: set REAL_PHOTOS to the folder that holds lfw/ and celeba/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data folder of drawn people, with a path that has spaces and letters beyond ASCII."""
+    folder = tmp_path_factory.mktemp("drawn people é")
+    make_sample(SampleConfig(data=str(folder), identities=14, photos_per_identity=8, seed=7))
     return folder

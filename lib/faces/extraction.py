@@ -12,7 +12,7 @@ import numpy as np
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.alignment import Alignment, align
-from lib.faces.detection import Detections, Detector, detector_sha256, load_detector
+from lib.faces.detection import DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
 
 CODE_VERSION = 1
@@ -40,6 +40,8 @@ class ExtractionSettings:
     alignment: Alignment = field(default_factory=Alignment)
 
     def __post_init__(self) -> None:
+        if self.detector not in DETECTORS:
+            raise UserError(f"--detector is {self.detector!r}: allowed are {', '.join(DETECTORS)}")
         if not 64 <= self.detection_size <= 4096:
             raise UserError(f"--detection-size is {self.detection_size}: allowed are 64 to 4096 pixels")
         if not 0.0 < self.min_score < 1.0:
@@ -56,7 +58,7 @@ def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
     """Return what a crop depends on, flat and JSON-able, with a short `id` over all of it."""
     content: dict[str, Any] = {
         "detector": settings.detector,
-        "detector_sha256": detector_sha256(settings.detector_weights),
+        "detector_sha256": detector_sha256(settings.detector, settings.detector_weights),
         "detection_size": settings.detection_size,
         "min_score": settings.min_score,
         "min_face": settings.min_face,
@@ -92,8 +94,7 @@ class FaceExtractor:
         self.settings = settings
         if detect is None:
             cv2.setNumThreads(1)
-            detector: Detector = load_detector(settings.detector, settings.detector_weights)
-            detect = detector.detect
+            detect = load_detector(settings.detector, settings.detector_weights).detect
         self._detect = detect
 
     def rows(self, data: bytes) -> list[dict[str, Any]]:

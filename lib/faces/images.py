@@ -1,7 +1,9 @@
 """Photo files become upright BGR pixels, at full or reduced scale; what cannot be read says why."""
 
 import io
+import struct
 import warnings
+import zlib
 
 import cv2
 import numpy as np
@@ -23,6 +25,21 @@ _CV2_READ_FLAGS = {
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+
+# What Pillow's readers are seen to raise on damaged files.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "MPO")
 _EXIF_ORIENTATION = 0x0112
@@ -58,11 +75,11 @@ class Photo:
             raise BadPhotoError(table.TOO_LARGE, f"the file is longer than {MAX_PHOTO_BYTES} bytes")
         self._data = data
         self._decoded: dict[int, np.ndarray] = {}
-        header = _read_header(data)
+        header, orientation = _read_header(data)
         self.width, self.height = header.size
         if self.width * self.height > max_pixels:
             raise BadPhotoError(table.TOO_LARGE, f"{self.width}x{self.height} is over {max_pixels} pixels")
-        if header.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED_ORIENTATIONS:
+        if orientation in _TRANSPOSED_ORIENTATIONS:
             self.width, self.height = self.height, self.width
         self._is_jpeg = header.format in ("JPEG", "MPO")
         # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
@@ -80,7 +97,7 @@ class Photo:
 
     def _decode(self, reduction: int) -> np.ndarray:
         if self._is_jpeg and not self._needs_pillow and not any(n < reduction for n in self._decoded):
-            pixels = cv2.imdecode(np.frombuffer(self._data, np.uint8), _CV2_READ_FLAGS[reduction])
+            pixels = _decode_with_opencv(self._data, reduction)
             expected = (-(-self.height // reduction), -(-self.width // reduction))
             if pixels is not None and pixels.shape[:2] == expected:
                 return pixels
@@ -88,7 +105,7 @@ class Photo:
             return _shrink(self.pixels(1), reduction)
         pixels = None
         if not self._needs_pillow:
-            pixels = cv2.imdecode(np.frombuffer(self._data, np.uint8), cv2.IMREAD_COLOR)
+            pixels = _decode_with_opencv(self._data, 1)
         if pixels is None or pixels.shape[:2] != (self.height, self.width):
             pixels = _decode_with_pillow(self._data)
         return pixels
@@ -115,14 +132,17 @@ def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
     return cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
 
 
-def _read_header(data: bytes) -> Image.Image:
+def _read_header(data: bytes) -> tuple[Image.Image, int]:
+    """Return the picture, not decoded, and its EXIF orientation (1 where it has none)."""
+    Image.init()  # with `formats` Pillow looks only among the readers it has loaded
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
+            warnings.simplefilter("ignore")
+            header = Image.open(io.BytesIO(data), formats=_FORMATS)
+            return header, header.getexif().get(_EXIF_ORIENTATION, 1)
     except Image.DecompressionBombError as error:
         raise BadPhotoError(table.TOO_LARGE, str(error)) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except (UnidentifiedImageError, *_UNREADABLE) as error:
         raise BadPhotoError(table.CORRUPT, "no picture in a format that is read (JPEG, PNG, WebP, BMP)") from error
 
 
@@ -139,6 +159,13 @@ def _is_complete(data: bytes, picture_format: str | None) -> bool:
     return False
 
 
+def _decode_with_opencv(data: bytes, reduction: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_READ_FLAGS[reduction])
+    except cv2.error:
+        return None
+
+
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
@@ -148,5 +175,5 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             upright = ImageOps.exif_transpose(picture)
             rgb_HW3 = np.asarray(upright.convert("RGB"))
         return np.ascontiguousarray(rgb_HW3[:, :, ::-1])
-    except (OSError, ValueError, SyntaxError, IndexError, MemoryError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, *_UNREADABLE) as error:
         raise BadPhotoError(table.CORRUPT, f"the picture cannot be decoded: {error}") from error

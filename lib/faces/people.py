@@ -67,7 +67,7 @@ class Person:
     def random(cls, rng: np.random.Generator) -> "Person":
         """Return a person whose every trait is drawn from `rng`."""
         draw, chance = rng.uniform, rng.random
-        bearded, nose_length = chance() < 0.2, draw(0.5, 0.68)
+        bearded, nose_length = chance() < 0.2, draw(0.53, 0.71)
         skin = SKINS[rng.integers(len(SKINS))]
         hairs = [hair for hair in HAIRS if sum(hair) < sum(skin) + 60]
         return cls(
@@ -75,7 +75,7 @@ class Person:
             hair=hairs[rng.integers(len(hairs))],
             iris=IRISES[rng.integers(len(IRISES))],
             lips=LIPS[rng.integers(len(LIPS))],
-            head_width=draw(1.1, 1.32),
+            head_width=draw(1.12, 1.34),
             jaw_width=draw(0.74, 1.12),
             chin_width=draw(0.22, 0.46),
             chin=nose_length + draw(0.94, 1.12),
@@ -85,11 +85,11 @@ class Person:
             eye_height=draw(0.1, 0.16),
             eye_tilt=draw(0.0, 0.07),
             lid_fold=draw(0.03, 0.1),
-            brow_gap=draw(0.24, 0.34),
+            brow_gap=draw(0.26, 0.36),
             brow_length=draw(0.48, 0.66),
             brow_thickness=draw(0.035, 0.12),
             brow_arch=draw(0.03, 0.13),
-            brow_tilt=draw(-0.11, 0.0),
+            brow_tilt=draw(-0.07, 0.04),
             nose_length=nose_length,
             nose_width=draw(0.29, 0.4),
             mouth=nose_length + draw(0.36, 0.46),

@@ -25,6 +25,7 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import card, table
 from lib.faces.alignment import Alignment
+from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
 from lib.faces.gpu_detection import gpu_detectors, remote_detect
 from lib.faces.images import MAX_PHOTO_BYTES
@@ -180,6 +181,8 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     if success is not None:
         logger.info("%s is complete: nothing to do", config.faces_url)
         return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
+    if not config.gpus:
+        load_detector(config.detector, config.settings().detector_weights)  # wrong weights are told here, in one line
     run_id = _write_plan(config.faces_url, plan)
     present = {info.path for info in storage.list_files(config.faces_url, suffix=".parquet")}
     todo = [part for part in parts if not present.issuperset(part.file_names())]
@@ -187,6 +190,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     if num_done:
         logger.info("going on: %d of %d photos are done", num_done, len(manifest))
     num_processed, seconds = _process(config, manifest, todo, num_done, faces_fingerprint)
+    _sweep(config.faces_url)
     counts = card.finish(
         config.faces_url,
         manifest,
@@ -235,9 +239,9 @@ class PartWorker:
         self._extractor = FaceExtractor(config.settings(), detect)
         self._num_threads = GPU_THREADS if gpu_handles else 1
 
-    def __call__(self, part: pa.Table) -> pa.Table:
-        """Process one part: columns of the manifest and `part`, the part's index."""
-        entries = part.to_pylist()
+    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Process one part: `index`, and `photos`, its rows of the manifest as an Arrow stream."""
+        entries = pa.ipc.open_stream(part["photos"]).read_all().to_pylist()
         rows: dict[str, list[dict[str, Any]]] = {entry["split"]: [] for entry in entries}
         num_bytes = dict.fromkeys(rows, 0)
         with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(self._num_threads) as extractors:
@@ -251,11 +255,11 @@ class PartWorker:
         for split, split_rows in rows.items():
             faces_table = table.faces_table(split_rows, self._fingerprint_json)
             metadata = {**faces_table.schema.metadata, card.BYTES_KEY: str(num_bytes[split]).encode()}
-            name = f"split={split}/part-{entries[0]['part']:06d}.parquet"
+            name = f"split={split}/part-{part['index']:06d}.parquet"
             url = storage.join(self._config.faces_url, name)
             # JPEG does not shrink; the other columns are small beside it.
             storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), compression="none")
-        return pa.table({"photos": [len(entries)]})
+        return {"photos": len(entries)}
 
     def _rows(self, item: tuple[dict[str, Any], bytes | str]) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
         entry, data = item
@@ -305,18 +309,16 @@ def _process(
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         handles = gpu_detectors(config.settings(), config.gpus) if config.gpus else []
-        blocks = [_part_block(manifest, part) for part in todo]
+        items = [_part_item(manifest, part) for part in todo]
         num_workers = min(len(todo), cluster.num_cpus())
-        summaries = ray.data.from_arrow(blocks).map_batches(
+        summaries = ray.data.from_items(items, override_num_blocks=len(items)).map(
             PartWorker,
             fn_constructor_args=(config, faces_fingerprint, handles),
-            batch_size=None,
-            batch_format="pyarrow",
             num_cpus=1,
             # Nodes that join later are used too.
             compute=ray.data.ActorPoolStrategy(min_size=1, initial_size=num_workers, max_size=len(todo)),
         )
-        logger.info("%d photos in %d parts on %d workers", sum(map(len, blocks)), len(todo), num_workers)
+        logger.info("%d photos in %d parts on %d workers", len(manifest) - num_done, len(todo), num_workers)
         is_terminal = sys.stderr.isatty()
         progress = stack.enter_context(
             tqdm(total=len(manifest), initial=num_done, unit="photo", mininterval=0.5 if is_terminal else 10.0)
@@ -324,10 +326,9 @@ def _process(
         started = time.monotonic()
         num_processed = 0
         try:
-            for summary in summaries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                num_new = pc.sum(summary["photos"]).as_py()
-                num_processed += num_new
-                progress.update(num_new)
+            for summary in summaries.iter_rows():
+                num_processed += summary["photos"]
+                progress.update(summary["photos"])
         except ray.exceptions.RayError as error:
             raise _plain(error) from error
         return num_processed, time.monotonic() - started
@@ -345,9 +346,12 @@ def _plain(error: Exception) -> Exception:
     return error
 
 
-def _part_block(manifest: Manifest, part: Part) -> pa.Table:
+def _part_item(manifest: Manifest, part: Part) -> dict[str, Any]:
     photos = manifest.photos.slice(part.start, part.stop - part.start)
-    return photos.append_column("part", pa.array([part.index] * len(photos), pa.int64())).combine_chunks()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, photos.schema) as writer:
+        writer.write_table(photos)
+    return {"index": part.index, "photos": sink.getvalue().to_pybytes()}
 
 
 def _settle(config: PreprocessConfig, plan: dict[str, Any]) -> dict[str, Any] | None:
@@ -386,6 +390,15 @@ def _settle(config: PreprocessConfig, plan: dict[str, Any]) -> dict[str, Any] | 
         storage.remove(storage.join(config.faces_url, name))
     storage.remove(plan_url)
     return None
+
+
+def _sweep(faces_url: str) -> None:
+    """Remove what writers left that were killed in the middle of a file."""
+    if not storage.is_local(faces_url):
+        return
+    for info in storage.list_files(faces_url, suffix=".tmp", skip_prefixes=()):
+        if info.path.startswith("split="):
+            storage.remove(storage.join(faces_url, info.path))
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

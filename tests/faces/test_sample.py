@@ -246,7 +246,7 @@ def test_a_deleted_photo_is_drawn_again(tmp_path: Path) -> None:
 def test_files_of_someone_else_are_never_touched(tmp_path: Path, stranger: str, overwrite: bool) -> None:
     (tmp_path / stranger).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / stranger).write_bytes(b"precious")
-    with pytest.raises(UserError, match="nothing was touched|no whole Parquet file"):
+    with pytest.raises(UserError, match=r"nothing was touched|no whole Parquet file"):
         make_sample(SampleConfig(data=str(tmp_path), identities=1, photos_per_identity=1, overwrite=overwrite))
     assert snapshot(tmp_path) == {stranger: b"precious"}
 

@@ -1,0 +1,274 @@
+"""`jobs/preprocess.py` as a user runs it, on drawn people, and what it says to input that is bad."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lib.faces import table
+from lib.faces.splits import split_of
+from tests.job_runner import ROOT, Finished, environment, run_job
+
+pytestmark = pytest.mark.timeout(300)
+
+ODD_NAMES = {
+    'it\'s "odd" \n ü 字.jpg': table.ALIGNED,
+    "zero.jpg": table.CORRUPT,
+    "text.jpg": table.CORRUPT,
+    "one pixel.png": table.TOO_SMALL,
+    "huge.png": table.TOO_LARGE,
+    "cut.jpg": table.CORRUPT,
+    "alone/only photo.jpg": table.ALIGNED,
+}
+
+
+def huge_png() -> bytes:
+    """Return a small PNG file whose header promises 30,000 x 30,000 pixels."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = (30_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def data(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the sample people by folders, with bad and oddly named photos among them."""
+    folder = tmp_path_factory.mktemp("odd data ü")
+    photos = folder / "photos"
+    for line in (sample_data / "identities.txt").read_text().splitlines():
+        name, identity = line.rsplit(" ", 1)
+        target = photos / f"person {identity}" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(sample_data / "photos" / name, target)
+    good = next(p for p in sorted(photos.rglob("*.jpg")) if p.stat().st_size > 20_000).read_bytes()
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    contents = [good, b"", b"no picture at all", buffer.getvalue(), huge_png(), good[: len(good) // 2], good]
+    for name, content in zip(ODD_NAMES, contents, strict=True):
+        (photos / "odd ones" / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / "odd ones" / name).write_bytes(content)
+    (photos / "flat.jpg").write_bytes(good)
+    (photos / "notes.txt").write_text("not a photo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_run(data: Path) -> Finished:
+    """Return the first, whole run, started as an executable file."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [ROOT / "jobs" / "preprocess.py"],
+        env=environment({"DATA_URL": str(data), "PATH": path}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=data,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def read_faces(folder: Path) -> pa.Table:
+    return pa.concat_tables(pq.ParquetFile(path).read() for path in sorted(folder.glob("split=*/part-*.parquet")))
+
+
+def test_each_photo_has_one_row_and_a_status(data: Path, first_run: Finished) -> None:
+    assert first_run.status == 0, first_run.errors
+    assert len(first_run.output.splitlines()) == 1
+    faces = read_faces(data / "faces")
+    assert faces.schema.remove_metadata().equals(table.SCHEMA)
+    photos = sorted(str(p.relative_to(data / "photos")) for p in (data / "photos").rglob("*") if p.suffix != ".txt")
+    photos = [p for p in photos if (data / "photos" / p).is_file()]
+    assert sorted(faces["photo"].to_pylist()) == sorted(photos)
+    status = dict(zip(faces["photo"].to_pylist(), faces["status"].to_pylist(), strict=True))
+    assert {name: status[f"odd ones/{name}"] for name in ODD_NAMES} == ODD_NAMES
+    assert status["flat.jpg"] == table.NO_IDENTITY
+    assert first_run.result["photos"] == first_run.result["rows"] == len(photos)
+    assert sum(first_run.result[name] for name in table.STATUSES) == len(photos)
+
+
+def test_crops_are_square_and_only_where_aligned(data: Path, first_run: Finished) -> None:
+    assert first_run.status == 0
+    for row in read_faces(data / "faces").to_pylist():
+        assert (row["crop"] is not None) == (row["status"] == table.ALIGNED)
+        if row["crop"]:
+            assert cv2.imdecode(np.frombuffer(row["crop"], np.uint8), cv2.IMREAD_COLOR).shape == (240, 240, 3)
+            assert row["score"] >= 0.9
+            assert len(row["landmarks"]) == 10
+
+
+def test_splits_follow_the_identities(data: Path, first_run: Finished) -> None:
+    assert first_run.status == 0
+    for path in (data / "faces").glob("split=*/part-*.parquet"):
+        for identity in pq.ParquetFile(path).read(columns=["identity"])["identity"].to_pylist():
+            if identity is not None:
+                assert path.parent.name == f"split={split_of(identity, 0)}"
+
+
+def test_card_sheet_and_success_say_the_same(data: Path, first_run: Finished) -> None:
+    faces = data / "faces"
+    card, success = (json.loads((faces / name).read_text()) for name in ("card.json", "_SUCCESS"))
+    assert card["counts"] == success["counts"]
+    assert card["fingerprint"] == success["fingerprint"]
+    metadata = pq.read_schema(next(faces.glob("split=*/part-*.parquet"))).metadata
+    assert json.loads(metadata[table.FINGERPRINT_KEY]) == success["fingerprint"]
+    assert cv2.imread(str(faces / "contact_sheet.jpg")).shape[1] == 12 * 120
+    readme = (faces / "README.md").read_text()
+    for split in table.SPLITS:
+        assert f"no of {split} identities={card['splits'][split]['identities']}" in readme
+    assert card["passed_over"] == {".txt": 1}
+    assert card["bytes_before"] > card["bytes_after"] > 0
+    assert first_run.result["photos_per_s"] > 0
+
+
+def test_a_second_run_does_nothing(data: Path, first_run: Finished) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (data / "faces").rglob("*")}
+    again = run_job("preprocess.py", "--data", str(data))
+    assert again.status == 0
+    assert again.result["photos_processed"] == 0
+    assert again.result["aligned"] == first_run.result["aligned"]
+    assert before == {p: p.stat().st_mtime_ns for p in (data / "faces").rglob("*")}
+
+
+def test_other_settings_over_a_table_are_refused_by_name(data: Path, first_run: Finished) -> None:
+    assert first_run.status == 0
+    refused = run_job("preprocess.py", "--data", str(data), "--image-size", "112", "--split-seed", "3")
+    assert refused.status == 2
+    assert "image_size: 240 there, 112 now" in refused.last_error
+    assert "split_seed: 0 there, 3 now" in refused.last_error
+    assert "--overwrite" in refused.last_error
+
+
+def test_what_is_missing_is_done_again_and_comes_out_the_same(data: Path, first_run: Finished) -> None:
+    """What a kill at any moment leaves is some of the parts and no `_SUCCESS`."""
+    faces = data / "faces"
+    parts = sorted(faces.glob("split=*/part-*.parquet"))
+    lost = {path: path.read_bytes() for path in parts[::2]}
+    num_lost = sum(pq.ParquetFile(path).metadata.num_rows for path in lost)
+    for path in lost:
+        path.unlink()
+    (faces / "_SUCCESS").unlink()
+    (parts[1].parent / ".part-000000.parquet.0.tmp").write_bytes(b"half a file")
+    again = run_job("preprocess.py", "--data", str(data))
+    assert again.status == 0, again.errors
+    assert again.result["photos_processed"] == num_lost
+    assert {path: path.read_bytes() for path in lost} == lost
+    assert again.result["aligned"] == first_run.result["aligned"]
+    assert not list(faces.rglob(".*")), "leftovers of a killed writer are swept"
+
+
+def test_overwrite_starts_anew_and_takes_parquet_input(data: Path, sample_data: Path, tmp_path: Path) -> None:
+    rows = []
+    for line in (sample_data / "identities.txt").read_text().splitlines()[:40]:
+        name, identity = line.rsplit(" ", 1)
+        content = (sample_data / "photos" / name).read_bytes()
+        rows.append({"image": {"bytes": content, "path": name}, "who": int(identity), "photo": name})
+    (tmp_path / "shards").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows[:25]), tmp_path / "shards" / "a.parquet", row_group_size=7)
+    pq.write_table(pa.Table.from_pylist(rows[25:]), tmp_path / "shards" / "b.parquet")
+    faces = tmp_path / "faces"
+    flags = ["--photos", str(tmp_path / "shards"), "--identity-column", "who", "--faces", str(faces)]
+    first = run_job("preprocess.py", *flags, "--min-score", "0.95")
+    assert first.status == 0, first.errors
+    assert first.result["rows"] == 40
+    second = run_job("preprocess.py", *flags, "--overwrite")
+    assert second.status == 0, second.errors
+    assert second.result["photos_processed"] == 40
+    names = [row["photo"] for row in rows]
+    ours = {row["photo"]: row["crop"] for row in read_faces(faces).to_pylist()}
+    theirs = {
+        row["photo"].rpartition("/")[2]: row["crop"]
+        for row in read_faces(data / "faces").to_pylist()
+        if row["photo"].rpartition("/")[2] in names
+    }
+    assert ours == theirs
+
+
+def test_all_faces_of_photos_without_identities(sample_data: Path, tmp_path: Path) -> None:
+    pair_names = {
+        row["photo"] for row in pq.read_table(sample_data / "landmarks.parquet").to_pylist() if row["kind"] == "two"
+    }
+    (tmp_path / "photos").mkdir()
+    for name in pair_names:
+        os.link(sample_data / "photos" / name, tmp_path / "photos" / name)
+    done = run_job("preprocess.py", "--data", str(tmp_path), "--faces-policy", "all")
+    assert done.status == 0, done.errors
+    faces = read_faces(tmp_path / "faces")
+    assert done.result["photos"] == len(pair_names)
+    assert done.result["aligned"] > len(pair_names)
+    assert len(set(faces["photo"].to_pylist())) == len(faces)
+    assert {name.rpartition("#")[0] for name in faces["photo"].to_pylist()} == pair_names
+
+
+def test_dry_run_writes_nothing(sample_data: Path, tmp_path: Path) -> None:
+    done = run_job("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path / "out"), "--dry-run")
+    assert done.status == 0
+    assert done.result["photos"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def _photo_folder(root: Path, identities: str | None) -> None:
+    (root / "photos").mkdir()
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    (root / "photos" / "a b.jpg").write_bytes(buffer.getvalue())
+    if identities is not None:
+        (root / "identities.txt").write_text(identities)
+
+
+@pytest.mark.parametrize(
+    ("identities", "flags", "said"),
+    [
+        (None, [], "identities.txt is not there"),
+        ("a b.jpg 1\nbroken\n\nagain\n", [], "line 2, 4"),
+        ("a b.jpg 1\n../../etc/passwd 2\n", [], "line 2 (../../etc/passwd) leads out of the photo folder"),
+        ("a b.jpg 1\na b.jpg 2\n", [], "two identities"),
+        ("a b.jpg 1\n", ["--detector", "guess"], "--detector is 'guess'"),
+        ("a b.jpg 1\n", ["--gpus", "1"], "--gpus is 1"),
+        ("a b.jpg 1\n", ["--detector", "batch-face"], "never downloaded"),
+        ("a b.jpg 1\n", ["--detector-weights", "/nowhere/w.onnx"], "/nowhere/w.onnx"),
+        ("a b.jpg 1\n", ["--photos", "foo://bucket/x"], "'foo'"),
+        ("a b.jpg 1\n", ["--photos", "/nowhere/photos"], "/nowhere/photos is not there"),
+        ("a b.jpg 1\n", ["--identities", "/nowhere/i.txt"], "/nowhere/i.txt is not there"),
+        ("a b.jpg 1\n", ["--image-size", "3"], "--image-size is 3"),
+        ("a b.jpg 1\n", ["--faces", "/proc/faces"], "/proc/faces"),
+    ],
+)
+def test_what_cannot_start_says_so_in_one_line(
+    tmp_path: Path, identities: str | None, flags: list[str], said: str
+) -> None:
+    _photo_folder(tmp_path, identities)
+    refused = run_job("preprocess.py", "--data", str(tmp_path), *flags)
+    assert refused.status == 2, refused.errors
+    assert said in refused.last_error
+    assert refused.last_error.startswith("error: ")
+    assert "Traceback" not in refused.errors
+    assert refused.output == ""
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    refused = run_job("preprocess.py", "--data", str(tmp_path))
+    assert refused.status == 2
+    assert "holds no photos" in refused.last_error
+
+
+def test_a_foreign_folder_is_never_overwritten(sample_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    refused = run_job("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path), "--overwrite")
+    assert refused.status == 2
+    assert "mine.txt" in refused.last_error
+    assert (tmp_path / "mine.txt").read_text() == "keep me"
