@@ -3,8 +3,8 @@
 A URL is a local path or `scheme://…`. Credentials and endpoints come from the usual environment variables alone
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …), never from a flag.
 
-File systems are never kept: fsspec has one for each process and finds it again, so everything here works after a fork,
-in a Ray worker, and after the server was restarted.
+A file system is asked for anew for each action: fsspec has one for each process and finds it again, so everything here
+works after a fork, in a Ray worker, and after the server was restarted.
 """
 
 import io
@@ -39,6 +39,10 @@ RETRY_SECONDS = 60.0
 
 CHECK_RETRY_SECONDS = 5.0
 """The same for `check_writable`: at the start of a job a silent endpoint is more likely a wrong one."""
+
+# Never read. It keeps alive, in a forked process, the file systems of the one that was forked: at their end s3fs would
+# close connections that both share, through an event loop whose thread the fork left behind. Both would then hang.
+_KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
@@ -94,6 +98,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme in S3_SCHEMES:
         # Otherwise s3fs repeats each timeout five times inside each of our tries.
         files.retries = 1
+        _KEPT_AFTER_FORK[os.getpid(), scheme] = files
     return files, driver._strip_protocol(url)
 
 

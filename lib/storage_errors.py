@@ -101,7 +101,13 @@ def _local_explanation(error: OSError, number: int, what: str) -> UserError | Jo
 
 
 def _remote_explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
-    from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError, SSLError
+    from botocore.exceptions import (
+        BotoCoreError,
+        NoCredentialsError,
+        ParamValidationError,
+        PartialCredentialsError,
+        SSLError,
+    )
 
     code = s3_code(error)
     reason = " ".join(redacted(str(error)).split()).rstrip(".") or type(error).__name__
@@ -111,6 +117,11 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
         return MissingFileError(f"{what}: it is not there: correct the URL, or run first the job that makes it")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return UserError(f"{what}: {reason}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, ParamValidationError):
+        # Its reason repeats the bucket's name, with the secret of a URL that has one.
+        return UserError(
+            f"{what}: no bucket or file can have this name: correct the URL, and keep credentials out of it"
+        )
     if code == "InvalidAccessKeyId":
         return UserError(f"{what}: the storage does not know this access key: correct AWS_ACCESS_KEY_ID")
     if code == "SignatureDoesNotMatch":
@@ -119,6 +130,6 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
         return UserError(f"{what}: {reason}: ask for this right, or correct AWS_ACCESS_KEY_ID or the bucket's name")
     if is_passing(error):
         return JobError(f"{what}: {reason}: check the storage and AWS_ENDPOINT_URL, and run the same command again")
-    if isinstance(error, ValueError | SSLError):
+    if code == "InvalidBucketName" or isinstance(error, ValueError | SSLError):
         return UserError(f"{what}: {reason}: correct the URL or AWS_ENDPOINT_URL")
     return JobError(f"{what}: {reason}") if isinstance(error, OSError | BotoCoreError) else None

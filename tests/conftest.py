@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from lib import storage
 from lib.faces.sample import SampleConfig, make_sample
 from tests.s3_server import S3Server
 
@@ -32,9 +33,10 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         monkeypatch.setenv(name, value)
     # An instance keeps the endpoint and the credentials of the environment in which it was made.
     s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    s3fs.S3FileSystem().mkdir(bucket)
-    yield f"s3://{bucket}"
+    url = f"s3://bucket-{uuid.uuid4().hex[:12]}"
+    files, bucket = storage.filesystem(url)
+    files.mkdir(bucket)
+    yield url
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -55,7 +55,7 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Start the server, unless it runs, and wait until it answers.
+        """Start the server, unless it runs, and wait until it answers; it ends with the thread that called this.
 
         Raises:
             RuntimeError: it does not; with the end of its log.

@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +24,10 @@ from lib import storage
 from lib.errors import JobError, UserError
 from tests.s3_server import S3Server
 
+Result = TypeVar("Result")
+
 STRANGE_NAMES = ["a b.jpg", "it's.jpg", '"quoted".jpg', "line\nbreak.jpg", "é “ü” 顔.jpg", "50%20.jpg", "a+b=c&d.jpg"]
-STRANGE_NAMES += ["a?b#c.jpg", "[1]*.jpg", "a::b.jpg", "~.jpg", "me@home.jpg", "back\\slash.jpg"]
+STRANGE_NAMES += ["a?b#c.jpg", "[1]*.jpg", "a::b.jpg", "~.jpg", "me@home.jpg"]
 
 READS = {
     "exists": storage.exists,
@@ -65,24 +69,23 @@ def random_table() -> pa.Table:
 
 
 @contextmanager
-def away_for(server: S3Server, seconds: float) -> Iterator[None]:
-    """Stop the server, and start it again some seconds later, while the body runs."""
-    server.stop()
-    back = threading.Timer(seconds, server.start)
-    back.start()
-    try:
-        yield
-    finally:
-        back.join()
-
-
-@contextmanager
 def stopped(server: S3Server) -> Iterator[None]:
     server.stop()
     try:
         yield
     finally:
         server.start()
+
+
+def begun_without(server: S3Server, action: Callable[[], Result], log: pytest.LogCaptureFixture) -> Result:
+    """Stop the server, begin the action, start the server once the action waits for it, and return its result."""
+    # It is the action that has a thread of its own: the server ends with the thread that started it.
+    with ThreadPoolExecutor(1) as pool:
+        with stopped(server):
+            future = pool.submit(action)
+            while "trying again in" not in log.text and not future.done():
+                time.sleep(0.05)
+        return future.result()
 
 
 def paths(url: str, **options: object) -> list[str]:
@@ -96,17 +99,20 @@ def assert_clear(error: BaseException) -> None:
         assert os.environ.get(name, "no such key") not in str(error)
 
 
-@pytest.mark.parametrize("name", STRANGE_NAMES)
-def test_any_name_can_be_written_found_read_and_removed(s3_bucket, name):
-    url = storage.join(s3_bucket, "a folder é", name)
-    storage.write_bytes(url, b"content")
-    assert storage.exists(url)
-    assert storage.read_bytes(url) == b"content"
-    assert list(storage.list_files(s3_bucket)) == [(f"a folder é/{name}", 7)]
-    assert list(storage.list_files(storage.join(s3_bucket, "a folder é"), suffix=".jpg")) == [(name, 7)]
-    storage.remove(url)
-    assert not storage.exists(url)
-    storage.remove(url)
+def test_any_name_can_be_written_found_read_and_removed(s3_bucket):
+    folder = storage.join(s3_bucket, "a folder é")
+    for name in STRANGE_NAMES:
+        storage.write_bytes(storage.join(folder, name), name.encode())
+    assert paths(folder, suffix=".jpg") == sorted(STRANGE_NAMES)
+    assert paths(s3_bucket) == [f"a folder é/{name}" for name in sorted(STRANGE_NAMES)]
+    for number, name in enumerate(sorted(STRANGE_NAMES), start=1):
+        url = storage.join(folder, name)
+        assert storage.exists(url)
+        assert storage.read_bytes(url) == name.encode()
+        storage.remove(url)
+        assert not storage.exists(url)
+        storage.remove(url)
+        assert paths(folder) == sorted(STRANGE_NAMES)[number:]
 
 
 def test_another_client_reads_what_was_written(s3_server, s3_bucket):
@@ -158,7 +164,7 @@ def test_what_consoles_put_in_the_place_of_a_folder_is_no_file(s3_bucket):
 
 def test_more_files_than_one_answer_of_the_server_holds_are_listed(s3_bucket):
     files, bucket = storage.filesystem(s3_bucket)
-    names = [f"{number % 7}/{number}.jpg" for number in range(1100)]
+    names = [f"{number % 7}/{number}.jpg" for number in range(1010)]
     files.pipe({f"{bucket}/photos/{name}": b"1" for name in names})
     assert paths(f"{s3_bucket}/photos") == sorted(names)
 
@@ -216,14 +222,15 @@ def test_of_a_parquet_file_only_what_is_asked_for_is_fetched(s3_bucket, random_t
     url = f"{s3_bucket}/split=train/part 0.parquet"
     storage.write_parquet(url, random_table, row_group_size=25_000)
     num_bytes_fetched = []
-    fetch = s3fs.S3FileSystem.cat_file
+    fetch = s3fs.S3FileSystem._cat_file
 
-    def counted(*args: object, **options: object) -> bytes:
-        data = fetch(*args, **options)
+    async def counted(*args: object, **options: object) -> bytes:
+        data = await fetch(*args, **options)
         num_bytes_fetched.append(len(data))
         return data
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "cat_file", counted)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
+    s3fs.S3FileSystem.clear_instance_cache()
     with storage.open_parquet(url) as file:
         part = file.read_row_group(3, columns=["right"])
     assert part.equals(random_table.select(["right"]).slice(75_000, 25_000))
@@ -239,40 +246,34 @@ def test_a_parquet_file_cut_short_is_named(s3_bucket, random_table):
     assert_clear(raised.value)
 
 
-@pytest.mark.parametrize("action", ["read_bytes", "read_parquet"])
-def test_a_missing_file_can_be_told_from_other_mistakes(s3_bucket, action):
-    with pytest.raises(FileNotFoundError) as raised:
-        ACTIONS[action](f"{s3_bucket}/a folder/nothing")
-    assert_clear(raised.value)
+def test_a_missing_file_can_be_told_from_other_mistakes(s3_bucket):
+    for read in (storage.read_bytes, storage.read_parquet):
+        with pytest.raises(FileNotFoundError) as raised:
+            read(f"{s3_bucket}/a folder/nothing")
+        assert_clear(raised.value)
     assert not storage.exists(f"{s3_bucket}/a folder/nothing")
 
 
-@pytest.mark.parametrize("action", ["read_bytes", "read_parquet", "list_files", "write_bytes", "check_writable"])
-def test_a_missing_bucket_is_named(s3_bucket, action):
-    with pytest.raises(UserError, match="no bucket 'nobody-made-this'") as raised:
-        ACTIONS[action]("s3://nobody-made-this/folder/x")
-    assert_clear(raised.value)
+@pytest.mark.usefixtures("s3_bucket")
+def test_a_missing_bucket_is_named():
+    for name in ("read_bytes", "read_parquet", "list_files", "write_bytes", "check_writable"):
+        with pytest.raises(UserError, match="no bucket 'nobody-made-this'") as raised:
+            ACTIONS[name]("s3://nobody-made-this/folder/x")
+        assert_clear(raised.value)
     assert not storage.exists("s3://nobody-made-this")
 
 
-def test_a_user_who_may_only_read_reads(s3_bucket, s3_server, change_environment):
+def test_a_user_who_may_only_read_can_read_and_is_told_when_writing(s3_bucket, s3_server, change_environment):
     storage.write_bytes(f"{s3_bucket}/x", b"1")
     change_environment(s3_server.environment("ro"))
+    for write in WRITES.values():
+        with pytest.raises(UserError, match=r"Access Denied.*AWS_ACCESS_KEY_ID") as raised:
+            write(f"{s3_bucket}/x")
+        assert_clear(raised.value)
     assert storage.read_bytes(f"{s3_bucket}/x") == b"1"
     assert paths(s3_bucket) == ["x"]
 
 
-@pytest.mark.parametrize("action", WRITES)
-def test_a_user_who_may_only_read_is_told_when_writing(s3_bucket, s3_server, change_environment, action):
-    storage.write_bytes(f"{s3_bucket}/x", b"1")
-    change_environment(s3_server.environment("ro"))
-    with pytest.raises(UserError, match=r"Access Denied.*AWS_ACCESS_KEY_ID") as raised:
-        ACTIONS[action](f"{s3_bucket}/x")
-    assert_clear(raised.value)
-    assert storage.read_bytes(f"{s3_bucket}/x") == b"1"
-
-
-@pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize(
     "credentials",
     [
@@ -283,38 +284,41 @@ def test_a_user_who_may_only_read_is_told_when_writing(s3_bucket, s3_server, cha
     ],
     ids=["wrong secret", "unknown key", "half", "none"],
 )
-def test_wrong_credentials_are_the_users_mistake(s3_bucket, change_environment, credentials, action):
+def test_wrong_credentials_are_the_users_mistake(s3_bucket, change_environment, credentials):
     change_environment(credentials)
-    with pytest.raises(UserError, match=r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY)") as raised:
-        ACTIONS[action](f"{s3_bucket}/x")
-    assert_clear(raised.value)
+    for action in ACTIONS.values():
+        with pytest.raises(UserError, match=r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY)") as raised:
+            action(f"{s3_bucket}/x")
+        assert_clear(raised.value)
 
 
-@pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("url", ["s3://No Bucket!/x", "s3://key:sec/ret@bucket/x", "s3://key:sec-ret@bucket/x"])
-def test_a_url_that_can_be_no_bucket_is_the_users_mistake(s3_bucket, url, action):
-    with pytest.raises(UserError, match="correct the URL") as raised:
-        ACTIONS[action](url)
-    assert_clear(raised.value)
-    assert "ret@" not in str(raised.value)
+@pytest.mark.usefixtures("s3_bucket")
+def test_a_url_without_a_possible_bucket_is_the_users_mistake_and_its_secret_is_not_shown():
+    for url in ("s3://No Bucket!/x", "s3://my-key:sec/ret@bucket/x", "s3://my-key:sec-ret@bucket/x"):
+        for action in ACTIONS.values():
+            with pytest.raises(UserError, match="correct the URL") as raised:
+                action(url)
+            assert_clear(raised.value)
+            assert "sec" not in str(raised.value)
+            assert "my-key" not in str(raised.value)
 
 
 def test_a_write_waits_for_a_server_that_comes_back(s3_bucket, s3_server, caplog):
     storage.write_bytes(f"{s3_bucket}/before", b"1")
-    with away_for(s3_server, 1):
-        storage.write_bytes(f"{s3_bucket}/after", b"2")
+    begun_without(s3_server, lambda: storage.write_bytes(f"{s3_bucket}/after", b"2"), caplog)
     assert storage.read_bytes(f"{s3_bucket}/before") == b"1"
     assert storage.read_bytes(f"{s3_bucket}/after") == b"2"
     assert "trying again in" in caplog.text
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in caplog.text
 
 
-def test_a_parquet_file_is_read_on_when_the_server_comes_back(s3_bucket, s3_server, random_table):
+def test_a_parquet_file_is_read_on_when_the_server_comes_back(s3_bucket, s3_server, random_table, caplog):
     storage.write_parquet(f"{s3_bucket}/x.parquet", random_table, row_group_size=125_000)
     with storage.open_parquet(f"{s3_bucket}/x.parquet") as file:
         assert file.read_row_group(0).equals(random_table.slice(0, 125_000))
-        with away_for(s3_server, 1):
-            assert file.read_row_group(1).equals(random_table.slice(125_000))
+        rest = begun_without(s3_server, lambda: file.read_row_group(1), caplog)
+    assert rest.equals(random_table.slice(125_000))
+    assert "trying again in" in caplog.text
 
 
 def test_a_server_that_stays_away_fails_the_job_in_one_line(s3_bucket, s3_server, monkeypatch):
@@ -326,19 +330,19 @@ def test_a_server_that_stays_away_fails_the_job_in_one_line(s3_bucket, s3_server
     assert storage.read_bytes(f"{s3_bucket}/x") == b"1"
 
 
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize("action", ACTIONS)
-def test_an_endpoint_that_is_not_there_ends_each_action(s3_bucket, change_environment, monkeypatch, action):
+@pytest.mark.timeout(60)
+def test_an_endpoint_that_is_not_there_ends_each_action(s3_bucket, change_environment, monkeypatch):
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.3)
     monkeypatch.setattr(storage, "CHECK_RETRY_SECONDS", 0.3)
     change_environment({"AWS_ENDPOINT_URL": NOWHERE})
-    error_type = UserError if action == "check_writable" else JobError
-    with pytest.raises(error_type, match=rf"{NOWHERE}.*AWS_ENDPOINT_URL") as raised:
-        ACTIONS[action](f"{s3_bucket}/x")
-    assert_clear(raised.value)
+    for name, action in ACTIONS.items():
+        error_type = UserError if name == "check_writable" else JobError
+        with pytest.raises(error_type, match=rf"{NOWHERE}.*AWS_ENDPOINT_URL") as raised:
+            action(f"{s3_bucket}/x")
+        assert_clear(raised.value)
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60)
 def test_an_endpoint_that_never_answers_ends_the_action(s3_bucket, change_environment, monkeypatch):
     monkeypatch.setattr(storage, "RETRY_SECONDS", 0.3)
     monkeypatch.setitem(storage.S3_OPTIONS["config_kwargs"], "read_timeout", 0.5)

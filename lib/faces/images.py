@@ -41,7 +41,7 @@ _UNREADABLE = (
     zlib.error,
 )
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # to Pillow an MPO is a JPEG until it is open
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 
@@ -75,11 +75,11 @@ class Photo:
             raise BadPhotoError(table.TOO_LARGE, f"the file is longer than {MAX_PHOTO_BYTES} bytes")
         self._data = data
         self._decoded: dict[int, np.ndarray] = {}
-        header, orientation = _read_header(data)
+        header = _read_header(data)
         self.width, self.height = header.size
         if self.width * self.height > max_pixels:
             raise BadPhotoError(table.TOO_LARGE, f"{self.width}x{self.height} is over {max_pixels} pixels")
-        if orientation in _TRANSPOSED_ORIENTATIONS:
+        if _orientation(header, data) in _TRANSPOSED_ORIENTATIONS:
             self.width, self.height = self.height, self.width
         self._is_jpeg = header.format in ("JPEG", "MPO")
         # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
@@ -132,18 +132,29 @@ def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
     return cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
 
 
-def _read_header(data: bytes) -> tuple[Image.Image, int]:
-    """Return the picture, not decoded, and its EXIF orientation (1 where it has none)."""
-    Image.init()  # with `formats` Pillow looks only among the readers it has loaded
+def _read_header(data: bytes) -> Image.Image:
+    """Return the picture, not decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = Image.open(io.BytesIO(data), formats=_FORMATS)
-            return header, header.getexif().get(_EXIF_ORIENTATION, 1)
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadPhotoError(table.TOO_LARGE, str(error)) from error
     except (UnidentifiedImageError, *_UNREADABLE) as error:
         raise BadPhotoError(table.CORRUPT, "no picture in a format that is read (JPEG, PNG, WebP, BMP)") from error
+
+
+def _orientation(header: Image.Image, data: bytes) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none that can be read."""
+    # Pillow decodes the whole of a PNG to look for EXIF behind the pixels.
+    if header.format == "PNG" and b"eXIf" not in data:
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return header.getexif().get(_EXIF_ORIENTATION, 1)
+    except _UNREADABLE:
+        return 1
 
 
 def _is_complete(data: bytes, picture_format: str | None) -> bool:

@@ -109,7 +109,7 @@ class Person:
             moustache=bearded or chance() < 0.08,
             glasses=draw(0.3, 1.0) if chance() < 0.25 else 0.0,
             freckles=draw(0.3, 1.0) if chance() < 0.15 else 0.0,
-            moles=tuple((draw(-0.6, 0.6), draw(0.35, 1.2)) for _ in range(rng.integers(4))),
+            moles=tuple((draw(-0.6, 0.6), draw(0.35, 1.2)) for _ in range(rng.integers(3))),
         )
 
 
@@ -133,9 +133,9 @@ class Moment:
         """Return a moment drawn from `rng`: roll up to 30 degrees, yaw up to 25."""
         draw = rng.uniform
         return cls(
-            roll=float(np.radians(np.clip(rng.normal(0, 9), -30, 30))),
-            yaw=float(np.radians(np.clip(rng.normal(0, 7), -25, 25))),
-            pitch=draw(-0.07, 0.07),
+            roll=float(np.radians(np.clip(rng.laplace(0, 6.5), -30, 30))),
+            yaw=float(np.radians(np.clip(rng.normal(0, 6), -25, 25))),
+            pitch=draw(-0.05, 0.05),
             smile=draw(-0.25, 1.0),
             mouth_open=max(0.0, draw(-0.7, 1.0)),
             eyes_open=draw(0.62, 1.1),
