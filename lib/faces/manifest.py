@@ -62,8 +62,8 @@ class Manifest:
         """Return a hash over names, identities and splits: the same input gives the same, on any machine."""
         digest = hashlib.sha256()
         for name in self.photos.column_names:
-            for chunk in self.photos.slice(0).select([name]).to_batches(max_chunksize=65536):
-                digest.update("\0".join(map(str, chunk.column(0).to_pylist())).encode("utf-8", "surrogateescape"))
+            for batch in self.photos.select([name]).to_batches(max_chunksize=65536):
+                digest.update("".join(f"{value!r}\n" for value in batch.column(0).to_pylist()).encode())
         return digest.hexdigest()[:16]
 
 
@@ -84,10 +84,10 @@ def read_manifest(
             "--photos, or set DATA_URL to the folder above photos/ (jobs/sample.py draws some to try)"
         )
     if photos_url.endswith(".parquet"):
-        return _from_parquet(photos_url, [""], columns, split_seed)
+        return _from_parquet(photos_url, [""], columns, split_seed, required=identities_required)
     names, parquet_names, passed_over = _list_photos(photos_url)
     if parquet_names and not names:
-        return _from_parquet(photos_url, parquet_names, columns, split_seed)
+        return _from_parquet(photos_url, parquet_names, columns, split_seed, required=identities_required)
     listed = _read_identities(identities_url) if storage.exists(identities_url) else None
     if not names and not listed:
         kinds = f" ({_counted(passed_over)} lie there)" if passed_over else ""
@@ -137,11 +137,12 @@ def _read_identities(url: str) -> dict[str, str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        name, _, identity = line.strip().rpartition(" ") if " " in line.strip() else line.strip().rpartition("\t")
-        name = name.strip()
-        if not name or not identity:
+        fields = line.strip().rsplit(maxsplit=1)
+        if len(fields) < 2:
             malformed.append(number)
-        elif not safe_name(name):
+            continue
+        name, identity = fields
+        if not safe_name(name):
             outside.append(f"line {number} ({name})")
         elif listed.setdefault(name, identity) != identity:
             doubled.append(f"line {number} ({name}: {listed[name]} and {identity})")

@@ -1,0 +1,112 @@
+"""Photos per second of the whole preprocess job, against the sum of its stages and against the original's way.
+
+Prints a table and, last, one line of JSON. All is measured in this one run, in alternation.
+"""
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+
+from bench import original_way
+from bench.inputs import WEIGHTS_NAME, bench_data, drawn, job_command, job_environment, run_job
+from lib.faces.alignment import Alignment, align
+from lib.faces.detection import load_detector
+from lib.faces.extraction import JPEG_QUALITY, ExtractionSettings, FaceExtractor, most_prominent
+from lib.faces.images import REDUCTIONS, Photo, to_jpeg
+
+NUM_ROUNDS = 3
+NUM_STAGE_PHOTOS = 250
+NUM_ORIGINAL_PHOTOS = 60
+
+
+def stage_seconds(photos: list[Path]) -> dict[str, float]:
+    """Return seconds a photo of read and decode, detect, warp and encode, each alone on one thread."""
+    cv2.setNumThreads(1)
+    settings = ExtractionSettings()
+    detector = load_detector(settings.detector)
+    extractor = FaceExtractor(settings, detector.detect)
+    clock, seconds = time.perf_counter, dict.fromkeys(("decode", "detect", "warp", "encode"), 0.0)
+    for path in photos:
+        start = clock()
+        photo = Photo(path.read_bytes(), max_pixels=10**8)
+        factor = max(1.0, max(photo.width, photo.height) / settings.detection_size)
+        picture = photo.pixels(next(n for n in REDUCTIONS if n <= factor))
+        seconds["decode"] += clock() - start
+        start = clock()
+        found = extractor.find(photo)
+        seconds["detect"] += clock() - start
+        if not len(found):
+            continue
+        face = most_prominent(found, photo.width, photo.height, settings.min_score)
+        start = clock()
+        crop = align(photo, found.boxes_N4[face], found.landmarks_N52[face], Alignment())
+        seconds["warp"] += clock() - start
+        start = clock()
+        to_jpeg(crop, JPEG_QUALITY)
+        seconds["encode"] += clock() - start
+        del picture
+    return {stage: total / len(photos) for stage, total in seconds.items()}
+
+
+def seconds_to_first_photos(data: str, faces: str) -> float:
+    """Return seconds from the command to the first part of photos done."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        job_command("preprocess.py", "--data", data, "--faces", faces),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=job_environment(),
+    )
+    while process.poll() is None and not list(Path(faces).glob("split=*/part-*.parquet")):
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    process.wait()
+    return seconds
+
+
+def main() -> None:
+    """Measure and print."""
+    real = bench_data()
+    with tempfile.TemporaryDirectory() as scratch:
+        data = real / "celeba" if real else drawn(Path(scratch) / "drawn", 60, 20)
+        photos = sorted((data / "photos").iterdir())
+        photos = [p for p in photos if p.stat().st_size > 100 and re.search(r"\.(jpe?g|png|webp|bmp)$", p.name)]
+        faces = str(Path(scratch) / "faces")
+        num_cores = os.cpu_count() or 1
+        rates: dict[str, list[float]] = {"job": [], "limit": [], "original": []}
+        stages: dict[str, float] = {}
+        for _ in range(NUM_ROUNDS):
+            stages = stage_seconds(photos[:: max(1, len(photos) // NUM_STAGE_PHOTOS)])
+            rates["limit"].append(num_cores / sum(stages.values()))
+            rates["job"].append(run_job("preprocess.py", "--data", str(data), "--faces", faces)["photos_per_s"])
+            shutil.rmtree(faces)
+            if real:
+                some = photos[:: max(1, len(photos) // NUM_ORIGINAL_PHOTOS)]
+                rates["original"].append(original_way.run(some, real / "weights" / WEIGHTS_NAME, Path(scratch)))
+        first_s = seconds_to_first_photos(str(data), faces)
+    medians = {name: statistics.median(values) for name, values in rates.items() if values}
+    result = {
+        "bench": "preprocess_speed",
+        "photos": len(photos),
+        "cores": num_cores,
+        "ms_a_photo": {stage: round(seconds * 1e3, 2) for stage, seconds in stages.items()},
+        "photos_per_s": {name: round(value, 1) for name, value in medians.items()},
+        "job_to_limit": round(medians["job"] / medians["limit"], 3),
+        "job_to_original": round(medians["job"] / medians["original"], 1) if real else None,
+        "seconds_to_first_photos": round(first_s, 1),
+    }
+    for name, value in result.items():
+        print(f"{name:26} {value}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
