@@ -15,7 +15,7 @@ from tests.job_runner import RayHead, finish, kill_session, ray_head, run_job, s
 
 pytestmark = pytest.mark.timeout(300)
 
-COPIES = 4
+COPIES = 2
 WORKER = "ray::MapWorker"
 
 

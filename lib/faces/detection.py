@@ -125,9 +125,7 @@ def load_detector(name: str, weights_url: str | None = None, *, use_gpu: bool = 
     weights = _weights(name, weights_url)
     if name == "batch-face":
         if use_gpu:
-            raise UserError(
-                "--detector batch-face runs on CPUs only: leave --gpus out, or give its weights to --detector retinaface"
-            )
+            raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
         return BatchFace(weights)
     if weights_url is not None and weights_url.endswith((".pth", ".pt")):
         network = _torch_network(weights, use_gpu=use_gpu)
@@ -165,7 +163,10 @@ def _weights(name: str, url: str | None) -> bytes:
 
         return bytes(WEIGHTS)
     if not storage.exists(url):
-        raise UserError(f"--detector-weights names {url}, which is not there: put the .onnx or .pth file at that place")
+        raise UserError(
+            f"--detector-weights names {storage.redacted(url)}, which is not there: "
+            "put the .onnx or .pth file at that place"
+        )
     return storage.read_bytes(url)
 
 

@@ -7,6 +7,7 @@ import zlib
 
 import cv2
 import numpy as np
+import pyjpegli
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib.faces import table
@@ -117,10 +118,14 @@ def reduction_for(scale: float) -> int:
 
 
 def to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
-    """Return BGR pixels as a JPEG file."""
-    done, encoded = cv2.imencode(".jpg", pixels_HW3, [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_OPTIMIZE, 1])
-    assert done, "OpenCV encodes every uint8 picture"
-    return encoded.tobytes()
+    """Return BGR pixels as a baseline JPEG file with 4:2:0 chroma.
+
+    The encoder is jpegli: at the same quality and the same error as libjpeg's its files are a seventh smaller
+    (docs/measurements.md).
+    """
+    height, width = pixels_HW3.shape[:2]
+    rgb_HW3 = cv2.cvtColor(pixels_HW3, cv2.COLOR_BGR2RGB)
+    return bytes(pyjpegli.encode(rgb_HW3.tobytes(), width, height, quality=quality))
 
 
 def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:

@@ -180,29 +180,24 @@ def _by_folder(
     return names, folders, statuses
 
 
-def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, seed: int) -> Manifest:
+def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, seed: int, *, required: bool) -> Manifest:
     parts = []
     for name in names:
         url = storage.join(photos_url, name) if name else photos_url
         with storage.open_parquet(url) as file:
-            known = file.schema_arrow.names
-            for flag, column in (("--image-column", columns.image), ("--identity-column", columns.identity)):
-                if column not in known:
-                    raise UserError(f"{url} has no column {column!r}: name it by {flag}; there are {', '.join(known)}")
-            wanted = [columns.identity, *([columns.photo] if columns.photo in known else [])]
-            content = file.read(columns=wanted)
-        identities = pc.cast(content[columns.identity], pa.string())
-        rows = np.arange(len(content))
+            _check_columns(url, file.schema_arrow, columns, identity_required=required)
+            known = set(file.schema_arrow.names) - {columns.image}
+            content = file.read(columns=[column for column in (columns.identity, columns.photo) if column in known])
+            num_rows = file.metadata.num_rows
+        nobody: list[str | None] = [None] * num_rows
+        identities = _texts(url, content, columns.identity) if columns.identity in known else nobody
         stem = name or url.rsplit("/", 1)[1]
-        keys = (
-            pc.cast(content[columns.photo], pa.string())
-            if columns.photo in known
-            else pa.array([f"{stem}#{row}" for row in rows], pa.string())
-        )
-        statuses = [None if valid else table.NO_IDENTITY for valid in pc.is_valid(identities).to_pylist()]
-        part = _table(keys.to_pylist(), identities.to_pylist(), statuses, seed)
-        part = part.set_column(4, MANIFEST_SCHEMA.field("source"), pa.array([name] * len(rows), pa.string()))
-        parts.append(part.set_column(5, MANIFEST_SCHEMA.field("row"), pa.array(rows, pa.int64())))
+        numbered: list[str | None] = [f"{stem}#{row}" for row in range(num_rows)]
+        keys = _texts(url, content, columns.photo) if columns.photo in known else numbered
+        statuses = [table.NO_IDENTITY if required and identity is None else None for identity in identities]
+        part = _table(keys, identities, statuses, seed)
+        part = part.set_column(4, MANIFEST_SCHEMA.field("source"), pa.array([name] * num_rows, pa.string()))
+        parts.append(part.set_column(5, MANIFEST_SCHEMA.field("row"), pa.array(np.arange(num_rows), pa.int64())))
     photos = pa.concat_tables(parts)
     if not len(photos):
         raise UserError(f"{storage.redacted(photos_url)} holds no rows")
@@ -215,8 +210,38 @@ def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, se
     return Manifest(photos, {})
 
 
+def _check_columns(url: str, schema: pa.Schema, columns: ParquetColumns, *, identity_required: bool) -> None:
+    wanted = [("--image-column", columns.image)]
+    if identity_required:
+        wanted.append(("--identity-column", columns.identity))
+    for flag, column in wanted:
+        if column not in schema.names:
+            raise UserError(
+                f"{storage.redacted(url)} has no column {column!r}: name it by {flag}; "
+                f"there are {', '.join(schema.names)}"
+            )
+    kind = schema.field(columns.image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if kind not in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        raise UserError(
+            f"column {columns.image!r} of {storage.redacted(url)} is of type {kind}: name by --image-column the one of "
+            "the encoded photos, binary or a struct with `bytes`"
+        )
+
+
+def _texts(url: str, content: pa.Table, column: str) -> list[str | None]:
+    try:
+        return pc.cast(content[column], pa.string()).to_pylist()
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"column {column!r} of {storage.redacted(url)} holds no names but {content[column].type}: "
+            "name the columns by --identity-column and --photo-column"
+        ) from error
+
+
 def _table(
-    photos: Iterable[str], identities: Iterable[str | None], statuses: Iterable[str | None], seed: int
+    photos: Iterable[str | None], identities: Iterable[str | None], statuses: Iterable[str | None], seed: int
 ) -> pa.Table:
     splits: dict[str, str] = {}
     photos, identities = list(photos), list(identities)
