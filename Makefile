@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_DATA := $(CURDIR)/data/demo
 GPU_RUNTIME := onnxruntime-gpu==1.31.1
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench image gpu clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -53,6 +53,12 @@ check: $(VENV)/.development
 bench: $(VENV)/.development
 	@for script in preprocess_quality preprocess_speed preprocess_memory metrics_speed face_cache negative_search; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
+
+# The container image conv-facenet, by whichever builder is there.
+image:
+	@for builder in docker podman buildah; do \
+		if command -v $$builder > /dev/null; then $$builder build --tag conv-facenet . && exit; exit 1; fi; done; \
+		echo "error: docker, podman or buildah is needed to build an image" >&2; exit 2
 
 # On a machine with a CUDA GPU, once: ONNX Runtime's CUDA build in place of the CPU one (both write the same folder).
 gpu: $(VENV)/.runtime

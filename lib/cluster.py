@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,9 @@ def connected() -> Iterator[None]:
             ) from error
     else:
         ray.init(address="local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}})
+    if threading.current_thread() is threading.main_thread():
+        # Kubernetes, Slurm and `ray job stop` ask this way; Ray's own handler would end in an abort.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -28,7 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib.errors import JobError, UserError
-from lib.storage_errors import explained, is_passing, redacted, s3_code, shown
+from lib.storage_errors import explained, is_passing, reason_for, s3_code, shown
+from lib.storage_errors import redacted as redacted  # Callers show URLs with it.
 
 logger = logging.getLogger(__name__)
 
@@ -412,8 +413,8 @@ def _remote(
                 this_pause_s = pause_s * random.uniform(0.5, 1)
                 if not is_passing(error) or time.monotonic() + this_pause_s > last_try:
                     raise
-                fault = redacted(str(error)) or type(error).__name__
-            logger.warning("cannot %s %s: %s; trying again in %.1f s", doing, shown(url), fault, this_pause_s)
+                reason = reason_for(error)
+            logger.warning("cannot %s %s: %s; trying again in %.1f s", doing, shown(url), reason, this_pause_s)
             time.sleep(this_pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

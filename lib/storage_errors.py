@@ -28,6 +28,12 @@ def shown(url: str) -> str:
     return repr(redacted(url))
 
 
+def reason_for(error: BaseException) -> str:
+    """Return what an error says, on one line, without its number and without secrets."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(redacted(text).split()).rstrip(".") or type(error).__name__
+
+
 @contextmanager
 def explained(url: str, doing: str) -> Iterator[None]:
     """Turn a storage's error into one line that says what could not be done, why, and the next step.
@@ -110,7 +116,7 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
     )
 
     code = s3_code(error)
-    reason = " ".join(redacted(str(error)).split()).rstrip(".") or type(error).__name__
+    reason = reason_for(error)
     if code == "NoSuchBucket":
         return MissingFileError(f"{what}: there is no bucket {urlsplit(url).netloc!r}: create it, or correct the URL")
     if isinstance(error, FileNotFoundError):

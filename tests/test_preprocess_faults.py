@@ -46,11 +46,13 @@ def head() -> Iterator[RayHead]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(head: RayHead, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the table that nothing happened to."""
+def undisturbed(data: Path, photos: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the files of a run that nothing happens to, on one CPU: it must not hang there."""
     faces = tmp_path_factory.mktemp("undisturbed") / "faces"
-    done = run_job("preprocess.py", *flags(data, faces), extra=head.environment)
+    with ray_head(num_cpus=1) as single:
+        done = run_job("preprocess.py", *flags(data, faces), extra=single.environment, timeout_s=120)
     assert done.status == 0, done.errors
+    assert rows(faces) == photos
     return digests(faces)
 
 
@@ -69,11 +71,15 @@ def rows(faces: Path) -> list[str]:
     return sorted(name for part in parts for name in pq.ParquetFile(part).read(columns=["photo"])["photo"].to_pylist())
 
 
-def half_done(data: Path, faces: Path, extra: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Return a job that has finished a part, but not all."""
-    job = start_job("preprocess.py", *flags(data, faces), extra=extra)
-    wait_until(lambda: bool(rows(faces)), job)
-    return job
+@contextmanager
+def half_done(data: Path, faces: Path, extra: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run a job that has finished a part, but not all; nothing of it is left in the end."""
+    with start_job("preprocess.py", *flags(data, faces), extra=extra) as job:
+        try:
+            wait_until(lambda: bool(rows(faces)), job)
+            yield job
+        finally:
+            kill_session(job.pid)
 
 
 @contextmanager
@@ -89,52 +95,93 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_one_cpu_gives_the_same_files_as_four_and_does_not_hang(
-    data: Path, photos: list[str], undisturbed: dict[str, str], tmp_path: Path
-) -> None:
-    with ray_head(num_cpus=1) as single:
-        done = run_job("preprocess.py", *flags(data, tmp_path / "faces"), extra=single.environment, timeout_s=120)
-    assert done.status == 0, done.errors
-    assert rows(tmp_path / "faces") == photos
-    assert digests(tmp_path / "faces") == undisturbed
-
-
 @pytest.mark.parametrize("victim", ["driver and workers", "driver"])
 def test_after_kill_9_the_same_command_does_what_is_missing(
     head: RayHead, data: Path, photos: list[str], undisturbed: dict[str, str], tmp_path: Path, victim: str
 ) -> None:
     faces = tmp_path / "faces"
-    job = half_done(data, faces)
-    if victim == "driver":
-        job.kill()
-    else:
-        kill_session(job.pid)
-    job.communicate()
-    assert not (faces / "_SUCCESS").exists()
-    refused = run_job("preprocess.py", *flags(data, faces), "--min-face", "40")
-    assert refused.status == 2
-    assert "min_face: 20 there, 40 now" in refused.last_error
+    with half_done(data, faces) as job:
+        if victim == "driver":
+            job.kill()
+        else:
+            kill_session(job.pid)
+        job.wait()
+        assert not (faces / "_SUCCESS").exists()
+        refused = run_job("preprocess.py", *flags(data, faces), "--min-face", "40")
+        assert refused.status == 2
+        assert "min_face: 20 there, 40 now" in refused.last_error
 
-    # The workers of a driver that is gone may still write meanwhile: what they write is the same.
-    num_present = len(rows(faces))
-    assert 0 < num_present < len(photos)
-    again = run_job("preprocess.py", *flags(data, faces), extra=head.environment)
+        # The workers of a driver that is gone may still write meanwhile: what they write is the same.
+        num_present = len(rows(faces))
+        assert 0 < num_present < len(photos)
+        again = run_job("preprocess.py", *flags(data, faces), extra=head.environment)
     assert again.status == 0, again.errors
     assert 0 < again.result["photos_processed"] <= len(photos) - num_present
     assert rows(faces) == photos
     assert digests(faces) == undisturbed
-    wait_until(lambda: not session_processes(job.pid))
 
 
 def test_a_killed_worker_is_replaced_within_the_run(
     head: RayHead, data: Path, photos: list[str], undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     faces = tmp_path / "faces"
-    job = half_done(data, faces, head.environment)
-    workers = [pid for pid, command in session_processes(head.session).items() if command.startswith(WORKER)]
-    assert workers
-    os.kill(workers[0], signal.SIGKILL)
-    done = finish(job)
+    with half_done(data, faces, head.environment) as job:
+        workers = [pid for pid, command in session_processes(head.session).items() if command.startswith(WORKER)]
+        assert workers
+        os.kill(workers[0], signal.SIGKILL)
+        done = finish(job)
     assert done.status == 0, done.errors
     assert done.result["photos_processed"] == len(photos)
     assert digests(faces) == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_job_with_one_clear_line(head: RayHead, data: Path, tmp_path: Path, number: int) -> None:
+    with half_done(data, tmp_path / "faces", head.environment) as job:
+        job.send_signal(number)
+        done = finish(job, timeout_s=60)
+    assert done.status == 1
+    assert done.last_error == "interrupted: the same command goes on from here"
+    assert "Traceback" not in done.errors
+
+
+def test_a_kill_between_the_last_steps_costs_no_photo(head: RayHead, sample_data: Path, tmp_path: Path) -> None:
+    faces = tmp_path / "faces"
+    first = run_job("preprocess.py", *flags(sample_data, faces), extra=head.environment)
+    assert first.status == 0, first.errors
+    whole = {path.name: path.read_bytes() for path in faces.iterdir() if path.is_file()}
+    for num_written in range(4):
+        for name in ["card.json", "README.md", "contact_sheet.jpg", "_SUCCESS"][num_written:]:
+            (faces / name).unlink()
+        again = run_job("preprocess.py", *flags(sample_data, faces))
+        assert again.status == 0, again.errors
+        assert again.result["photos_processed"] == 0
+        assert again.result["aligned"] == first.result["aligned"]
+        for name in ("_SUCCESS", "contact_sheet.jpg", "_plan.json"):
+            assert (faces / name).read_bytes() == whole[name]
+
+
+def test_a_full_disk_is_told_in_one_line_and_a_larger_one_goes_on(
+    head: RayHead, data: Path, photos: list[str], undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "small disk", "size=1m") as disk:
+        faces = disk / "faces"
+        full = run_job("preprocess.py", *flags(data, faces), extra=head.environment)
+        assert full.status == 1
+        assert full.last_error.startswith("failed: ")
+        assert str(faces) in full.last_error
+        assert "No space left on device" in full.last_error
+        assert "Traceback" not in full.errors
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        again = run_job("preprocess.py", *flags(data, faces), extra=head.environment)
+        assert again.status == 0, again.errors
+        assert rows(faces) == photos
+        assert digests(faces) == undisturbed
+
+
+def test_a_read_only_disk_is_refused_before_anything_starts(sample_data: Path, tmp_path: Path) -> None:
+    with mounted(tmp_path / "read only", "size=1m,ro") as disk:
+        refused = run_job("preprocess.py", *flags(sample_data, disk / "faces"))
+    assert refused.status == 2
+    assert "Read-only file system" in refused.last_error
+    assert str(tmp_path / "read only") in refused.last_error

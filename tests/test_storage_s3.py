@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import operator
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -359,3 +361,23 @@ def test_an_endpoint_that_is_no_url_is_the_users_mistake(s3_bucket, change_envir
     with pytest.raises(UserError, match="AWS_ENDPOINT_URL") as raised:
         storage.read_bytes(f"{s3_bucket}/x")
     assert_clear(raised.value)
+
+
+def test_a_tree_is_removed_and_the_bucket_stays(s3_bucket):
+    for name in ("faces/_SUCCESS", "faces/split=train/*.parquet", "faces-of-others/x"):
+        storage.write_bytes(f"{s3_bucket}/{name}", b"1")
+    storage.remove_tree(f"{s3_bucket}/faces")
+    assert paths(s3_bucket, skip_prefixes=()) == ["faces-of-others/x"]
+    storage.remove_tree(f"{s3_bucket}/faces")
+    storage.remove_tree(s3_bucket)
+    assert storage.exists(s3_bucket)
+    assert paths(s3_bucket, skip_prefixes=()) == []
+
+
+def test_a_file_system_can_be_sent_to_another_process_without_its_secret(s3_bucket):
+    storage.write_bytes(f"{s3_bucket}/x", b"1")
+    files, path = storage.filesystem(f"{s3_bucket}/x")
+    sent = pickle.dumps(files)
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in sent
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(operator.methodcaller("cat_file", path), (files,)) == b"1"

@@ -308,6 +308,7 @@ def _process(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        context.raise_original_map_exception = True  # otherwise its text alone arrives
         handles = gpu_detectors(config.settings(), config.gpus) if config.gpus else []
         items = [_part_item(manifest, part) for part in todo]
         num_workers = min(len(todo), cluster.num_cpus())
@@ -336,14 +337,9 @@ def _process(
 
 def _plain(error: Exception) -> Exception:
     """Return our own error from inside a worker where there is one, so that it is told in its one line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None)
-        for candidate in (cause, inner):
-            if isinstance(candidate, UserError | JobError):
-                return type(candidate)(*candidate.args)
-        cause = inner if isinstance(inner, BaseException) and inner is not cause else cause.__cause__
-    return error
+    inner = getattr(error, "cause", None) or getattr(error.args[0], "cause", None)
+    # Ray adds lines of advice.
+    return type(inner)(str(inner).splitlines()[0]) if isinstance(inner, UserError | JobError) else error
 
 
 def _part_item(manifest: Manifest, part: Part) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class World:
 
 def cosine(left: Floats, right: Floats) -> float:
     norms = float(np.linalg.norm(left) * np.linalg.norm(right))
-    return float(left.astype(float) @ right) / norms if norms else 0.0
+    return float(left.astype(float) @ right) / norms if norms else -np.inf  # a zero vector is like nothing
 
 
 def candidates_of_each(pool: mining.CandidatePool, num_anchors: int, num_photos: int) -> np.ndarray:

