@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -54,7 +55,9 @@ def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         config = tyro.cli(config_type, description=description)
-        result = job(config)
+        # The result alone goes to standard output; Ray would print there what its nodes say.
+        with redirect_stdout(sys.stderr):
+            result = job(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
