@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +34,13 @@ def connected() -> Iterator[None]:
         # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
         runtime_env = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
         try:
+            _knock(address)
             ray.init(address=address, runtime_env=runtime_env)
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: start one with `ray start --head`, "
-                "or unset it to run on this machine alone"
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: name the port of its head such as "
+                "host:6379 (8265 is its dashboard), start one with `ray start --head`, or unset it to run on this "
+                "machine alone"
             ) from error
     else:
         ray.init(address="local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}})
@@ -48,6 +51,13 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def num_cpus() -> int:

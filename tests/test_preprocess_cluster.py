@@ -109,6 +109,7 @@ def test_a_node_that_dies_costs_no_photo(sample_data: Path, tmp_path: Path, monk
     finally:
         cluster.shutdown()
     assert done.status == 0, done.errors
+    assert len(done.output.splitlines()) == 1, "what Ray says of the node goes to standard error"
     names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*") if path.is_file())
     assert done.result["photos_processed"] == len(names)
     assert read_photos(faces) == names

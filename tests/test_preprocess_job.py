@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,23 @@ def test_other_settings_over_a_table_are_refused_by_name(data: Path, first_run: 
     assert "--overwrite" in refused.last_error
 
 
+def test_other_photos_of_the_same_names_are_refused(data: Path, first_run: Finished, tmp_path: Path) -> None:
+    assert first_run.status == 0
+    shutil.copytree(data / "photos", tmp_path / "smaller ones")
+    picture = cv2.imread(str(tmp_path / "smaller ones" / "flat.jpg"))
+    cv2.imwrite(str(tmp_path / "smaller ones" / "flat.jpg"), picture[::2, ::2])
+    others = run_job("preprocess.py", "--data", str(data), "--photos", str(tmp_path / "smaller ones"))
+    assert others.status == 2
+    assert "photo_bytes: " in others.last_error
+
+
+def test_a_limit_that_decides_what_is_refused_is_part_of_the_plan(data: Path, first_run: Finished) -> None:
+    assert first_run.status == 0
+    refused = run_job("preprocess.py", "--data", str(data), "--max-megapixels", "0.1")
+    assert refused.status == 2
+    assert "max_megapixels: 100.0 there, 0.1 now" in refused.last_error
+
+
 def test_what_is_missing_is_done_again_and_comes_out_the_same(data: Path, first_run: Finished) -> None:
     """What a kill at any moment leaves is some of the parts and no `_SUCCESS`."""
     faces = data / "faces"
@@ -257,6 +275,32 @@ def test_what_cannot_start_says_so_in_one_line(
     assert refused.last_error.startswith("error: ")
     assert "Traceback" not in refused.errors
     assert refused.output == ""
+
+
+@pytest.mark.parametrize("flags", [["--no-such-flag", "1"], ["--image-size", "large"]])
+def test_a_flag_that_is_not_understood_is_named(tmp_path: Path, flags: list[str]) -> None:
+    refused = run_job("preprocess.py", "--data", str(tmp_path), *flags)
+    assert refused.status == 2
+    assert flags[0] in refused.errors
+    assert "Traceback" not in refused.errors
+
+
+@pytest.mark.parametrize("folder", ["photos", "photos/faces", "photos/../photos/faces/"])
+def test_faces_among_the_photos_are_refused(tmp_path: Path, folder: str) -> None:
+    _photo_folder(tmp_path, "a b.jpg 1\n")
+    refused = run_job("preprocess.py", "--data", str(tmp_path), "--faces", str(tmp_path / folder))
+    assert refused.status == 2
+    assert "lies in --photos" in refused.last_error
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a b.jpg"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "nonsense"])
+def test_a_ray_address_where_nobody_answers_is_told_soon(tmp_path: Path, address: str) -> None:
+    _photo_folder(tmp_path, "a b.jpg 1\n")
+    refused = run_job("preprocess.py", "--data", str(tmp_path), extra={"RAY_ADDRESS": address}, timeout_s=60)
+    assert refused.status == 2
+    assert f"RAY_ADDRESS is '{address}'" in refused.last_error
+    assert "Traceback" not in refused.errors
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -49,10 +49,12 @@ class Manifest:
 
     Attributes:
         photos: rows as in `MANIFEST_SCHEMA`; sorted by split and name, or for Parquet input in the files' order.
+        num_bytes: size of the photos, or of what Parquet holds: other photos of the same names are told by it.
         num_passed_over: files that are no photos by their names, by suffix.
     """
 
     photos: pa.Table
+    num_bytes: int
     num_passed_over: dict[str, int]
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ def read_manifest(
         )
     if photos_url.endswith(".parquet"):
         return _from_parquet(photos_url, [""], columns, split_seed, required=identities_required)
-    names, parquet_names, passed_over = _list_photos(photos_url)
+    names, parquet_names, num_bytes, passed_over = _list_photos(photos_url)
     if parquet_names and not names:
         return _from_parquet(photos_url, parquet_names, columns, split_seed, required=identities_required)
     listed = _read_identities(identities_url) if storage.exists(identities_url) else None
@@ -100,7 +102,7 @@ def read_manifest(
         photos, identities, statuses = _by_folder(names, photos_url, identities_url, required=identities_required)
     photos_table = _table(photos, identities, statuses, split_seed)
     order = pc.sort_indices(photos_table, sort_keys=[("split", "ascending"), ("photo", "ascending")])
-    return Manifest(photos_table.take(order), passed_over)
+    return Manifest(photos_table.take(order), num_bytes, passed_over)
 
 
 def safe_name(name: str) -> bool:
@@ -108,17 +110,18 @@ def safe_name(name: str) -> bool:
     return bool(name) and not name.startswith(("/", "\\")) and ".." not in name.replace("\\", "/").split("/")
 
 
-def _list_photos(photos_url: str) -> tuple[list[str], list[str], dict[str, int]]:
-    names, parquet_names, passed_over = [], [], Counter[str]()
-    for info in storage.list_files(photos_url):
+def _list_photos(photos_url: str) -> tuple[list[str], list[str], int, dict[str, int]]:
+    names, parquet_names, num_bytes, passed_over = [], [], 0, Counter[str]()
+    for info in storage.list_files(photos_url, skip_prefixes=(".",)):  # cameras write _DSC0001.JPG
         suffix = os.path.splitext(info.path)[1].lower()  # noqa: PTH122 - names of object stores are no paths
         if suffix in PHOTO_SUFFIXES:
             names.append(_utf8(info.path))
+            num_bytes += info.num_bytes
         elif suffix == ".parquet":
             parquet_names.append(info.path)
         else:
             passed_over[suffix or "no suffix"] += 1
-    return names, parquet_names, dict(passed_over)
+    return names, parquet_names, num_bytes, dict(passed_over)
 
 
 def _utf8(name: str) -> str:
@@ -181,7 +184,7 @@ def _by_folder(
 
 
 def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, seed: int, *, required: bool) -> Manifest:
-    parts = []
+    parts, num_bytes = [], 0
     for name in names:
         url = storage.join(photos_url, name) if name else photos_url
         with storage.open_parquet(url) as file:
@@ -189,6 +192,7 @@ def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, se
             known = set(file.schema_arrow.names) - {columns.image}
             content = file.read(columns=[column for column in (columns.identity, columns.photo) if column in known])
             num_rows = file.metadata.num_rows
+            num_bytes += sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         nobody: list[str | None] = [None] * num_rows
         identities = _texts(url, content, columns.identity) if columns.identity in known else nobody
         stem = name or url.rsplit("/", 1)[1]
@@ -207,7 +211,7 @@ def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, se
             f"column {columns.photo!r} of {storage.redacted(photos_url)} names {len(photos)} photos by {num_distinct} "
             "names: name a column of distinct keys by --photo-column"
         )
-    return Manifest(photos, {})
+    return Manifest(photos, num_bytes, {})
 
 
 def _check_columns(url: str, schema: pa.Schema, columns: ParquetColumns, *, identity_required: bool) -> None:

@@ -156,6 +156,11 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     started = time.monotonic()
     if config.identities is not None and not storage.exists(config.identities_url):
         raise UserError(f"--identities {config.identities_url} is not there: correct the path, or leave the flag out")
+    if f"{config.faces_url}/".startswith(f"{config.photos_url.rstrip('/')}/"):
+        raise UserError(
+            f"--faces {config.faces_url} lies in --photos {config.photos_url}: what is written there would be taken "
+            "for photos; choose another folder"
+        )
     faces_fingerprint = fingerprint(config.settings())
     logger.info("listing %s", storage.redacted(config.photos_url))
     manifest = read_manifest(
@@ -169,7 +174,10 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     plan = {
         "fingerprint": faces_fingerprint,
         "split_seed": config.split_seed,
+        "max_megapixels": config.max_megapixels,
+        "image_column": config.image_column,
         "photos": len(manifest),
+        "photo_bytes": manifest.num_bytes,
         "manifest": manifest.digest(),
     }
     if config.dry_run:
@@ -240,7 +248,17 @@ class PartWorker:
         self._num_threads = GPU_THREADS if gpu_handles else 1
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Process one part: `index`, and `photos`, its rows of the manifest as an Arrow stream."""
+        """Process one part: `index`, and `photos`, its rows of the manifest as an Arrow stream.
+
+        What ends the job, such as a full disk, is returned as `failure`: raised here, it would be logged with the
+        stack of everything between.
+        """
+        try:
+            return {"photos": self._process(part), "failure": ""}
+        except (UserError, JobError) as error:
+            return {"photos": 0, "failure": str(error)}
+
+    def _process(self, part: dict[str, Any]) -> int:
         entries = pa.ipc.open_stream(part["photos"]).read_all().to_pylist()
         rows: dict[str, list[dict[str, Any]]] = {entry["split"]: [] for entry in entries}
         num_bytes = dict.fromkeys(rows, 0)
@@ -259,7 +277,7 @@ class PartWorker:
             url = storage.join(self._config.faces_url, name)
             # JPEG does not shrink; the other columns are small beside it.
             storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), compression="none")
-        return {"photos": len(entries)}
+        return len(entries)
 
     def _rows(self, item: tuple[dict[str, Any], bytes | str]) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
         entry, data = item
@@ -308,7 +326,6 @@ def _process(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        context.raise_original_map_exception = True  # otherwise its text alone arrives
         handles = gpu_detectors(config.settings(), config.gpus) if config.gpus else []
         items = [_part_item(manifest, part) for part in todo]
         num_workers = min(len(todo), cluster.num_cpus())
@@ -326,20 +343,12 @@ def _process(
         )
         started = time.monotonic()
         num_processed = 0
-        try:
-            for summary in summaries.iter_rows():
-                num_processed += summary["photos"]
-                progress.update(summary["photos"])
-        except ray.exceptions.RayError as error:
-            raise _plain(error) from error
+        for summary in summaries.iter_rows():
+            if summary["failure"]:
+                raise JobError(summary["failure"])
+            num_processed += summary["photos"]
+            progress.update(summary["photos"])
         return num_processed, time.monotonic() - started
-
-
-def _plain(error: Exception) -> Exception:
-    """Return our own error from inside a worker where there is one, so that it is told in its one line."""
-    inner = getattr(error, "cause", None) or getattr(error.args[0], "cause", None)
-    # Ray adds lines of advice.
-    return type(inner)(str(inner).splitlines()[0]) if isinstance(inner, UserError | JobError) else error
 
 
 def _part_item(manifest: Manifest, part: Part) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def finish(faces: Path, parts: dict[str, list[Row]], *, passed_over: dict[str, i
         for name, part in parts.items()
         for photo, identity, _ in part
     ]
-    manifest = Manifest(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), passed_over or {})
+    manifest = Manifest(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), 0, passed_over or {})
     return card.finish(str(faces), manifest, list(parts), run_id="run-1", fingerprint=FINGERPRINT, photos_per_s=123.456)
 
 
@@ -152,7 +152,7 @@ def test_a_row_too_few_is_never_called_a_success(faces: Path) -> None:
     with pytest.raises(AssertionError, match="exactly one row"):
         card.finish(
             str(faces),
-            Manifest(two, {}),
+            Manifest(two, 0, {}),
             ["split=train/part-000000.parquet"],
             run_id="run-1",
             fingerprint=FINGERPRINT,

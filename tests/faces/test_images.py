@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from lib.faces import table
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, reduction_for, to_jpeg
@@ -213,6 +213,17 @@ def test_a_huge_picture_is_refused_before_it_is_decoded() -> None:
     assert status_of(png_of_size(12_000, 12_000, bytes(36_001 * 2_000))) == table.TOO_LARGE
     assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 200_000
+
+
+@pytest.mark.parametrize("picture_format", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_pillow_decodes_nothing_where_opencv_can(picture_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(SMALL, picture_format)
+
+    def refuse(_: object) -> None:
+        raise AssertionError("decoded by Pillow, which is slower")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert Photo(data, max_pixels=MAX_PIXELS).pixels().shape == (60, 80, 3)
 
 
 def test_the_limit_on_pixels_counts_them_all() -> None:
