@@ -43,7 +43,9 @@ def connected() -> Iterator[None]:
                 "machine alone"
             ) from error
     else:
-        ray.init(address="local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}})
+        # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+        ray.init(address="local", include_dashboard=False)
     if threading.current_thread() is threading.main_thread():
         # Kubernetes, Slurm and `ray job stop` ask this way; Ray's own handler would end in an abort.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

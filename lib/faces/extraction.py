@@ -115,11 +115,13 @@ class FaceExtractor:
 
     def find(self, photo: Photo) -> Detections:
         """Return the faces of a photo over the detector's floor, in pixels of the full photo."""
-        found = self._find_at(photo, self.settings.detection_size)
+        long_side = max(photo.width, photo.height)
+        tried = min(self.settings.detection_size, long_side)
+        found = self._find_at(photo, tried)
         for size in _RETRY_SIZES:
             if len(found) and found.scores_N[0] >= self.settings.min_score:
                 break
-            if size > self.settings.detection_size and max(photo.width, photo.height) <= self.settings.detection_size:
+            if min(size, long_side) == tried:  # photos are never enlarged
                 continue
             again = self._find_at(photo, size)
             if len(again) and (not len(found) or again.scores_N[0] > found.scores_N[0]):

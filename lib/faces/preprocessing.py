@@ -253,10 +253,12 @@ class PartWorker:
         What ends the job, such as a full disk, is returned as `failure`: raised here, it would be logged with the
         stack of everything between.
         """
+        started = time.monotonic()
         try:
-            return {"photos": self._process(part), "failure": ""}
+            num_photos = self._process(part)
         except (UserError, JobError) as error:
-            return {"photos": 0, "failure": str(error)}
+            return {"photos": 0, "seconds": 0.0, "failure": str(error)}
+        return {"photos": num_photos, "seconds": time.monotonic() - started, "failure": ""}
 
     def _process(self, part: dict[str, Any]) -> int:
         entries = pa.ipc.open_stream(part["photos"]).read_all().to_pylist()
@@ -316,7 +318,7 @@ class PartWorker:
 def _process(
     config: PreprocessConfig, manifest: Manifest, todo: list[Part], num_done: int, faces_fingerprint: dict[str, Any]
 ) -> tuple[int, float]:
-    """Run the parts on the cluster; return the photos processed and the seconds since the workers started."""
+    """Run the parts on the cluster; return the photos processed and the seconds since the first of them."""
     if not todo:
         return 0, 0.0
     import ray
@@ -341,13 +343,16 @@ def _process(
         progress = stack.enter_context(
             tqdm(total=len(manifest), initial=num_done, unit="photo", mininterval=0.5 if is_terminal else 10.0)
         )
-        started = time.monotonic()
-        num_processed = 0
-        for summary in summaries.iter_rows():
-            if summary["failure"]:
-                raise JobError(summary["failure"])
-            num_processed += summary["photos"]
-            progress.update(summary["photos"])
+        started, num_processed = 0.0, 0
+        # Not iter_rows: its own threads may still ask for rows when a failure ends Ray, which then ends the process.
+        for bundle in summaries.iter_internal_ref_bundles():
+            for summary in pa.concat_tables(ray.get(bundle.block_refs)).to_pylist():
+                if summary["failure"]:
+                    raise JobError(summary["failure"])
+                # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
+                started = started or time.monotonic() - summary["seconds"]
+                num_processed += summary["photos"]
+                progress.update(summary["photos"])
         return num_processed, time.monotonic() - started
 
 
