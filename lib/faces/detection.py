@@ -190,6 +190,8 @@ def _openvino_network(weights: bytes) -> Network:
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": 1,
                 "NUM_STREAMS": "1",
+                # Pinned, the workers of a node would all run on its first core.
+                "ENABLE_CPU_PINNING": False,
                 "INFERENCE_PRECISION_HINT": "bf16",
             },
         )

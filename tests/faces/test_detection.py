@@ -2,6 +2,8 @@ import asyncio
 import os
 import pickle
 import socket
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -464,3 +466,23 @@ def test_one_who_gives_up_does_not_keep_the_others_waiting() -> None:
         return await asyncio.wait_for(patient, timeout=60)
 
     assert len(asyncio.run(ask())) == 1
+
+
+def test_no_thread_is_bound_to_a_core() -> None:
+    """Bound to the first core, as OpenVINO would have it, all workers of a node share that one."""
+    program = (
+        "import os, threading, numpy as np\n"
+        "from pathlib import Path\n"
+        "from lib.faces.detection import load_detector\n"
+        "detector, picture = load_detector('retinaface'), np.zeros((640, 640, 3), np.uint8)\n"
+        "work = threading.Thread(target=lambda: [detector.detect([picture]) for _ in range(20)])\n"
+        "work.start()\n"
+        "allowed = set()\n"
+        "while work.is_alive():\n"
+        "    for task in Path('/proc/self/task').iterdir():\n"
+        "        allowed.add(len(os.sched_getaffinity(int(task.name))))\n"
+        "print(sorted(allowed))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str([len(os.sched_getaffinity(0))])
