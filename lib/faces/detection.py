@@ -28,6 +28,7 @@ _ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 _VARIANCE_CENTRE, _VARIANCE_SIZE = 0.1, 0.2
 _MEAN_BGR = (104.0, 117.0, 123.0)
 _SIZE_STEP = _STRIDES[-1]
+_FINE_FROM = 640
 
 Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 Network = Callable[[np.ndarray], Outputs]
@@ -72,7 +73,7 @@ class RetinaFace:
         """Return the faces of each picture; one forward for all of them, on a canvas that holds the largest."""
         if not pictures:
             return []
-        height, width = (-(-max(p.shape[i] for p in pictures) // _SIZE_STEP) * _SIZE_STEP for i in (0, 1))
+        height, width = _canvas_size([picture.shape[:2] for picture in pictures])
         canvas_BHW3 = np.zeros((len(pictures), height, width, 3), np.uint8)
         for canvas, picture in zip(canvas_BHW3, pictures, strict=True):
             canvas[: picture.shape[0], : picture.shape[1]] = picture
@@ -273,6 +274,17 @@ def _torch_state(weights: bytes) -> dict[str, Any]:
         raise UserError(
             "--detector-weights is no PyTorch file of plain tensors; nothing else is ever loaded"
         ) from error
+
+
+def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    """Return height and width of the canvas that holds pictures of these shapes.
+
+    A runtime compiles anew for each size, once in a process, for the time of two pictures. Photos that were shrunk to
+    the long side differ along one side alone; smaller ones along both, so theirs are rounded up more coarsely.
+    """
+    height, width = (max(shape[i] for shape in shapes) for i in (0, 1))
+    step = _SIZE_STEP if max(height, width) >= _FINE_FROM else 2 * _SIZE_STEP
+    return -(-height // step) * step, -(-width // step) * step
 
 
 @lru_cache(maxsize=512)
