@@ -1,6 +1,7 @@
 """The driver of a run: checks everything that can be checked before a GPU is held, starts the workers, watches them."""
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -130,7 +131,8 @@ def _earlier_spec(config: TrainConfig) -> ModelSpec:
 def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> dict[str, Any]:
     """Start store and workers, and watch them until the end."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import LoggingConfig
+    from ray.train.torch import TorchConfig
 
     from lib.training.loop import WorkerJob, train_worker
 
@@ -141,7 +143,7 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
         store = FeatureStore.create(config.run_url, labels_N, dim=config.embedding_dim)
         num_shards = store.num_shards
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
-        trainer = TorchTrainer(
+        trainer = _trainer_class()(
             train_worker,
             train_loop_config={"job": WorkerJob(config=config, spec=spec, num_shards=num_shards)},
             # Arrays of the CPU travel by gloo also where gradients travel by nccl.
@@ -157,6 +159,7 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
                 name="run",
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
         logger.info("training %s on %s", config.backbone, resources.text)
@@ -166,6 +169,23 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
             f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
         )
     return result
+
+
+def _trainer_class() -> Any:
+    """Return Ray Train's trainer; on a cluster that ends with this process, without its cleaner.
+
+    The cleaner frees what a dead run holds on a cluster that lives on. It asks the dashboard, which such a cluster of
+    ours does not have, and would complain of that each second.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class OwnClusterTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
+
+    return TorchTrainer if os.environ.get("RAY_ADDRESS") else OwnClusterTrainer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -121,8 +122,7 @@ class Worker:
         self.model = model
         self.averaged: AveragedModel | None = None
         if job.config.ema:
-            average = get_ema_multi_avg_fn(job.config.ema)
-            self.averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.averaged = AveragedModel(model, multi_avg_fn=_average(job.config.ema), use_buffers=True)
             if averaged := checkpoints.without_prefix("averaged", checkpoint.tensors):
                 self.averaged.load_state_dict(averaged)
         self.optimizer = torch.optim.AdamW(_parameter_groups(model, job.config.weight_decay), lr=job.config.lr)
@@ -151,16 +151,16 @@ class Worker:
     @property
     def evaluated(self) -> EmbeddingModel:
         """The model that is validated, stored features come from, and users get: the averaged one where there is."""
-        if self.averaged is None:
-            return self.model
-        averaged: EmbeddingModel = self.averaged.module
-        return averaged
+        return self.model if self.averaged is None else cast(EmbeddingModel, self.averaged.module)
 
     def run(self) -> None:
         """Train the epochs that are left."""
         record = RunRecord(self.config, self.progress, self.cache, self.control) if self.rank == 0 else None
         if record and self.validation.problem:
             record.note(self.validation.problem)
+        if self.progress.step:
+            place = f"epoch {self.progress.epoch}, step {self.progress.step}"
+            self._tell(line=f"going on from the checkpoint of {place}, with {self.num_workers} worker(s)")
         while not self.progress.finished:
             began = time.perf_counter()
             num_filled = self._fill_store()
@@ -370,6 +370,19 @@ class Worker:
     def _tell(self, *, line: str = "", status: str = "") -> None:
         if self.rank == 0:
             self.control.tell.remote(line=line, status=status)
+
+
+def _average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return the average of `AveragedModel`, whose decay rises: the first weights are soon forgotten.
+
+    Formula: the warm-up of TensorFlow's ExponentialMovingAverage, min(decay, (1 + n) / (10 + n)) at update n.
+    """
+
+    def average(averaged: Any, current: Any, num_averaged: Any) -> None:
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    return average
 
 
 def _distributed(model: EmbeddingModel, device: torch.device) -> DistributedDataParallel:

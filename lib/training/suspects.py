@@ -1,4 +1,4 @@
-"""Photos of different people that are too similar to be so: probably wrong labels or duplicates, for people to judge."""
+"""Photos of different people that are too alike to be so: probably wrong labels or duplicates, for people to judge."""
 
 import heapq
 
