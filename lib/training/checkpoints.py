@@ -30,6 +30,10 @@ FIRST_PAUSE_S = 5.0
 
 STATE_KEY = "state"
 
+LENGTH_BYTES = 8
+MAX_HEAD_BYTES = 100_000_000
+"""Longer heads than this are refused by safetensors too."""
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -113,14 +117,21 @@ def load_newest(run_url: str) -> Checkpoint | None:
 
 
 def newest_progress(run_url: str) -> Progress | None:
-    """Return how far a run is, None where it has no checkpoint."""
-    newest = load_newest(run_url)
-    return newest.progress if newest else None
+    """Return how far a run is, None where it has no checkpoint; only the head of a file is read."""
+    for name in sorted(_names(run_url), reverse=True):
+        url = storage.join(run_url, FOLDER, name)
+        length = int.from_bytes(storage.read_bytes(url, LENGTH_BYTES), "little")
+        try:
+            return _progress(storage.read_bytes(url, LENGTH_BYTES + min(length, MAX_HEAD_BYTES)))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return None
 
 
 def _progress(data: bytes) -> Progress:
-    # The file's head is 8 bytes of length and so much JSON.
-    head: Any = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    # The head of a safetensors file is 8 bytes of length and so much JSON.
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    head: Any = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
     return Progress(**json.loads(head["__metadata__"][STATE_KEY]))
 
 

@@ -1,7 +1,6 @@
 """The driver of a run: checks everything that can be checked before a GPU is held, starts the workers, watches them."""
 
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -172,20 +171,20 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
 
 
 def _trainer_class() -> Any:
-    """Return Ray Train's trainer; on a cluster that ends with this process, without its cleaner.
+    """Return Ray Train's trainer without its placement group cleaner.
 
-    The cleaner frees what a dead run holds on a cluster that lives on. It asks the dashboard, which such a cluster of
-    ours does not have, and would complain of that each second.
+    The cleaner asks the dashboard each second, and where there is none it complains each second. What it would free
+    after a driver was killed, Ray frees by itself, for it belongs to the job.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    class OwnClusterTrainer(TorchTrainer):
+    class QuietTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
-    return TorchTrainer if os.environ.get("RAY_ADDRESS") else OwnClusterTrainer
+    return QuietTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
