@@ -99,10 +99,12 @@ def rows_to_refresh(stamps_N: Ints, used_rows: Ints, budget: int) -> Ints:
     """Return the rows to embed again, ascending: all without a feature, and others up to the budget."""
     oldest_first = np.argsort(stamps_N, kind="stable")
     missing = np.flatnonzero(stamps_N == NEVER)
-    budget = max(0, budget - len(missing))
-    used = used_rows[np.argsort(stamps_N[used_rows], kind="stable")][: budget // 2]
-    chosen_N = np.zeros(len(stamps_N), bool)
-    chosen_N[missing] = chosen_N[used] = True
-    others = oldest_first[~chosen_N[oldest_first]][: budget - len(used)]
-    chosen_N[others] = True
+    num_others = max(0, min(budget, len(stamps_N)) - len(missing))
+    is_used_N = np.zeros(len(stamps_N), bool)
+    is_used_N[used_rows] = True
+    oldest_first = oldest_first[stamps_N[oldest_first] != NEVER]
+    used = oldest_first[is_used_N[oldest_first]][: num_others // 2]
+    chosen_N = stamps_N == NEVER
+    chosen_N[used] = True
+    chosen_N[oldest_first[~chosen_N[oldest_first]][: num_others - len(used)]] = True
     return np.flatnonzero(chosen_N)
