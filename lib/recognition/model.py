@@ -66,7 +66,7 @@ class ModelSpec:
     training: Mapping[str, Any] = field(default_factory=dict)
     """What it was trained on and how: counts and settings, shown in the model card."""
     threshold: float | None = None
-    """Cosine distance at or below which two faces count as one person; None until it has been chosen."""
+    """Euclidean distance of embeddings at or below which two faces count as one person; None until it is chosen."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """What the threshold was chosen by: accuracy, auc, num_pairs and others, as evaluation names them."""
 
@@ -80,7 +80,7 @@ class ModelSpec:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean={self.mean}, std={self.std}: three values each (R, G, B), std above 0")
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UserError(f"threshold={self.threshold}: a cosine distance (0 to 2), or null")
+            raise UserError(f"threshold={self.threshold}: a Euclidean distance of embeddings, or null")
 
     @property
     def layer_widths(self) -> tuple[int, ...]:
@@ -311,7 +311,7 @@ def model_card(spec: ModelSpec) -> str:
     side = spec.image_size
     kind = "unit-length" if spec.normalize else "raw"
     threshold = (
-        f"Two faces count as one person at a cosine distance of {spec.threshold:.4g} or less."
+        f"Two faces count as one person at a Euclidean distance of {spec.threshold:.4g} or less."
         if spec.threshold is not None
         else "No threshold has been chosen yet: run jobs/evaluate.py."
     )
@@ -323,9 +323,10 @@ Turns an aligned face ({side}x{side} pixels, RGB) into a {kind} vector of {spec.
 ## Use
 
 ```python
-from lib.recognition.model import embed, load_model
-model = load_model("URL of this folder")
-embeddings_ND = embed(model, crops_NHWC)  # uint8 RGB faces, aligned as below
+from lib.recognition.recognizer import FaceRecognizer
+recognizer = FaceRecognizer.load("URL of this folder")
+recognizer.verify("one.jpg", "other.jpg")  # same or not, distance, threshold
+recognizer.faces("one.jpg")[0].embedding_D
 ```
 
 ## Verification
