@@ -11,7 +11,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.alignment import Alignment, align
+from lib.faces.alignment import EYES, Alignment, align
 from lib.faces.detection import DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
 
@@ -69,11 +69,19 @@ def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
         "min_face": settings.min_face,
         "faces_policy": settings.policy,
         "jpeg_quality": JPEG_QUALITY,
-        **asdict(settings.alignment),
+        **_alignment_parameters(settings.alignment),
         "code_version": CODE_VERSION,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {"id": digest[:16], **content}
+
+
+def _alignment_parameters(alignment: Alignment) -> dict[str, Any]:
+    """Return the parameters, without the template where it is our own: fingerprints are older than it."""
+    parameters = asdict(alignment)
+    if alignment.template == EYES:
+        del parameters["template"]
+    return parameters
 
 
 def fingerprint_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -7,20 +7,21 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from lib.config import absolute_url
 from lib.errors import UserError
-from lib.faces.extraction import fingerprint_differences
+from lib.faces.alignment import EYES, Alignment
+from lib.faces.extraction import ExtractionSettings, fingerprint_differences, settings_from_fingerprint
 from lib.recognition.model import SPEC_NAME, WEIGHTS_NAME, ModelSpec, embed, load_model
-from lib.storage import exists, join, read_bytes
+from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel
+from lib.storage import exists, join, list_files, read_bytes
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_ALIGNMENT = "faces"
-"""The crops of the faces table, as `lib.faces.alignment` makes them."""
 
 
 class Embedder(Protocol):
@@ -32,7 +33,7 @@ class Embedder(Protocol):
         embedding_dim: length of an embedding.
         threshold: Euclidean distance at or below which two faces count as one person, None where none was chosen.
         fingerprint: how the faces it was trained on were made; empty where that is not known.
-        alignment: which crops it takes: `faces` or `arcface-112`.
+        template: of `lib.faces.alignment`, after which its crops are aligned.
     """
 
     url: str
@@ -40,7 +41,7 @@ class Embedder(Protocol):
     embedding_dim: int
     threshold: float | None
     fingerprint: Mapping[str, Any]
-    alignment: str
+    template: str
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops."""
@@ -61,19 +62,23 @@ class TorchEmbedder:
         spec = self._model.spec
         self.url, self.digest = url, _digest(spec, read_bytes(join(url, WEIGHTS_NAME)))
         self.embedding_dim, self.threshold, self.fingerprint = spec.embedding_dim, spec.threshold, spec.fingerprint
-        self.alignment = DEFAULT_ALIGNMENT
+        self.template = self.fingerprint.get("template", EYES)
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops of any size."""
         return embed(self._model, crops_NHWC, device=self._device)
 
 
-def load_embedder(url: str, *, device: str = "cpu") -> Embedder:
-    """Return the model of a model folder, or of a run folder that holds one.
+def load_embedder(url: str, onnx: OnnxInput | None = None, *, device: str = "cpu") -> Embedder:
+    """Return the model of a model folder, of a run folder that holds one, or of an .onnx file.
+
+    `onnx` says what an ONNX file of someone else wants; one of this project says so itself.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
+    if url.endswith(".onnx"):
+        return OnnxModel(url, onnx or OnnxInput(), device=device)
     return TorchEmbedder(model_folder(url), device=device)
 
 
@@ -83,16 +88,46 @@ def model_folder(url: str) -> str:
     return within if not exists(join(url, SPEC_NAME)) and exists(join(within, SPEC_NAME)) else url
 
 
+def find_model(data_url: str, given: str | None) -> str:
+    """Return the model that a flag names, or the one that the runs below `data_url` hold.
+
+    Raises:
+        UserError: no flag, and no run with a model or several of them.
+    """
+    if given is not None:
+        return model_folder(absolute_url(given, "--model"))
+    runs = join(data_url, "runs")
+    found = [info.path for info in list_files(runs, suffix=f"/model/{SPEC_NAME}")]
+    if len(found) != 1:
+        several = ", ".join(path.removesuffix(f"/model/{SPEC_NAME}") for path in found)
+        what = f"{len(found)} runs in {runs} have a model ({several})" if found else f"no run in {runs} has a model yet"
+        raise UserError(f"{what}: name one by --model, or make one with jobs/train.py")
+    return join(runs, found[0].removesuffix(f"/{SPEC_NAME}"))
+
+
+def extraction_settings(embedder: Embedder, detector_weights: str | None = None) -> ExtractionSettings:
+    """Return how the faces of photos are found and aligned for a model: as those that it was trained on were."""
+    weights = detector_weights and absolute_url(detector_weights, "--detector-weights")
+    settings = settings_from_fingerprint(embedder.fingerprint, detector_weights=weights)
+    if embedder.template == settings.alignment.template:
+        return settings
+    return replace(settings, alignment=Alignment(template=embedder.template, image_size=ARCFACE_SIZE))
+
+
 def check_fingerprint(ours: Mapping[str, Any], embedder: Embedder, *, strict: bool, next_step: str) -> list[str]:
     """Return in what the faces at hand differ from those the model was trained on, after warning of it.
 
     Raises:
         UserError: they differ and `strict` is set.
     """
+    if not embedder.fingerprint and embedder.template != EYES:
+        return []  # What a public template says of the alignment is all that is known of its faces.
     if not embedder.fingerprint:
         logger.warning("%s does not say how its faces were made: they may be aligned otherwise here", embedder.url)
         return []
-    differences = fingerprint_differences(ours, embedder.fingerprint)
+    # How many faces of a photo are taken changes none of them.
+    known = {**embedder.fingerprint, "faces_policy": ours.get("faces_policy")}
+    differences = fingerprint_differences(ours, known)
     if differences:
         message = f"the faces are not made as those {embedder.url!r} was trained on ({'; '.join(differences)})"
         if strict:

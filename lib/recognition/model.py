@@ -306,6 +306,18 @@ def load_model(url: str) -> EmbeddingModel:
     return model.eval()
 
 
+def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any]) -> None:
+    """Write a threshold, and the figures it was chosen by, into the description and the card of the model folder `url`.
+
+    Raises:
+        UserError, JobError: the folder is no model, or cannot be written to.
+    """
+    spec = ModelSpec.from_json(read_json(join(url, SPEC_NAME)), join(url, SPEC_NAME))
+    spec = dataclasses.replace(spec, threshold=threshold, metrics=dict(metrics))
+    write_bytes(join(url, CARD_NAME), model_card(spec).encode())
+    write_json(join(url, SPEC_NAME), spec.to_json())
+
+
 def model_card(spec: ModelSpec) -> str:
     """Return the Markdown text that tells people what a model is for, what it was made from, and its limits."""
     side = spec.image_size

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.extraction import FaceExtractor, fingerprint, prominence, settings_from_fingerprint
+from lib.faces.extraction import FaceExtractor, fingerprint, prominence
 from lib.faces.images import MAX_PHOTO_BYTES, BadPhotoError, Photo
-from lib.recognition.embedder import Embedder, check_fingerprint, load_embedder
+from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, load_embedder
 from lib.storage import read_bytes
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -68,7 +68,7 @@ class FaceRecognizer:
         strict: bool = False,
     ) -> None:
         """Make ready; `load` says what the arguments are."""
-        settings = settings_from_fingerprint(embedder.fingerprint, detector_weights=detector_weights)
+        settings = extraction_settings(embedder, detector_weights)
         next_step = "give the detector's own weights by detector_weights, or train on faces made anew"
         check_fingerprint(fingerprint(settings), embedder, strict=strict, next_step=next_step)
         self.threshold = embedder.threshold if threshold is None else threshold
