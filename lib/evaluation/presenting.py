@@ -1,11 +1,10 @@
 """From what was measured to what the report shows: pictures of the pairs, plots, tables of text."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lib import storage
 from lib.evaluation import plots
@@ -14,10 +13,7 @@ from lib.evaluation.measuring import Measured, Photos
 from lib.evaluation.metrics import roc_curve
 from lib.evaluation.pairs import Pairs
 from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, csv_bytes, html, number, percent
-from lib.faces.extraction import FaceExtractor
-from lib.faces.manifest import Manifest, ParquetColumns
-from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
-from lib.recognition.embedding import PhotosSource, Source
+from lib.recognition.crops import read_crops
 
 NUM_WORST = 24
 """Pairs of each kind of error that the report shows."""
@@ -98,28 +94,6 @@ def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence
         )
         for (title, text), findings in zip(titles, wanted, strict=True)
     ]
-
-
-def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
-    """Return the aligned faces, JPEG, of these photos, as far as they have one."""
-    wanted = pa.array(sorted(set(names)), pa.string())
-    crops: dict[str, bytes] = {}
-    if isinstance(source, PhotosSource):
-        photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], wanted))
-        manifest = Manifest(photos, 0, {})
-        reader = PhotoReader(source.url, ParquetColumns().image, FaceExtractor(source.settings))
-        for part in plan_parts(manifest) if len(photos) else ():
-            for made in reader.rows(part_item(manifest, part)).values():
-                crops |= {row["photo"]: row["crop"] for row in made.rows if row.get("crop")}
-        return crops
-    for file_name in source.file_names:
-        url = storage.join(source.url, file_name)
-        in_file = storage.read_parquet(url, columns=["photo"])
-        if pc.any(pc.is_in(in_file["photo"], wanted)).as_py():
-            rows = storage.read_parquet(url, columns=["photo", "crop"])
-            rows = rows.filter(pc.is_in(rows["photo"], wanted))
-            crops |= {row["photo"]: row["crop"] for row in rows.to_pylist() if row["crop"]}
-    return crops
 
 
 def _suspect_row(model: str, photos: Photos, suspect: Suspect) -> tuple[Any, ...]:

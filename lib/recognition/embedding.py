@@ -197,8 +197,9 @@ def photos_source(
     *,
     split_seed: int = 0,
     splits: Sequence[str] = table.SPLITS,
+    with_identities: bool = True,
 ) -> PhotosSource:
-    """Return the photos of these splits, with identities from a file, or else from their folders.
+    """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
 
     Raises:
         UserError: as `read_manifest` does; or no photo is in these splits.
@@ -207,7 +208,11 @@ def photos_source(
         raise UserError(f"--identities {identities_url} is not there: correct the path, or leave the flag out")
     beside = storage.join(photos_url.rstrip("/").rpartition("/")[0], "identities.txt")
     manifest = read_manifest(
-        photos_url, identities_url or beside, split_seed=split_seed, columns=ParquetColumns(), identities_required=False
+        photos_url,
+        (identities_url or beside) if with_identities else None,
+        split_seed=split_seed,
+        columns=ParquetColumns(),
+        identities_required=False,
     )
     in_splits = np.isin(manifest.photos["split"].to_numpy(), list(splits))
     if not in_splits.any():
