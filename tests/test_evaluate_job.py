@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lib import storage
@@ -39,6 +40,8 @@ def run(model_url: str, tmp_path: Path) -> Path:
     shutil.copytree(model_url, folder / "model")
     spec = json.loads((folder / "model" / "model.json").read_text())
     (folder / "model" / "model.json").write_text(json.dumps({**spec, "threshold": None}))
+    history = {"epoch": [1, 2], "train_loss": [0.5, 0.4], "val_accuracy": [0.6, None], "notes": ["", ""]}
+    storage.write_parquet(str(folder / "history.parquet"), pa.table(history))
     return folder
 
 
@@ -60,7 +63,10 @@ def test_a_run_gets_its_report_and_its_threshold(
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     assert {name: done.result[name] for name in SHARED_FIGURES} == {name: metrics[name] for name in SHARED_FIGURES}
     assert done.result["report"] == str(run / "report" / "report.html")
-    assert "first é" in (run / "report" / "report.html").read_text()
+    page = (run / "report" / "report.html").read_text()
+    assert "first é" in page
+    assert 'alt="Training: loss"' in page
+    assert 'alt="Training: verification"' in page
 
     (model,) = metrics["models"]
     assert sum(model["failed_photos"].values()) == len(model["failed_photo_names"]) > 0

@@ -178,7 +178,8 @@ def _source(config: EvaluateConfig, data: str, embedder: Embedder) -> Source:
     return photos_source(
         absolute_url(config.photos, "--photos"),
         config.identities and absolute_url(config.identities, "--identities"),
-        extraction_settings(embedder, config.detector_weights),
+        # One face a photo, whatever the model was trained on: pairs are of photos.
+        replace(extraction_settings(embedder, config.detector_weights), policy="prominent"),
         split_seed=config.split_seed,
         splits=config.splits,
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lib import storage
 from lib.evaluation.metrics import (
+    best_threshold,
     failed_as_errors,
     original_table,
     pair_distances,
@@ -91,7 +92,7 @@ def measure(
     vectors_ND, failed_N = made.embeddings_ND[rows_N], made.failed_N[rows_N]
     statuses = [made.statuses[row] for row in rows_N]
     distances_P = failed_as_errors(pair_distances(vectors_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
-    best = verification_figures(distances_P, pairs)["threshold"]
+    best = best_threshold(distances_P, pairs.same_P)[0]
     used = next(each for each in (tolerance, embedder.threshold, best) if each is not None)
     figures = verification_report(vectors_ND, photos.people_N, pairs, failed_N=failed_N, tolerance=used, seed=seed)
     in_pairs_N = np.zeros(len(photos.names), bool)

@@ -89,6 +89,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         return {**result, "dry_run": True}
 
     storage.check_writable(output.rpartition("/")[0])
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every tensor that it merges
     content = onnx_bytes(model, load_embedder(model_url).digest)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.onnx"

@@ -16,6 +16,7 @@ from lib.faces import table
 from lib.faces.extraction import FaceExtractor, fingerprint, prominence
 from lib.faces.images import MAX_PHOTO_BYTES, BadPhotoError, Photo
 from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, load_embedder
+from lib.recognition.onnx_model import OnnxInput
 from lib.storage import read_bytes
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -82,22 +83,24 @@ class FaceRecognizer:
         *,
         threshold: float | None = None,
         detector_weights: str | None = None,
+        onnx: OnnxInput | None = None,
         device: str = "cpu",
         strict: bool = False,
     ) -> "FaceRecognizer":
         """Return the recognizer of a model.
 
         Args:
-            url: a model folder, or a run folder with one in it; local or `s3://…`.
+            url: a model folder, a run folder with one in it, or an .onnx file; local or `s3://…`.
             threshold: Euclidean distance to use instead of the one kept in the model.
             detector_weights: of the detector that the model's faces were made with, where they are no package's.
+            onnx: what an ONNX file of someone else wants.
             device: `cpu` or `cuda`.
             strict: refuse a model whose faces were made in another way than they are here, instead of warning.
 
         Raises:
             UserError: no such model, or a damaged one; with `strict`, one whose fingerprint differs.
         """
-        embedder = load_embedder(str(url), device=device)
+        embedder = load_embedder(str(url), onnx, device=device)
         return cls(embedder, threshold=threshold, detector_weights=detector_weights, strict=strict)
 
     def faces(self, picture: Picture) -> list[Face]:
