@@ -334,11 +334,21 @@ Turns an aligned face ({side}x{side} pixels, RGB) into a {kind} vector of {spec.
 
 ## Use
 
+On aligned faces:
+
+```python
+from lib.recognition.model import embed, load_model
+model = load_model("URL of this folder")
+embeddings_ND = embed(model, crops_NHWC)  # uint8 RGB faces, aligned as below
+```
+
+On photos:
+
 ```python
 from lib.recognition.recognizer import FaceRecognizer
 recognizer = FaceRecognizer.load("URL of this folder")
-recognizer.verify("one.jpg", "other.jpg")  # same or not, distance, threshold
-recognizer.faces("one.jpg")[0].embedding_D
+embedding_D = recognizer.faces("one.jpg")[0].embedding_D
+verification = recognizer.verify("one.jpg", "other.jpg")  # same or not, distance, threshold
 ```
 
 ## Verification

@@ -184,6 +184,19 @@ def test_no_model_is_said_in_one_line(tmp_path: Path) -> None:
         FaceRecognizer.load(tmp_path)
 
 
+def test_the_lines_of_the_model_card_on_photos_run(
+    model_url: str, single: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (Path(model_url) / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    os.link(single[0], tmp_path / "one.jpg")
+    os.link(single[0], tmp_path / "other.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("URL of this folder", model_url), names)  # noqa: S102
+    assert names["verification"].same
+    assert names["embedding_D"].shape == (16,)
+
+
 def test_the_lines_of_the_readme_run(
     model_url: str, single: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
