@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA := $(CURDIR)/data/demo
+# A tiny backbone on small images: learns drawn people in a minute on two cores. Leave these out for a real model.
+DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 80 --lr 2e-3 \
+	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
 GPU_RUNTIME := onnxruntime-gpu==1.31.1
 
 .PHONY: demo test check bench image gpu clean
@@ -28,16 +31,18 @@ $(VENV)/.development: requirements-dev.txt requirements.txt $(VENV)/.created
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime
 
-# From photos to aligned faces, on drawn people or on your own data: make demo DATA_URL=/my/folder
+# From photos to a trained model, on drawn people or on your own data: make demo DATA_URL=/my/folder
 demo: $(VENV)/.runtime
 ifdef DATA_URL
 	@$(BIN)/python jobs/preprocess.py --data "$(DATA_URL)"
-	@echo "look at $(DATA_URL)/faces/README.md and $(DATA_URL)/faces/contact_sheet.jpg"
+	@$(BIN)/python jobs/train.py --data "$(DATA_URL)" $(DEMO_TRAINING)
+	@echo "look at $(DATA_URL)/faces/contact_sheet.jpg and $(DATA_URL)/runs/demo/history.xlsx; the model is in runs/demo/model"
 else
 	@echo "drawing people who do not exist into $(DEMO_DATA)"
-	@$(BIN)/python jobs/sample.py --data "$(DEMO_DATA)"
+	@$(BIN)/python jobs/sample.py --data "$(DEMO_DATA)" --identities 100
 	@$(BIN)/python jobs/preprocess.py --data "$(DEMO_DATA)"
-	@echo "look at $(DEMO_DATA)/faces/README.md and $(DEMO_DATA)/faces/contact_sheet.jpg"
+	@$(BIN)/python jobs/train.py --data "$(DEMO_DATA)" $(DEMO_TRAINING)
+	@echo "look at $(DEMO_DATA)/faces/contact_sheet.jpg and $(DEMO_DATA)/runs/demo/history.xlsx; the model is in runs/demo/model"
 endif
 
 test: $(VENV)/.development
@@ -51,7 +56,7 @@ check: $(VENV)/.development
 
 # The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/; drawn photos else.
 bench: $(VENV)/.development
-	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory metrics_speed face_cache negative_search gallery_search; do \
+	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory metrics_speed face_cache negative_search gallery_search train_speed; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
 
 # The container image conv-facenet, by whichever builder is there.

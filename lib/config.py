@@ -12,12 +12,14 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from lib.errors import JobError, UserError
+from lib.errors import JobError, JobStopped, UserError
 
 Config = TypeVar("Config")
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: a launcher that sees it queues the same command again."""
 
 
 def default_data_url() -> str:
@@ -50,7 +52,8 @@ def absolute_url(url: str, flag: str) -> str:
 def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], *, description: str) -> NoReturn:
     """Parse the flags, run the job, print its result as one line of JSON and exit.
 
-    Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure.
+    Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure, 75 when it was stopped
+    from outside and has saved everything.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -64,6 +67,9 @@ def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]
     except JobError as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
+    except JobStopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_FAILURE)

@@ -1,4 +1,4 @@
-"""The two errors that end a job with one clear line instead of a traceback."""
+"""The errors that end a job with one clear line instead of a traceback."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class JobError(Exception):
     """The job failed for a reason outside the program (disk full, storage gone): one line, exit status 1."""
+
+
+class JobStopped(Exception):  # noqa: N818 - nothing went wrong
+    """Somebody asked the job to stop (SIGTERM, SIGUSR1) and all is saved: the same command goes on. Exit status 75."""

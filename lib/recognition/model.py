@@ -284,12 +284,16 @@ def embed(
     return embeddings_ND
 
 
-def save_model(model: EmbeddingModel, url: str) -> None:
-    """Write the model folder `url`: weights, model card, and `model.json` last, which makes the folder a model."""
+def save_model(model: EmbeddingModel, url: str, spec: ModelSpec | None = None) -> None:
+    """Write the model folder `url`: weights, model card, and `model.json` last, which makes the folder a model.
+
+    `spec` tells more of the model than its own does, such as what it reached.
+    """
+    spec = spec or model.spec
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_bytes(join(url, WEIGHTS_NAME), safetensors.torch.save(tensors))
-    write_bytes(join(url, CARD_NAME), model_card(model.spec).encode())
-    write_json(join(url, SPEC_NAME), model.spec.to_json())
+    write_bytes(join(url, CARD_NAME), model_card(spec).encode())
+    write_json(join(url, SPEC_NAME), spec.to_json())
 
 
 def load_model(url: str) -> EmbeddingModel:

@@ -26,7 +26,7 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostE
 
 from lib.errors import JobError, UserError
 from lib.training import mining
-from lib.training.mining import Floats, Ints, Negatives, Pairs
+from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,11 @@ class Shard:
         self.features_ND[local_B] = features_BD
         self.labels_N[local_B] = labels_B
         self.stamps_N[local_B] = step
+
+    def read(self, rows_B: Ints) -> Answer[tuple[Floats, Bools]]:
+        """Return the features of the photos `rows_B`, and which of them there are."""
+        local_B = rows_B - self.start
+        return self._signed((self.features_ND[local_B], self.stamps_N[local_B] != NEVER))
 
     def search(
         self,
@@ -210,6 +215,19 @@ class FeatureStore:
         if self._writes:
             ray.wait(self._writes, num_returns=len(self._writes), timeout=ANSWER_TIMEOUT_S)
         self._writes = []
+
+    def read(self, rows_B: Ints) -> tuple[Floats, Bools]:
+        """Return the features of some photos [B, D], zeros where there is none, and which of them there are [B]."""
+        features_BD = np.zeros((len(rows_B), self.dim), np.float32)
+        found_B = np.zeros(len(rows_B), bool)
+        answers: list[Any] = [None] * len(self._shards)
+        positions: dict[int, Ints] = dict(self._split(rows_B))
+        for index, mine_B in positions.items():
+            answers[index] = self._shards[index].read.remote(rows_B[mine_B])
+        for index, part in enumerate(self.collect(answers)):
+            if part is not None:
+                features_BD[positions[index]], found_B[positions[index]] = part
+        return features_BD, found_B
 
     def search(
         self,

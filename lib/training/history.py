@@ -49,7 +49,7 @@ class History:
     def __init__(self, run_url: str, *, next_epoch: int) -> None:
         """Load the rows before `next_epoch`; what stands there from that epoch on will be done again."""
         self._run_url = run_url
-        self.rows = [row for row in _read_rows(run_url) if int(row["epoch"] or 0) < next_epoch]
+        self.rows = [row for row in read_rows(run_url) if int(row["epoch"] or 0) < next_epoch]
         self._upload_from: tempfile.TemporaryDirectory[str] | None = None
         if "://" in run_url:
             self._upload_from = tempfile.TemporaryDirectory(prefix="tensorboard-")
@@ -98,7 +98,8 @@ class History:
                 storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
 
 
-def _read_rows(run_url: str) -> list[Row]:
+def read_rows(run_url: str) -> list[Row]:
+    """Return the rows of a run's history, none where it has not begun."""
     url = storage.join(run_url, "history.parquet")
     return storage.read_parquet(url).to_pylist() if storage.exists(url) else []
 

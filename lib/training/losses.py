@@ -82,10 +82,10 @@ def batch_triplet_loss(
 ) -> BatchLoss:
     """Return the mean loss of all triplets with d(a, p) < d(a, n) < d(a, p) + margin (FaceNet's semi-hard ones).
 
-    Every image is an anchor; positives come from the batch; negatives from the batch and from the extra vectors, which
-    get no gradient. Memory grows with N x M, not with the number of triplets: once the semi-hard triplets are chosen,
-    the loss is a weighted sum of distances, where a distance weighs as often as triplets use it, so that only those
-    counts are needed.
+    Every image is an anchor, but for those with a label below zero, which are left out (crops that could not be
+    decoded); positives come from the batch; negatives from the batch and from the extra vectors, which get no gradient.
+    Memory grows with N x M, not with the number of triplets: once the semi-hard triplets are chosen, the loss is a
+    weighted sum of distances, where a distance weighs as often as triplets use it; only those counts are needed.
     """
     pool_MD, pool_labels_M = embeddings_ND, labels_N
     if extra_negatives_QD is not None and extra_labels_Q is not None:
@@ -94,19 +94,21 @@ def batch_triplet_loss(
     distances_NM = torch.cdist(embeddings_ND.float(), pool_MD.float())
     if squared:
         distances_NM = distances_NM.square()
+    known_NM = (labels_N >= 0)[:, None] & (pool_labels_M >= 0)
     same_NM = labels_N[:, None] == pool_labels_M
-    positive_NM = same_NM.clone().fill_diagonal_(False)
+    positive_NM = (same_NM & known_NM).fill_diagonal_(False)
     positive_NM[:, len(labels_N) :] = False
+    negative_NM = ~same_NM & known_NM
 
-    weights_NM, num_semihard = _semihard_weights(distances_NM.detach(), positive_NM, ~same_NM, margin)
+    weights_NM, num_semihard = _semihard_weights(distances_NM.detach(), positive_NM, negative_NM, margin)
     total = (weights_NM * distances_NM).sum() + margin * num_semihard
-    num_positives_N, num_negatives_N = positive_NM.sum(dim=1), (~same_NM).sum(dim=1)
+    num_positives_N, num_negatives_N = positive_NM.sum(dim=1), negative_NM.sum(dim=1)
     return BatchLoss(
         mean=total / num_semihard.clamp(min=1),
         num_semihard=num_semihard,
         num_triplets=(num_positives_N * num_negatives_N).sum(),
         mean_positive_distance=distances_NM.detach()[positive_NM].mean(),
-        mean_negative_distance=distances_NM.detach()[~same_NM].mean(),
+        mean_negative_distance=distances_NM.detach()[negative_NM].mean(),
     )
 
 

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Fit a face embedding to the faces that preprocess made; started again it goes on where it was."""
+
+from lib.config import run_job
+from lib.training.job import train
+from lib.training.settings import TrainConfig
+
+if __name__ == "__main__":
+    run_job(TrainConfig, train, description=__doc__ or "")

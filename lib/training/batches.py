@@ -1,0 +1,210 @@
+"""The batches of an epoch: which photos, loaded ahead of the step, with the negatives that the feature store finds.
+
+Rows of a batch have the shape [3, T] (anchors, positives, negatives) or [P, K] (people x photos).
+
+Shape suffixes: T triplets of a step, P people, K photos of each, Q stored vectors, D dimensions of an embedding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lib.training import mining
+from lib.training.augmentation import BatchLoader, LoadedBatch, LoadTask, Prefetcher
+from lib.training.face_cache import FaceCache
+from lib.training.feature_store import FeatureStore
+from lib.training.settings import TrainConfig
+from lib.training.suspects import SuspectLog
+from lib.training.triplets import IdentityBatchSampler, PhotoIndex, draw_triplets
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.integer]
+
+Answered = TypeVar("Answered")
+
+LOAD_AHEAD = 3
+"""Batches that are being loaded while a step computes."""
+ASK_AHEAD = 1
+"""Questions to the store that are under way beyond them."""
+
+
+class StoredVectors(NamedTuple):
+    """Features from the store that join a batch as negatives."""
+
+    vectors_QD: Floats
+    labels_Q: Ints
+    """-1 for a photo that has no feature."""
+
+
+class TrainingBatch(NamedTuple):
+    """What a step trains on."""
+
+    loaded: LoadedBatch
+    stored: StoredVectors | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochPlan:
+    """Which part of which epoch this worker trains on."""
+
+    config: TrainConfig
+    epoch: int
+    rank: int
+    num_workers: int
+    first_step: int
+    num_steps: int
+    """Of the whole epoch; those before `first_step` were done earlier."""
+    negatives: str
+
+    @property
+    def is_mined(self) -> bool:
+        """Whether the feature store is asked."""
+        return self.negatives != "random"
+
+
+class EpochBatches:
+    """Iterates over the batches of an epoch, in a `with` block.
+
+    Every batch depends on the plan alone, and on the store's features where it is asked; so an epoch that is done again
+    or gone on with draws the same.
+    """
+
+    def __init__(
+        self,
+        plan: EpochPlan,
+        cache: FaceCache,
+        index: PhotoIndex,
+        *,
+        image_size: int,
+        num_threads: int,
+        store: FeatureStore | None,
+        suspects: SuspectLog,
+    ) -> None:
+        self._plan = plan
+        self._cache = cache
+        self._index = index
+        self._store = store if plan.is_mined else None
+        self._suspects = suspects
+        self._exit = ExitStack()
+        # In a deterministic run nothing may depend on what is ready when.
+        self._ask_ahead = 0 if plan.config.deterministic else ASK_AHEAD
+        self._questions: list[Prefetcher[int, Any]] = []
+        loader = BatchLoader(
+            cache=cache,
+            size=image_size,
+            level=plan.config.augment,
+            seed=plan.config.seed,
+            epoch=plan.epoch,
+            rank=plan.rank,
+        )
+        self._loading: Prefetcher[LoadTask, LoadedBatch] = Prefetcher(
+            loader, self._tasks(), num_threads=num_threads, num_ahead=LOAD_AHEAD
+        )
+        self._stored: Prefetcher[int, StoredVectors] | None = None
+        if self._store and plan.config.batch == "identities" and plan.config.stored_negatives:
+            self._stored = self._asking(self._stored_vectors)
+
+    def __enter__(self) -> Self:
+        self._exit.enter_context(self._loading)
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        for loaded in self._loading:
+            yield TrainingBatch(loaded, next(self._stored) if self._stored else None)
+
+    @property
+    def store_wait_s(self) -> float:
+        """Seconds that the step has waited for the store."""
+        return sum(questions.wait_s for questions in self._questions)
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that it has waited for crops."""
+        # What is asked for a batch is waited for while its task is drawn.
+        in_tasks = sum(questions.wait_s for questions in self._questions if questions is not self._stored)
+        return self._loading.wait_s - in_tasks
+
+    def _asking(self, answer: Callable[[int], Answered]) -> Prefetcher[int, Answered]:
+        """Have a question to the store answered for every step, a step ahead."""
+        steps = range(self._plan.first_step, self._plan.num_steps)
+        questions = Prefetcher(answer, steps, num_threads=1, num_ahead=self._ask_ahead)
+        self._questions.append(questions)
+        return self._exit.enter_context(questions)
+
+    def _tasks(self) -> Iterator[LoadTask]:
+        rows = self._triplet_rows() if self._plan.config.batch == "triplets" else self._people_rows()
+        for step, batch in enumerate(rows, start=self._plan.first_step):
+            yield LoadTask(rows=batch, first_draw=step * batch.size)
+
+    def _triplet_rows(self) -> Iterator[Ints]:
+        plan, size = self._plan, self._plan.config.anchors_per_step
+        drawn = draw_triplets(
+            self._index, plan.num_steps * size, seed=plan.config.seed, epoch=plan.epoch, rank=plan.rank
+        )
+        rows_3N = np.stack([drawn.anchors, drawn.positives, drawn.negatives])
+        batches = (rows_3N[:, step * size : (step + 1) * size] for step in range(plan.first_step, plan.num_steps))
+        if self._store is None:
+            return batches
+        return self._asking(lambda step: self._mined(rows_3N[:, step * size : (step + 1) * size], step))
+
+    def _mined(self, rows_3T: Ints, step: int) -> Ints:
+        """Return the triplets with the negatives that the store finds, the drawn ones where it finds none."""
+        plan, store = self._plan, self._store
+        assert store is not None
+        anchors_T, positives_T, random_T = rows_3T
+        queries_TD, known_T = store.read(anchors_T)
+        positives_TD = store.read(positives_T)[0] if plan.negatives == "semihard" else None
+        found = store.search(
+            queries_TD,
+            self._index.labels_N[anchors_T],
+            policy=plan.negatives,  # type: ignore[arg-type]
+            num_candidates=plan.config.candidates,
+            seed=self._seed(step),
+            positives_BD=positives_TD,
+            ceiling=plan.config.ceiling,
+        ).result()
+        self._suspects.add(anchors_T[found.suspects.anchors], found.suspects.rows, found.suspects.similarities)
+        is_mined_T = known_T & (found.rows != mining.NO_ROW)
+        return np.stack([anchors_T, positives_T, np.where(is_mined_T, found.rows, random_T)])
+
+    def _people_rows(self) -> Iterator[Ints]:
+        plan = self._plan
+        sampler = IdentityBatchSampler(
+            index=self._index,
+            num_people=min(plan.config.batch_size // plan.config.photos_per_person, len(self._index.pairable)),
+            num_photos=plan.config.photos_per_person,
+            seed=plan.config.seed,
+            rank=plan.rank,
+            confusable_share=plan.config.confusable_share,
+        )
+        confusable = None
+        if self._store is not None and plan.negatives == "hard" and plan.config.confusable_share:
+            means_ID = self._store.identity_means(len(self._cache.identities))
+
+            def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:
+                return mining.confusable_identities(means_ID, seeds_S, num_neighbours=num_neighbours)
+
+        for step, rows in enumerate(sampler.batches(plan.epoch, plan.num_steps, confusable)):
+            if step >= plan.first_step:
+                yield rows
+
+    def _stored_vectors(self, step: int) -> StoredVectors:
+        assert self._store is not None
+        rng = np.random.default_rng(self._seed(step))
+        rows_Q = rng.integers(len(self._cache), size=self._plan.config.stored_negatives)
+        vectors_QD, known_Q = self._store.read(rows_Q)
+        return StoredVectors(vectors_QD, np.where(known_Q, self._cache.labels_N[rows_Q], -1))
+
+    def _seed(self, step: int) -> int:
+        sequence = np.random.SeedSequence((self._plan.config.seed, self._plan.epoch, self._plan.rank, step))
+        return int(sequence.generate_state(1, np.uint64)[0])

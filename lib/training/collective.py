@@ -1,0 +1,64 @@
+"""What the workers of a run tell each other, on the CPU by gloo; a worker on its own tells itself.
+
+Every function has to be called by every worker, in the same order.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+Number = TypeVar("Number", bound=np.generic)
+
+
+def num_workers() -> int:
+    """Return how many workers there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this worker, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def broadcast(value: Value | None) -> Value:
+    """Return worker 0's value to all; the others pass None."""
+    values = [value]
+    if num_workers() > 1:
+        dist.broadcast_object_list(values, src=0)
+    assert values[0] is not None
+    return values[0]
+
+
+def summed(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """Return the sum over the workers of arrays of one shape and type."""
+    if num_workers() == 1:
+        return values
+    total = torch.from_numpy(values.copy())
+    dist.all_reduce(total)
+    return total.numpy()
+
+
+def interleaved(mine_MD: npt.NDArray[np.float32], num_rows: int) -> npt.NDArray[np.float32]:
+    """Return all rows [N, D] where worker r of W holds rows r, r + W, r + 2 W, …"""
+    world = num_workers()
+    if world == 1:
+        return mine_MD
+    longest = -(-num_rows // world)
+    padded = np.zeros((longest, *mine_MD.shape[1:]), np.float32)
+    padded[: len(mine_MD)] = mine_MD
+    parts = [torch.empty(padded.shape) for _ in range(world)]
+    dist.all_gather(parts, torch.from_numpy(padded))
+    return torch.stack(parts, dim=1).flatten(0, 1)[:num_rows].numpy()
+
+
+def gathered(value: Value) -> list[Value]:
+    """Return the values of all workers to worker 0, an empty list to the others."""
+    if num_workers() == 1:
+        return [value]
+    values: list[Value] | None = [value] * num_workers() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []

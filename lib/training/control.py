@@ -1,0 +1,109 @@
+"""What a run's driver and its workers tell each other, through one small Ray actor on the driver's node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lib.errors import JobError, UserError
+from lib.training.feature_store import NAMESPACE
+
+
+@dataclass(kw_only=True)
+class News:
+    """What happened since the driver last asked."""
+
+    lines: list[str] = field(default_factory=list)
+    """For the log, one an epoch and one for each thing a user must know."""
+    num_images: int = 0
+    """Trained on so far, of `total_images`."""
+    total_images: int = 0
+    status: str = ""
+    """What the run is doing now, in a few words."""
+    failure: tuple[str, str] | None = None
+    """Kind of error (`user` or `job`) and its message."""
+
+
+class Control:
+    """A plain object, which Ray wraps as an actor."""
+
+    def __init__(self) -> None:
+        self._news = News()
+        self._stop = False
+        self._result: dict[str, Any] | None = None
+
+    def tell(self, *, line: str = "", status: str = "") -> None:
+        """Note a line for the log, or what is being done now."""
+        if line:
+            self._news.lines.append(line)
+        self._news.status = status or self._news.status
+
+    def count(self, num_images: int, total_images: int) -> None:
+        """Note how far the training is."""
+        self._news.num_images, self._news.total_images = num_images, total_images
+
+    def fail(self, kind: Literal["user", "job"], message: str) -> None:
+        """Note why the run cannot go on; the first reason stays."""
+        self._news.failure = self._news.failure or (kind, message)
+
+    def has_failed(self) -> bool:
+        """Return whether a worker has given the run up: one that is started again must not try once more."""
+        return self._news.failure is not None
+
+    def news(self) -> News:
+        """Return what happened; lines are given once."""
+        news = self._news
+        self._news = News(
+            num_images=news.num_images, total_images=news.total_images, status=news.status, failure=news.failure
+        )
+        return news
+
+    def request_stop(self) -> None:
+        """Ask the workers to save everything and leave."""
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        """Return whether the workers are asked to leave."""
+        return self._stop
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Note what the run made."""
+        self._result = result
+
+    def result(self) -> dict[str, Any] | None:
+        """Return what the run made, None where it has not come to an end."""
+        return self._result
+
+
+def create_control(run: str) -> Any:
+    """Start the control of a run on this node; it ends with this process.
+
+    Raises:
+        UserError: a run of this name is training on this cluster already.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Control)
+    try:
+        return actor.options(name=_name(run), namespace=NAMESPACE).remote()
+    except ray.exceptions.ActorAlreadyExistsError:
+        raise UserError(
+            f"the run {run} is training on this cluster already: wait for it, or choose another --name"
+        ) from None
+
+
+def connect_control(run: str) -> Any:
+    """Return the control of a run."""
+    return ray.get_actor(_name(run), namespace=NAMESPACE)
+
+
+def failure_error(failure: tuple[str, str]) -> UserError | JobError:
+    """Return the error that a worker gave up with."""
+    kind, message = failure
+    return UserError(message) if kind == "user" else JobError(message)
+
+
+def _name(run: str) -> str:
+    return f"control of {run}"

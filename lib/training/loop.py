@@ -1,0 +1,400 @@
+"""What each worker does: epochs of steps, validation, the feature store's upkeep, checkpoints; worker 0 also writes.
+
+A worker that starts takes the newest checkpoint, so a beginning, a restart after a failure, another number of workers
+and a run that was stopped are one and the same path. Every draw follows from seed, epoch, worker and step.
+"""
+
+import dataclasses
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from lib import storage
+from lib.errors import JobError, UserError
+from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
+from lib.training import checkpoints, collective
+from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
+from lib.training.checkpoints import Progress
+from lib.training.control import connect_control
+from lib.training.face_cache import FaceCache, build_cache
+from lib.training.feature_store import FeatureStore
+from lib.training.objective import SUM_NAMES, EpochSums, objective
+from lib.training.passes import EmbeddingPass, StoreUpkeep
+from lib.training.record import EpochOutcome, RunRecord
+from lib.training.schedule import learning_rate
+from lib.training.settings import TrainConfig
+from lib.training.suspects import SuspectLog
+from lib.training.triplets import PhotoIndex, UsageCounter
+from lib.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+MAX_LOADER_THREADS = 8
+
+AGREE_EVERY = 4
+"""Steps between two questions of several workers whether to write a checkpoint or to leave."""
+
+GO_ON, SAVE, LEAVE = "go on", "save", "leave"
+
+TELL_EVERY_S = 0.5
+
+Floats = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int32]
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and everything is saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """What the driver tells every worker."""
+
+    config: TrainConfig
+    spec: ModelSpec
+    num_shards: int
+    """Of the feature store; 0 where no policy needs one."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train until the end of the run, or until asked to leave; Ray Train calls this on every worker."""
+    import ray.train.torch
+
+    job: WorkerJob = settings["job"]
+    control = connect_control(job.config.run_url)
+    if ray.get(control.has_failed.remote()):
+        return  # Started again although it cannot go on: the driver is about to say why.
+    kind, message = "", ""
+    try:
+        Worker(job, control, ray.train.torch.get_device()).run()
+    except UserError as error:
+        kind, message = "user", str(error)
+    except JobError as error:
+        kind, message = "job", str(error)
+    except StoppedError:
+        return
+    if kind:
+        # Not raised: Ray Train would start all workers again. The driver ends the run as soon as it hears of this.
+        ray.get(control.fail.remote(kind, message))
+
+
+class Worker:
+    """One process of a run."""
+
+    def __init__(self, job: WorkerJob, control: Any, device: torch.device) -> None:
+        """Map the crops, and take model, optimiser and counts from the newest checkpoint."""
+        self.config = job.config
+        self.control = control
+        self.device = device
+        self.rank, self.num_workers = collective.rank(), collective.num_workers()
+        torch.use_deterministic_algorithms(job.config.deterministic)
+        checkpoint = checkpoints.load_newest(job.config.run_url)
+        if checkpoint is None:
+            raise UserError(
+                f"this node does not see the checkpoints in {storage.redacted(job.config.run_url)}: a local --data has "
+                "to be a disk that all nodes share, or an object store such as s3://bucket/folder"
+            )
+        self.progress = checkpoint.progress
+
+        self._tell(status="reading the faces")
+        cache_dir = job.config.cache_dir or str(Path(tempfile.gettempdir()) / "conv-facenet")
+        self.cache = FaceCache(build_cache(job.config.faces_url, ["train"], cache_dir))
+        try:
+            val_cache = FaceCache(build_cache(job.config.faces_url, ["val"], cache_dir))
+        except UserError:
+            val_cache = None
+        self.val_cache = val_cache
+        self.validation = Validation(val_cache, job.config)
+        self.index = PhotoIndex(self.cache.labels_N)
+
+        model = EmbeddingModel(job.spec).to(device).to(memory_format=torch.channels_last)
+        model.load_state_dict(checkpoints.without_prefix("model", checkpoint.tensors))
+        self.model = model
+        self.averaged: AveragedModel | None = None
+        if job.config.ema:
+            self.averaged = AveragedModel(model, multi_avg_fn=_average(job.config.ema), use_buffers=True)
+            if averaged := checkpoints.without_prefix("averaged", checkpoint.tensors):
+                self.averaged.load_state_dict(averaged)
+        self.optimizer = torch.optim.AdamW(_parameter_groups(model, job.config.weight_decay), lr=job.config.lr)
+        if optimizer := checkpoints.without_prefix("optimizer", checkpoint.tensors):
+            checkpoints.restore_optimizer(self.optimizer, optimizer)
+        self.trained = model if self.num_workers == 1 else _distributed(model, device)
+        self.usage = UsageCounter(len(self.cache))
+        if self.rank == 0 and "usage" in checkpoint.tensors:
+            self.usage.counts_3N = checkpoint.tensors["usage"].numpy().copy()
+        self._random_state = checkpoint.tensors.get("random_state")
+
+        num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+        num_threads = job.config.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
+        self.how = EmbeddingPass(device=device, precision=job.config.precision, num_threads=num_threads)
+        self.upkeep: StoreUpkeep | None = None
+        if job.num_shards:
+            store = FeatureStore.connect(
+                job.config.run_url, self.cache.labels_N, dim=job.spec.embedding_dim, num_shards=job.num_shards
+            )
+            self.upkeep = StoreUpkeep(store=store, cache=self.cache, how=self.how)
+        self.suspects = SuspectLog()
+        self.anchors_per_epoch = job.config.triplets_per_epoch or len(self.cache)
+        self.last_saved = time.monotonic()
+        self._stop_answer: Any = None
+
+    @property
+    def evaluated(self) -> EmbeddingModel:
+        """The model that is validated, stored features come from, and users get: the averaged one where there is."""
+        return self.model if self.averaged is None else cast(EmbeddingModel, self.averaged.module)
+
+    def run(self) -> None:
+        """Train the epochs that are left."""
+        record = RunRecord(self.config, self.progress, self.cache, self.control) if self.rank == 0 else None
+        if record and self.validation.problem:
+            record.note(self.validation.problem)
+        if self.progress.step:
+            place = f"epoch {self.progress.epoch}, step {self.progress.step}"
+            self._tell(line=f"going on from the checkpoint of {place}, with {self.num_workers} worker(s)")
+        while not self.progress.finished:
+            began = time.perf_counter()
+            num_filled = self._fill_store()
+            sums, data_wait_s, store_wait_s, train_s = self._train_epoch()
+            refresh_s = self._refresh_store()
+            outcome = EpochOutcome(
+                sums=sums,
+                figures=self.validation.figures(self._validation_embeddings(), self.progress.negatives),
+                usage_3N=collective.summed(self.usage.counts_3N),
+                suspects=collective.gathered(self.suspects),
+                staleness=self._staleness(),
+                num_corrupt=len(self.cache.failed_rows),
+                num_filled=num_filled,
+                seconds={
+                    "train": train_s,
+                    "data_wait": data_wait_s,
+                    "store_wait": store_wait_s,
+                    "refresh": refresh_s,
+                    "epoch": time.perf_counter() - began,
+                },
+            )
+            progress = None
+            if record:
+                progress = record.end_epoch(self.progress, outcome, self.evaluated)
+                self._save(progress, outcome.usage_3N)
+            self.progress = collective.broadcast(progress)
+        if record:
+            record.finish(self.progress)
+        # Nobody leaves before the record stands: Ray Train ends all workers with the first that fails.
+        collective.broadcast(True)
+
+    def _train_epoch(self) -> tuple[dict[str, float], float, float, float]:
+        """Do the steps of the epoch that are left.
+
+        Returns its sums over all workers, and this worker's seconds: waiting for crops, for the store, and in all.
+        """
+        config, progress = self.config, self.progress
+        anchors_a_step = config.anchors_per_step * self.num_workers
+        num_steps = max(1, self.anchors_per_epoch // anchors_a_step)
+        first_step = min(num_steps, -(-progress.anchors_done // anchors_a_step))
+        self._seed_torch(first_step)
+        plan = EpochPlan(
+            config=config,
+            epoch=progress.epoch,
+            rank=self.rank,
+            num_workers=self.num_workers,
+            first_step=first_step,
+            num_steps=num_steps,
+            negatives=progress.negatives,
+        )
+        if self.cache.failed_rows:
+            self.index = PhotoIndex(self.cache.labels_N, excluded_rows=sorted(self.cache.failed_rows))
+        self._epoch_usage = np.zeros(len(self.cache), bool)
+        sums = EpochSums(self.device, progress.sums if self.rank == 0 else {})
+        batches = EpochBatches(
+            plan,
+            self.cache,
+            self.index,
+            image_size=self.model.spec.image_size,
+            num_threads=self.how.num_threads,
+            store=self.upkeep.store if self.upkeep else None,
+            suspects=self.suspects,
+        )
+        began = time.perf_counter()
+        told = 0.0
+        self.trained.train()
+        with batches:
+            for step, batch in enumerate(batches, start=first_step):
+                share_done = (progress.epoch - 1 + step / num_steps) / config.epochs
+                self._step(batch, sums, learning_rate(config.lr, share_done, config.warmup_share))
+                if self.rank == 0 and time.perf_counter() - told > TELL_EVERY_S:
+                    told = time.perf_counter()
+                    self._tell(status=f"epoch {progress.epoch}/{config.epochs}")
+                    self.control.count.remote(
+                        ((progress.epoch - 1) * num_steps + step + 1) * self.num_workers * len(batch.loaded.images),
+                        config.epochs * num_steps * self.num_workers * len(batch.loaded.images),
+                    )
+                if step + 1 < num_steps:
+                    self._heed_requests(sums, (step + 1) * anchors_a_step, step)
+        all_sums = dict(zip(SUM_NAMES, collective.summed(sums.values()).tolist(), strict=True))
+        return all_sums, batches.data_wait_s, batches.store_wait_s, time.perf_counter() - began
+
+    def _step(self, batch: TrainingBatch, sums: EpochSums, lr: float) -> None:
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        crops = torch.from_numpy(batch.loaded.images)
+        if self.device.type == "cuda":
+            crops = crops.pin_memory().to(self.device, non_blocking=True)
+        images_NCHW = normalized_images(crops, self.model.spec)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            embeddings_ND = self.trained(images_NCHW)
+        figures = objective(embeddings_ND, batch, self.cache.labels_N, config)
+        self.optimizer.zero_grad(set_to_none=True)
+        figures.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        # The gradients are the workers' mean, so that all of them see it, and before the weights have changed.
+        if not torch.isfinite(norm):
+            raise JobError(
+                f"the loss is not finite at step {self.progress.step + 1} (epoch {self.progress.epoch}, learning rate "
+                f"{lr:.3g}): the last checkpoint and the best model are intact; train with a lower --lr, or with "
+                "--precision fp32, under another --name"
+            )
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        self.progress = dataclasses.replace(self.progress, step=self.progress.step + 1)
+        sums.add(figures, len(embeddings_ND))
+        rows = batch.loaded.rows
+        self.usage.add(*(rows if config.batch == "triplets" else (rows, rows, rows)))
+        self._epoch_usage[rows] = True
+        if self.upkeep is not None and config.augment == "none":
+            whole_N = ~batch.loaded.failed
+            features_ND = embeddings_ND.detach().cpu().numpy()
+            self.upkeep.store.write(rows.ravel()[whole_N], features_ND[whole_N], step=self.progress.step)
+            if config.deterministic:
+                self.upkeep.store.flush()
+
+    @property
+    def _is_mining(self) -> bool:
+        return self.upkeep is not None and self.progress.negatives != "random"
+
+    def _fill_store(self) -> int:
+        if not self._is_mining or self.upkeep is None:
+            return 0
+        self._tell(status="filling the feature store")
+        return self.upkeep.fill(self.evaluated, self.progress.step)
+
+    def _staleness(self) -> dict[str, float]:
+        if not self._is_mining or self.upkeep is None or self.rank:
+            return {}
+        return self.upkeep.store.staleness(self.progress.step)
+
+    def _refresh_store(self) -> float:
+        if not self._is_mining or self.upkeep is None or not self.config.refresh_fraction:
+            return 0.0
+        self._tell(status="refreshing the feature store")
+        began = time.perf_counter()
+        used = np.flatnonzero(collective.summed(self._epoch_usage.astype(np.uint8)))
+        self.upkeep.refresh(self.evaluated, self.progress.step, used, self.config.refresh_fraction)
+        return time.perf_counter() - began
+
+    def _validation_embeddings(self) -> Floats:
+        if self.val_cache is None or not len(self.validation.rows_V):
+            return np.empty((0, self.model.spec.embedding_dim), np.float32)
+        self._tell(status="validating")
+        return self.how.shared(self.validation.rows_V, self.val_cache, self.evaluated)
+
+    def _heed_requests(self, sums: EpochSums, anchors_done: int, step: int) -> None:
+        """Write a checkpoint when it is time, and leave when asked; the workers decide together."""
+        if self.num_workers > 1 and step % AGREE_EVERY:
+            return
+        request = None
+        if self.rank == 0:
+            due = time.monotonic() - self.last_saved > 60 * self.config.checkpoint_minutes
+            request = LEAVE if self._stop_requested() else SAVE if due else GO_ON
+        request = collective.broadcast(request)
+        if request == GO_ON:
+            return
+        all_sums = dict(zip(SUM_NAMES, collective.summed(sums.values()).tolist(), strict=True))
+        self._save(
+            dataclasses.replace(self.progress, anchors_done=anchors_done, sums=all_sums),
+            collective.summed(self.usage.counts_3N),
+        )
+        if request == LEAVE:
+            raise StoppedError
+
+    def _stop_requested(self) -> bool:
+        """Return what the control said when it was last asked, and ask again; the step does not wait for it."""
+        import ray
+
+        if self._stop_answer is None:
+            self._stop_answer = self.control.stop_requested.remote()
+        ready, _ = ray.wait([self._stop_answer], timeout=0)
+        if not ready:
+            return False
+        self._stop_answer = None
+        return bool(ray.get(ready[0]))
+
+    def _save(self, progress: Progress, usage_3N: Counts) -> None:
+        """Write a checkpoint on worker 0."""
+        self.last_saved = time.monotonic()
+        if self.rank:
+            return
+        averaged = self.averaged.state_dict() if self.averaged is not None else {}
+        checkpoints.write(
+            self.config.run_url,
+            progress,
+            {
+                **checkpoints.prefixed("model", self.model.state_dict()),
+                **checkpoints.prefixed("averaged", averaged),
+                **checkpoints.prefixed("optimizer", checkpoints.flat_optimizer(self.optimizer)),
+                "usage": torch.from_numpy(usage_3N),
+                "random_state": torch.get_rng_state(),
+            },
+        )
+
+    def _seed_torch(self, first_step: int) -> None:
+        """Make what torch draws, such as dropout, follow from seed, epoch and worker, or from a checkpoint."""
+        if self._random_state is not None and first_step and self.rank == 0:
+            torch.set_rng_state(self._random_state)
+        else:
+            sequence = np.random.SeedSequence((self.config.seed, self.progress.epoch, self.rank, first_step))
+            torch.manual_seed(int(sequence.generate_state(1)[0]))
+        self._random_state = None
+
+    def _tell(self, *, line: str = "", status: str = "") -> None:
+        if self.rank == 0:
+            self.control.tell.remote(line=line, status=status)
+
+
+def _average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return the average of `AveragedModel`, whose decay rises: the first weights are soon forgotten.
+
+    Formula: the warm-up of TensorFlow's ExponentialMovingAverage, min(decay, (1 + n) / (10 + n)) at update n.
+    """
+
+    def average(averaged: Any, current: Any, num_averaged: Any) -> None:
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    return average
+
+
+def _distributed(model: EmbeddingModel, device: torch.device) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def _parameter_groups(model: EmbeddingModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Leave norms and biases, the parameters of one dimension, without weight decay."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,102 @@
+"""What a step minimises, and what an epoch adds up over its steps.
+
+Shape suffixes: N images of a batch, D dimensions of an embedding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lib.training.batches import TrainingBatch
+from lib.training.losses import batch_triplet_loss, gather_batch, triplet_margin_loss
+from lib.training.settings import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """Of one step; tensors, so that reading them does not wait for the device."""
+
+    loss: Tensor
+    num_active: Tensor
+    """Triplets with a loss above zero; of a people x photos batch, the semi-hard ones."""
+    num_triplets: Tensor
+    positive_distance: Tensor
+    negative_distance: Tensor
+
+
+SUM_NAMES = ("steps", "images", "loss", "active", "triplets", "positive", "negative")
+
+
+def objective(
+    embeddings_ND: Tensor, batch: TrainingBatch, labels_of_rows: npt.NDArray[np.integer], config: TrainConfig
+) -> StepFigures:
+    """Return the loss of a step, to be differentiated; images that could not be decoded have no part in it."""
+    if config.batch == "triplets":
+        return _triplets(embeddings_ND, batch, config)
+    rows_N = batch.loaded.rows.ravel()
+    labels = np.where(batch.loaded.failed, -1, labels_of_rows[rows_N]).astype(np.int64)
+    all_ND, all_labels_N = gather_batch(embeddings_ND, torch.from_numpy(labels).to(embeddings_ND.device))
+    extra, extra_labels = None, None
+    if batch.stored is not None:
+        extra = torch.from_numpy(batch.stored.vectors_QD).to(embeddings_ND.device)
+        extra_labels = torch.from_numpy(batch.stored.labels_Q.astype(np.int64)).to(embeddings_ND.device)
+    loss = batch_triplet_loss(
+        all_ND,
+        all_labels_N,
+        margin=config.margin,
+        squared=config.squared,
+        extra_negatives_QD=extra,
+        extra_labels_Q=extra_labels,
+    )
+    return StepFigures(
+        loss=loss.mean,
+        num_active=loss.num_semihard,
+        num_triplets=loss.num_triplets,
+        positive_distance=loss.mean_positive_distance.nan_to_num(),
+        negative_distance=loss.mean_negative_distance.nan_to_num(),
+    )
+
+
+def _triplets(embeddings_ND: Tensor, batch: TrainingBatch, config: TrainConfig) -> StepFigures:
+    anchors, positives, negatives = embeddings_ND.chunk(3)
+    result = triplet_margin_loss(anchors, positives, negatives, margin=config.margin, squared=config.squared)
+    failed_T = batch.loaded.failed.reshape(3, -1).any(axis=0)
+    whole_T = torch.from_numpy((~failed_T).astype(np.float32)).to(embeddings_ND.device)
+    num_whole = whole_T.sum()
+    share = num_whole.clamp(min=1)
+    return StepFigures(
+        loss=(result.losses * whole_T).sum() / share,
+        num_active=((result.losses > 0) * whole_T).sum(),
+        num_triplets=num_whole,
+        positive_distance=((result.positive_distances * whole_T).sum() / share).detach(),
+        negative_distance=((result.negative_distances * whole_T).sum() / share).detach(),
+    )
+
+
+class EpochSums:
+    """Adds up the figures of an epoch's steps on the device; read at its end, or for a checkpoint."""
+
+    def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
+        """Go on from what a checkpoint within the epoch had added up."""
+        self._sums = torch.tensor([earlier.get(name, 0.0) for name in SUM_NAMES], dtype=torch.float64).to(device)
+
+    def add(self, figures: StepFigures, num_images: int) -> None:
+        """Add a step."""
+        one = torch.ones((), device=self._sums.device)
+        values = [
+            one,
+            one * num_images,
+            figures.loss.detach(),
+            figures.num_active,
+            figures.num_triplets,
+            figures.positive_distance,
+            figures.negative_distance,
+        ]
+        self._sums += torch.stack([value.double() for value in values])
+
+    def values(self) -> npt.NDArray[np.float64]:
+        """Return the sums, in the order of `SUM_NAMES`."""
+        return self._sums.cpu().numpy()

@@ -1,0 +1,110 @@
+"""Embedding passes, always without augmentation: over the validation photos, and to fill and refresh the feature store.
+
+The workers share the rows of a pass: worker r of W takes rows r, r + W, r + 2 W, …
+
+Shape suffixes: M rows of this worker, D dimensions of an embedding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.recognition.model import EmbeddingModel, Precision, embed
+from lib.training import collective
+from lib.training.augmentation import BatchLoader, LoadTask, Prefetcher
+from lib.training.face_cache import FaceCache
+from lib.training.feature_store import NEVER, FeatureStore
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.integer]
+
+BATCH_SIZE = 64
+LOAD_AHEAD = 3
+
+
+class EmbeddedRows(NamedTuple):
+    """A batch of a pass."""
+
+    rows_M: Ints
+    embeddings_MD: Floats
+    failed_M: npt.NDArray[np.bool_]
+    """Crops that could not be decoded; their embeddings mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingPass:
+    """How a worker embeds rows of a cache."""
+
+    device: torch.device
+    precision: Precision
+    num_threads: int
+
+    def over(self, rows_M: Ints, cache: FaceCache, model: EmbeddingModel) -> Iterator[EmbeddedRows]:
+        """Yield the embeddings of the rows, in batches, in order."""
+        loader = BatchLoader(cache=cache, size=model.spec.image_size, level="none", seed=0, epoch=0)
+        tasks = (
+            LoadTask(rows=rows_M[start : start + BATCH_SIZE], first_draw=0)
+            for start in range(0, len(rows_M), BATCH_SIZE)
+        )
+        with Prefetcher(loader, tasks, num_threads=self.num_threads, num_ahead=LOAD_AHEAD) as loaded:
+            for batch in loaded:
+                embeddings_MD = embed(
+                    model, batch.images, batch_size=BATCH_SIZE, device=self.device, precision=self.precision
+                )
+                yield EmbeddedRows(batch.rows, embeddings_MD, batch.failed)
+
+    def shared(self, rows_N: Ints, cache: FaceCache, model: EmbeddingModel) -> Floats:
+        """Return the embeddings of all rows [N, D] to every worker, each having computed its part."""
+        mine = rows_N[collective.rank() :: collective.num_workers()]
+        parts = [np.empty((0, model.spec.embedding_dim), np.float32)]
+        parts += [batch.embeddings_MD for batch in self.over(mine, cache, model)]
+        return collective.interleaved(np.concatenate(parts), len(rows_N))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreUpkeep:
+    """Keeps the feature store full and fresh."""
+
+    store: FeatureStore
+    cache: FaceCache
+    how: EmbeddingPass
+
+    def fill(self, model: EmbeddingModel, step: int) -> int:
+        """Embed every photo that has no feature; return how many there were."""
+        return self._embed(self.store.missing() if collective.rank() == 0 else None, model, step)
+
+    def refresh(self, model: EmbeddingModel, step: int, used_rows: Ints, share: float) -> int:
+        """Embed again `share` of all photos: those without a feature, then half of them photos that the epoch used,
+        the others those of the oldest features; return how many.
+        """
+        rows = None
+        if collective.rank() == 0:
+            rows = rows_to_refresh(self.store.stamps(), used_rows, round(share * len(self.cache)))
+        return self._embed(rows, model, step)
+
+    def _embed(self, rows: Ints | None, model: EmbeddingModel, step: int) -> int:
+        rows = collective.broadcast(rows)
+        for batch in self.how.over(rows[collective.rank() :: collective.num_workers()], self.cache, model):
+            whole_M = ~batch.failed_M
+            self.store.write(batch.rows_M[whole_M], batch.embeddings_MD[whole_M], step=step)
+        self.store.flush()
+        return len(rows)
+
+
+def rows_to_refresh(stamps_N: Ints, used_rows: Ints, budget: int) -> Ints:
+    """Return the rows to embed again, ascending: all without a feature, and others up to the budget."""
+    oldest_first = np.argsort(stamps_N, kind="stable")
+    missing = np.flatnonzero(stamps_N == NEVER)
+    num_others = max(0, min(budget, len(stamps_N)) - len(missing))
+    is_used_N = np.zeros(len(stamps_N), bool)
+    is_used_N[used_rows] = True
+    oldest_first = oldest_first[stamps_N[oldest_first] != NEVER]
+    used = oldest_first[is_used_N[oldest_first]][: num_others // 2]
+    chosen_N = stamps_N == NEVER
+    chosen_N[used] = True
+    chosen_N[oldest_first[~chosen_N[oldest_first]][: num_others - len(used)]] = True
+    return np.flatnonzero(chosen_N)

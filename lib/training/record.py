@@ -1,0 +1,233 @@
+"""What a run leaves behind: history, best model, usage, suspects; worker 0 writes it at the end of each epoch."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lib import storage
+from lib.recognition.model import EmbeddingModel, save_model
+from lib.training import collective
+from lib.training.checkpoints import Progress
+from lib.training.face_cache import FaceCache
+from lib.training.history import History, has_plateaued, is_overfitting
+from lib.training.schedule import Phase, next_phase
+from lib.training.settings import TrainConfig
+from lib.training.suspects import SuspectLog
+from lib.training.triplets import UsageCounter
+from lib.training.validation import Figures
+
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochOutcome:
+    """What happened in an epoch."""
+
+    sums: dict[str, float]
+    """Over all steps of all workers, by `lib.training.objective.SUM_NAMES`."""
+    figures: Figures
+    usage_3N: npt.NDArray[np.int32]
+    """Since the beginning of the run, of all workers."""
+    suspects: list[SuspectLog]
+    """Of each worker."""
+    staleness: dict[str, float]
+    """Of the feature store; empty where it is not used."""
+    num_corrupt: int
+    """Crops that this worker could not decode so far."""
+    num_filled: int
+    """Photos that had no stored feature at the beginning."""
+    seconds: dict[str, float]
+    """Of this worker: train, data_wait, store_wait, refresh, epoch."""
+
+
+class RunRecord:
+    """Writes what a run leaves behind."""
+
+    def __init__(self, config: TrainConfig, progress: Progress, cache: FaceCache, control: Any) -> None:
+        """Take up the history from the epoch that comes next."""
+        self._config = config
+        self._cache = cache
+        self._control = control
+        self._history = History(config.run_url, next_epoch=progress.epoch)
+        self._notes: list[str] = []
+        self._usage = UsageCounter(len(cache))
+
+    def note(self, text: str) -> None:
+        """Tell the user something, in the log and in the next row of the history."""
+        self._notes.append(text)
+        self._control.tell.remote(line=text)
+
+    def end_epoch(self, progress: Progress, outcome: EpochOutcome, model: EmbeddingModel) -> Progress:
+        """Write the epoch's row, the model where it is the best so far, usage and suspects; return what comes next.
+
+        The checkpoint comes after this: an epoch whose checkpoint is lost is done again, and its row written anew.
+        """
+        config, figures = self._config, outcome.figures
+        self._usage.counts_3N = outcome.usage_3N
+        row = self._row(progress, outcome)
+        value = self._value(row)
+        is_best = value is not None and (progress.best is None or value > progress.best)
+        if is_best:
+            progress = dataclasses.replace(progress, best=value, best_epoch=progress.epoch)
+        phase = Phase(negatives=progress.negatives, first_epoch=progress.phase_first_epoch)  # type: ignore[arg-type]
+        losses, train_losses, val_losses = (
+            [*self._since(phase, key), row[key]] if row.get(key) is not None else []
+            for key in ("val_loss_random", "train_loss", "val_loss")
+        )
+        variances = [*self._history.values("embedding_variance"), figures.variance]
+        phase, change = next_phase(
+            phase,
+            policy=config.negatives,
+            epoch=progress.epoch,
+            losses=losses,
+            variances=variances if math.isfinite(figures.variance) else [],
+            patience=config.patience,
+        )
+        if change:
+            self.note(change)
+        if is_overfitting(train_losses, val_losses, patience=config.patience):
+            self.note(
+                f"overfitting: for {config.patience} epochs the validation loss has risen while the training loss fell"
+            )
+        finished = progress.epoch >= config.epochs or self._is_stuck(value, progress)
+        row["is_best"] = is_best
+        row["notes"] = "; ".join(self._notes) or None
+        self._notes = []
+        self._history.append(row)
+        if is_best or (value is None and finished):
+            self._save_model(model, progress, row, figures)
+        self._write_suspects(outcome.suspects)
+        self._control.tell.remote(line=_line(row, config))
+        return dataclasses.replace(
+            progress,
+            epoch=progress.epoch + 1,
+            anchors_done=0,
+            negatives=phase.negatives,
+            phase_first_epoch=phase.first_epoch,
+            finished=finished,
+            sums={},
+        )
+
+    def finish(self, progress: Progress) -> None:
+        """Write the usage of each photo, and tell the driver what the run made."""
+        usage_url = storage.join(self._config.run_url, "usage.parquet")
+        if self._usage.counts_3N.any():
+            storage.write_parquet(usage_url, self._usage.table(self._cache.photos))
+        self._control.finish.remote(run_result(self._history.rows, progress))
+
+    def _row(self, progress: Progress, outcome: EpochOutcome) -> dict[str, Any]:
+        config, sums, seconds = self._config, outcome.sums, outcome.seconds
+        steps, triplets = max(sums["steps"], 1), sums["triplets"]
+        images_here = sums["images"] - progress.sums.get("images", 0.0)  # the rest was before a restart
+        past_s = sum(self._history.values("seconds"))
+        epochs_left = config.epochs - progress.epoch
+        return {
+            "epoch": progress.epoch,
+            "negatives": progress.negatives,
+            "train_loss": sums["loss"] / steps,
+            "num_train_triplets": int(triplets),
+            "time_min": seconds["epoch"] / 60,
+            **outcome.figures.row,
+            "active_share": sums["active"] / max(triplets, 1),
+            "mean_positive_distance": sums["positive"] / steps,
+            "mean_negative_distance": sums["negative"] / steps,
+            "num_images": int(sums["images"]),
+            "images_per_s": images_here / max(seconds["train"], 1e-9),
+            "data_wait_share": seconds["data_wait"] / max(seconds["train"], 1e-9),
+            "store_wait_share": seconds["store_wait"] / max(seconds["train"], 1e-9),
+            "refresh_s": seconds["refresh"],
+            "seconds": seconds["epoch"],
+            "minutes_left": (past_s + seconds["epoch"]) / progress.epoch * epochs_left / 60,
+            "num_workers": collective.num_workers(),
+            **{f"store_{name}": value for name, value in outcome.staleness.items()},
+            "store_num_filled": outcome.num_filled,
+            **self._usage.statistics(),
+            "num_corrupt_crops": outcome.num_corrupt,
+        }
+
+    def _value(self, row: dict[str, Any]) -> float | None:
+        """Return the figure of `--best-by`, more is better; None where it could not be measured."""
+        key = {"loss": "val_loss_random"}.get(self._config.best_by, self._config.best_by)
+        value = row.get(key)
+        if value is None or not math.isfinite(value):
+            return None
+        return -value if self._config.best_by == "loss" else value
+
+    def _since(self, phase: Phase, key: str) -> list[float]:
+        rows = [row for row in self._history.rows if int(row["epoch"] or 0) >= phase.first_epoch]
+        return [float(value) for row in rows if isinstance(value := row.get(key), int | float)]
+
+    def _is_stuck(self, value: float | None, progress: Progress) -> bool:
+        key = {"loss": "val_loss_random"}.get(self._config.best_by, self._config.best_by)
+        sign = 1 if self._config.best_by == "loss" else -1
+        if not self._config.stop_after or value is None:
+            return False
+        values = [sign * v for v in self._history.values(key)] + [-value]
+        if not has_plateaued(values, patience=self._config.stop_after):
+            return False
+        self.note(f"no better epoch for {self._config.stop_after}: ended early, the best was {progress.best_epoch}")
+        return True
+
+    def _save_model(self, model: EmbeddingModel, progress: Progress, row: dict[str, Any], figures: Figures) -> None:
+        config = self._config
+        spec = dataclasses.replace(
+            model.spec,
+            threshold=figures.metrics.get("threshold"),
+            metrics={"epoch": progress.epoch, "split": "val", **figures.metrics} if figures.metrics else {},
+            training={
+                "photos": len(self._cache),
+                "identities": len(self._cache.identities),
+                "epoch": progress.epoch,
+                "steps": progress.step,
+                "batch": config.batch,
+                "negatives": row["negatives"],
+                "margin": config.margin,
+                "lr": config.lr,
+                "augment": config.augment,
+                "seed": config.seed,
+            },
+        )
+        save_model(model, storage.join(config.run_url, MODEL_FOLDER), spec)
+
+    def _write_suspects(self, logs: list[SuspectLog]) -> None:
+        merged = SuspectLog()
+        for log in logs:
+            merged.merge(log)
+        if len(merged):
+            table = merged.table(self._cache.photos, self._cache.identities, self._cache.labels_N)
+            storage.write_parquet(storage.join(self._config.run_url, "suspects.parquet"), table)
+
+
+def run_result(rows: list[dict[str, Any]], progress: Progress) -> dict[str, Any]:
+    """Return what the job's last line says of a run."""
+    best = next((row for row in rows if row["epoch"] == progress.best_epoch), rows[-1] if rows else {})
+    seconds = sum(float(row.get("seconds") or 0) for row in rows)
+    images = sum(int(row.get("num_images") or 0) for row in rows)
+    return {
+        "epochs": len(rows),
+        "best_epoch": best.get("epoch"),
+        **{name: best.get(name) for name in ("accuracy", "accuracy_std", "auc", "eer", "val_loss_random")},
+        "images": images,
+        "train_seconds": round(seconds, 1),
+        "images_per_s": round(images / seconds, 1) if seconds else None,
+    }
+
+
+def _line(row: dict[str, Any], config: TrainConfig) -> str:
+    parts = [f"epoch {row['epoch']}/{config.epochs} ({row['negatives']})", f"loss {row['train_loss']:.4f}"]
+    if "val_loss" in row:
+        parts.append(f"val loss {row['val_loss']:.4f} (random {row['val_loss_random']:.4f})")
+    if "accuracy" in row:
+        parts.append(f"accuracy {100 * row['accuracy']:.2f} % ± {100 * row['accuracy_std']:.2f}")
+        parts.append(f"AUC {row['auc']:.4f}")
+    parts.append(f"active {100 * row['active_share']:.0f} %")
+    parts.append(f"{row['images_per_s']:.0f} images/s")
+    parts.append(
+        f"waited {100 * row['data_wait_share']:.0f} % for crops, {100 * row['store_wait_share']:.0f} % for store"
+    )
+    parts.append(f"{row['time_min']:.1f} min, {row['minutes_left']:.1f} left")
+    return ", ".join(parts) + (" (best)" if row["is_best"] else "")

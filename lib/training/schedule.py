@@ -1,0 +1,54 @@
+"""How training changes as it goes: the learning rate by the share done, the hardness of negatives by the history."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lib.training.history import has_collapsed, has_plateaued
+
+Hardness = Literal["random", "hard", "semihard", "exact"]
+
+
+def learning_rate(highest: float, progress: float, warmup_share: float) -> float:
+    """Return the rate at `progress` (0 to 1) of the training: a linear rise, then half a cosine down to zero.
+
+    Formula: Loshchilov and Hutter 2017 (SGDR), equation 5, without restarts.
+    """
+    if progress < warmup_share:
+        return highest * progress / warmup_share
+    share_of_fall = (progress - warmup_share) / (1 - warmup_share)
+    return highest * 0.5 * (1 + math.cos(math.pi * min(share_of_fall, 1.0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Which negatives are used, and since when."""
+
+    negatives: Hardness
+    first_epoch: int
+    """The first epoch with these negatives."""
+
+
+def first_phase(policy: str) -> Phase:
+    """Return how training begins under `--negatives`."""
+    return Phase(negatives="random" if policy == "auto" else policy, first_epoch=0)  # type: ignore[arg-type]
+
+
+def next_phase(
+    phase: Phase, *, policy: str, epoch: int, losses: Sequence[float], variances: Sequence[float], patience: int
+) -> tuple[Phase, str]:
+    """Return the phase of the epoch after `epoch`, and what to tell the user where it is another one.
+
+    Args:
+        policy: `--negatives`; only `auto` and `hard` ever change.
+        losses: validation losses with random negatives, of every epoch of the phase.
+        variances: of the validation embeddings, of every epoch so far.
+    """
+    if policy == "auto" and phase.negatives == "random" and has_plateaued(losses, patience=patience):
+        note = f"the validation loss has not fallen for {patience} epochs: hard negatives from now on"
+        return Phase(negatives="hard", first_epoch=epoch + 1), note
+    if phase.negatives == "hard" and has_collapsed(variances):
+        note = f"the embeddings collapsed (variance {variances[-1]:.3g}): semi-hard negatives from now on"
+        return Phase(negatives="semihard", first_epoch=epoch + 1), note
+    return phase, ""

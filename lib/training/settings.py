@@ -1,0 +1,221 @@
+"""The flags of training, what they may be, and which of them make a run another run."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lib import storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import UserError
+from lib.recognition.model import Precision
+from lib.recognition.weights import INIT_NAMES
+from lib.training.augmentation import Level
+
+BatchKind = Literal["triplets", "identities"]
+NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
+
+FREE_SETTINGS = (
+    *("data", "faces", "name", "init", "workers", "use_gpu", "cache_dir", "loader_threads"),
+    *("checkpoint_minutes", "max_failures", "dry_run"),
+)
+"""What may differ when a run goes on: where it computes and reads, but not what it computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Fit a face embedding to aligned faces by triplet loss."""
+
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    faces: str | None = None
+    """The faces table that preprocess made. Default: faces/ below --data."""
+    name: str = "default"
+    """Name of the run; it lives in runs/NAME/ below --data."""
+
+    backbone: str = "convnext_tiny"
+    """Any timm model."""
+    init: str = "auto"
+    """Where the weights start: a run or model folder, .safetensors or .pth, hub, efficientnet-lite0, none, or auto."""
+    embedding_dim: int = 128
+    """Length of an embedding."""
+    head: str = ""
+    """Widths of layers between the pooled features and the embedding, such as 256,128."""
+    normalize: bool = True
+    """Embeddings of length 1; --no-normalize gives the head's raw vectors, as the original project had them."""
+    image_size: int = 0
+    """Side of the model's input in pixels; 0 takes that of the faces."""
+
+    batch: BatchKind = "identities"
+    """identities: P people x K photos, every semi-hard triplet of them. triplets: one negative chosen for each pair."""
+    negatives: NegativePolicy = "auto"
+    """Where negatives come from. auto: random until the validation loss stops falling, then hard."""
+    candidates: int = 2000
+    """Random photos of other people of which hard and semihard take the nearest."""
+    ceiling: float | None = None
+    """Cosine similarity above which a mined negative is taken for a wrong label: skipped, named in suspects.parquet."""
+    photos_per_person: int = 4
+    """K of --batch identities."""
+    confusable_share: float = 0.75
+    """--batch identities, hard: share of a batch's people that are near to the others by their stored features."""
+    stored_negatives: int = 0
+    """--batch identities, hard: this many stored features of other photos join each step as negatives."""
+    refresh_fraction: float = 0.1
+    """Photos whose stored feature is computed again after an epoch, as a share of all."""
+
+    epochs: int = 30
+    """Epochs in all."""
+    triplets_per_epoch: int = 0
+    """Anchors of an epoch, all workers together; 0 takes as many as there are training photos."""
+    batch_size: int = 96
+    """Images of one step of one worker: a third as many triplets, or P x K."""
+    margin: float = 0.2
+    """By how much a negative has to be farther than the positive."""
+    squared: bool = False
+    """Compare squared distances, as the FaceNet paper does."""
+    lr: float = 3e-4
+    """Highest learning rate, of AdamW."""
+    weight_decay: float = 0.01
+    """Of weights; not of norms and biases."""
+    warmup_share: float = 0.05
+    """Share of the training in which the learning rate rises; then it falls to zero by a cosine."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this norm."""
+    ema: float = 0.99
+    """Decay a step of the averaged weights that are validated and kept as the model; 0 keeps the latest weights."""
+    augment: Level = "strong"
+    """none, original (flip, rotation, auto contrast), or strong (and crop, light, grey, blur, JPEG)."""
+
+    best_by: Literal["accuracy", "auc", "loss"] = "accuracy"
+    """Which validation figure makes an epoch the best; loss is the original project's rule."""
+    patience: int = 3
+    """Epochs without progress before negatives get harder, or before overfitting is told."""
+    stop_after: int = 0
+    """End after so many epochs without a better one; 0 never ends early."""
+    val_photos: int = 4000
+    """Photos of validation people that are looked at after each epoch, at most."""
+    val_pairs: int = 20_000
+    """Fixed pairs of them; TAR at FAR 1e-3 needs 20,000."""
+    val_triplets: int = 5000
+    """Fixed triplets of them."""
+
+    workers: tuple[int, ...] = ()
+    """N, or MIN MAX to grow and shrink with the cluster. Default: one a GPU with --use-gpu, else one a node."""
+    use_gpu: bool = False
+    """Train on GPUs."""
+    precision: Precision = "fp32"
+    """bf16 computes the model in bfloat16 where that is safe."""
+    loader_threads: int = 0
+    """Threads of a worker that read crops; 0 takes the worker's CPUs, eight at most."""
+    cache_dir: str = ""
+    """Folder on each node for a copy of the crops. Default: conv-facenet/ in the system's temporary folder."""
+    checkpoint_minutes: float = 10.0
+    """A checkpoint is written after every epoch, and within an epoch this often."""
+    max_failures: int = 5
+    """How often workers may fail before the job does; a node that is taken away does not count."""
+    deterministic: bool = False
+    """One CPU worker, and two runs give the same history to the last digit."""
+    seed: int = 0
+    """Of every draw."""
+    dry_run: bool = False
+    """Check the input and print the plan, do nothing."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed, is_right in (
+            ("name", self.name, "a name without / and not beginning with a dot", _is_name(self.name)),
+            ("embedding-dim", self.embedding_dim, "1 or more", self.embedding_dim >= 1),
+            ("candidates", self.candidates, "1 or more", self.candidates >= 1),
+            ("ceiling", self.ceiling, "above 0, at most 1", self.ceiling is None or 0 < self.ceiling <= 1),
+            ("photos-per-person", self.photos_per_person, "2 or more", self.photos_per_person >= 2),
+            ("confusable-share", self.confusable_share, "0 up to, not with, 1", 0 <= self.confusable_share < 1),
+            ("stored-negatives", self.stored_negatives, "0 or more", self.stored_negatives >= 0),
+            ("refresh-fraction", self.refresh_fraction, "0 to 1", 0 <= self.refresh_fraction <= 1),
+            ("epochs", self.epochs, "1 or more", self.epochs >= 1),
+            ("triplets-per-epoch", self.triplets_per_epoch, "1 or more, or 0", self.triplets_per_epoch >= 0),
+            ("margin", self.margin, "above 0", self.margin > 0),
+            ("lr", self.lr, "above 0", self.lr > 0),
+            ("weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+            ("warmup-share", self.warmup_share, "0 up to, not with, 1", 0 <= self.warmup_share < 1),
+            ("clip-norm", self.clip_norm, "above 0", self.clip_norm > 0),
+            ("ema", self.ema, "0 up to, not with, 1", 0 <= self.ema < 1),
+            ("patience", self.patience, "1 or more", self.patience >= 1),
+            ("stop-after", self.stop_after, "0 or more", self.stop_after >= 0),
+            ("val-photos", self.val_photos, "8 or more", self.val_photos >= 8),
+            ("val-pairs", self.val_pairs, "20 or more", self.val_pairs >= 20),
+            ("val-triplets", self.val_triplets, "1 or more", self.val_triplets >= 1),
+            ("workers", self.workers, "N, or MIN MAX with 1 <= MIN <= MAX", _is_range(self.workers)),
+            ("checkpoint-minutes", self.checkpoint_minutes, "above 0", self.checkpoint_minutes > 0),
+            ("max-failures", self.max_failures, "0 or more", self.max_failures >= 0),
+        ):
+            if not is_right:
+                raise UserError(f"--{name} is {value!r}: {allowed}")
+        if self.batch_size < self.images_per_anchor * (2 if self.batch == "triplets" else 2 * self.photos_per_person):
+            raise UserError(
+                f"--batch-size {self.batch_size} is too small: two triplets (6 images), or two people "
+                f"({2 * self.photos_per_person} images with --photos-per-person {self.photos_per_person}) are needed"
+            )
+        if self.batch == "identities" and self.negatives in ("semihard", "exact"):
+            raise UserError(
+                f"--negatives {self.negatives} chooses one negative for each pair, as --batch triplets does; "
+                "--batch identities uses every semi-hard triplet of a batch, and hard fills it with confusable people"
+            )
+        if self.deterministic and (self.use_gpu or self.workers not in ((), (1,), (1, 1))):
+            raise UserError("--deterministic is for one worker on the CPU: leave out --use-gpu and --workers")
+        _ = self.head_widths
+
+    @property
+    def head_widths(self) -> tuple[int, ...]:
+        """Widths of the head's layers, the embedding's own left out."""
+        try:
+            return tuple(int(width) for width in self.head.split(",") if width)
+        except ValueError:
+            raise UserError(f"--head is {self.head!r}: widths such as 256,128") from None
+
+    @property
+    def images_per_anchor(self) -> int:
+        """Images that a step reads for each anchor."""
+        return 3 if self.batch == "triplets" else 1
+
+    @property
+    def anchors_per_step(self) -> int:
+        """Anchors of one step of one worker."""
+        if self.batch == "triplets":
+            return self.batch_size // 3
+        return self.batch_size // self.photos_per_person * self.photos_per_person
+
+    @property
+    def faces_url(self) -> str:
+        """Where the faces are."""
+        if self.faces is not None:
+            return absolute_url(self.faces, "--faces")
+        return storage.join(absolute_url(self.data, "--data"), "faces")
+
+    @property
+    def run_url(self) -> str:
+        """Where the run goes."""
+        return storage.join(absolute_url(self.data, "--data"), "runs", self.name)
+
+    def initial_weights(self) -> str:
+        """Return `init` with a path in it made absolute: workers have other working directories."""
+        return self.init if self.init in INIT_NAMES else absolute_url(self.init, "--init")
+
+    def content(self, faces: dict[str, Any]) -> dict[str, Any]:
+        """Return what `config.json` holds: every setting that decides the result, and the faces' own run."""
+        decisive = {name: value for name, value in asdict(self).items() if name not in FREE_SETTINGS}
+        return {**decisive, "faces_run_id": faces["run_id"], "fingerprint": faces["fingerprint"]}
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and "/" not in name and "\\" not in name and not name.startswith(".")
+
+
+def _is_range(workers: tuple[int, ...]) -> bool:
+    return len(workers) <= 2 and all(n >= 1 for n in workers) and list(workers) == sorted(workers)
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return each setting in which two configurations differ, with both values."""
+    names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
+    return [f"{name}: {_brief(theirs.get(name))} there, {_brief(ours.get(name))} now" for name in names]
+
+
+def _brief(value: Any) -> str:
+    return str(value.get("id", "…")) if isinstance(value, dict) else str(value)

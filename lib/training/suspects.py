@@ -1,0 +1,52 @@
+"""Photos of different people that are too alike to be so: probably wrong labels or duplicates, for people to judge."""
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Ints = npt.NDArray[np.integer]
+
+MAX_PAIRS = 100_000
+"""The most similar ones are kept; a model that has collapsed makes a suspect of every pair."""
+
+
+class SuspectLog:
+    """Collects pairs of rows, each once, with the highest similarity seen."""
+
+    def __init__(self) -> None:
+        self._similarities: dict[tuple[int, int], float] = {}
+
+    def __len__(self) -> int:
+        return len(self._similarities)
+
+    def add(self, anchors_X: Ints, rows_X: Ints, similarities_X: npt.NDArray[np.floating]) -> None:
+        """Note some pairs and their cosine similarity."""
+        for anchor, row, similarity in zip(anchors_X.tolist(), rows_X.tolist(), similarities_X.tolist(), strict=True):
+            self._note((min(anchor, row), max(anchor, row)), similarity)
+        self._shrink()
+
+    def merge(self, other: "SuspectLog") -> None:
+        """Take over what another worker has collected."""
+        for pair, similarity in other._similarities.items():
+            self._note(pair, similarity)
+        self._shrink()
+
+    def _note(self, pair: tuple[int, int], similarity: float) -> None:
+        self._similarities[pair] = max(similarity, self._similarities.get(pair, -1.0))
+
+    def _shrink(self) -> None:
+        if len(self._similarities) > 2 * MAX_PAIRS:
+            kept = heapq.nlargest(MAX_PAIRS, self._similarities.items(), key=lambda item: item[1])
+            self._similarities = dict(kept)
+
+    def table(self, photos: pa.ChunkedArray, identities: list[str], labels_N: Ints) -> pa.Table:
+        """Return the pairs by names, most similar first."""
+        pairs = heapq.nlargest(MAX_PAIRS, self._similarities.items(), key=lambda item: item[1])
+        columns: dict[str, pa.Array | pa.ChunkedArray] = {}
+        for place, side in enumerate(("a", "b")):
+            rows = np.array([pair[place] for pair, _ in pairs], np.int64)
+            columns[f"photo_{side}"] = photos.take(pa.array(rows))
+            columns[f"identity_{side}"] = pa.array([identities[label] for label in labels_N[rows]], pa.string())
+        return pa.table({**columns, "similarity": pa.array([value for _, value in pairs], pa.float32())})

@@ -1,0 +1,180 @@
+"""What an epoch is judged by: fixed photos of people it never trained on, in fixed pairs, triplets and batches.
+
+Every photo is embedded once an epoch; all figures are computed from these embeddings.
+
+Shape suffixes: V photos looked at, P pairs, T triplets, D dimensions of an embedding.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib.errors import UserError
+from lib.evaluation.metrics import far_key, pair_distances, verification_figures
+from lib.evaluation.pairs import Pairs, made_pairs
+from lib.training import mining
+from lib.training.face_cache import FaceCache
+from lib.training.losses import batch_triplet_loss, triplet_margin_loss
+from lib.training.settings import TrainConfig
+from lib.training.triplets import IdentityBatchSampler, PhotoIndex, Triplets, draw_triplets
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.integer]
+
+NUM_FOLDS = 10
+REPORTED_FAR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What validation says of an epoch's model."""
+
+    row: dict[str, Any]
+    """For the history."""
+    loss: float
+    """Under the epoch's own policy of negatives; NaN where there are no validation people."""
+    loss_random: float
+    """With random negatives, whatever the policy."""
+    variance: float
+    """Sum over the dimensions of the variance of the embeddings; near 0 where all are alike."""
+    metrics: dict[str, Any]
+    """Of the verification, as `lib.evaluation.metrics.verification_figures` names them; empty where there is none."""
+
+
+class Validation:
+    """The fixed photos and what is asked about them.
+
+    Attributes:
+        rows_V: rows of the cache to embed, ascending; empty where the split shows too few people.
+        problem: why there are no figures, or no verification; empty where there are all.
+    """
+
+    def __init__(self, cache: FaceCache | None, config: TrainConfig) -> None:
+        """Choose whole people by the seed until there are `--val-photos` of them, then pairs and triplets."""
+        self._config = config
+        self.problem = ""
+        self.rows_V: Ints = np.empty(0, np.int64)
+        self._index: PhotoIndex | None = None
+        self._pairs: Pairs | None = None
+        if cache is None:
+            self.problem = "no photo of a validation person is aligned"
+            return
+        rows_V = _chosen_rows(cache.labels_N, config.val_photos, config.seed)
+        try:
+            self._index = PhotoIndex(cache.labels_N[rows_V])
+            self.rows_V = rows_V
+            photos = cache.photos.take(rows_V).to_pylist()
+            identities = [cache.identities[label] for label in cache.labels_N[rows_V]]
+            self._pairs = made_pairs(
+                photos, identities, num_pairs=config.val_pairs, num_folds=NUM_FOLDS, seed=config.seed
+            )
+        except UserError as error:
+            self.problem = f"the validation people are too few: {error}"
+        if self._index is not None:
+            self._triplets = draw_triplets(self._index, config.val_triplets, seed=config.seed)
+            self._batches = _fixed_batches(self._index, config)
+
+    def figures(self, embeddings_VD: Floats, negatives: str) -> Figures:
+        """Return the figures for the embeddings of `rows_V`."""
+        if self._index is None:
+            return Figures(row={}, loss=math.nan, loss_random=math.nan, variance=math.nan, metrics={})
+        finite_V = np.isfinite(embeddings_VD).all(axis=1)
+        if not finite_V.all():
+            return Figures(row={}, loss=math.nan, loss_random=math.nan, variance=math.nan, metrics={})
+        variance = float(embeddings_VD.var(axis=0).sum())
+        loss_random, _ = self._triplet_loss(embeddings_VD, self._triplets)
+        if self._config.batch == "identities":
+            loss = self._batch_loss(embeddings_VD)
+        elif negatives == "random":
+            loss = loss_random
+        else:
+            loss, _ = self._triplet_loss(embeddings_VD, self._mined(embeddings_VD, negatives))
+        metrics: dict[str, Any] = {}
+        if self._pairs is not None:
+            distances_P = pair_distances(embeddings_VD, self._pairs.a_P, self._pairs.b_P)
+            metrics = verification_figures(distances_P, self._pairs)
+        row = {
+            "val_loss": loss,
+            "num_val_triplets": len(self._triplets),
+            "val_loss_random": loss_random,
+            "embedding_variance": variance,
+            **{name: metrics[name] for name in ("accuracy", "accuracy_std", "auc", "eer") if metrics},
+            **({"tar_at_far_1e-3": metrics["tar_at_far"][far_key(REPORTED_FAR)]} if metrics else {}),
+        }
+        return Figures(row=row, loss=loss, loss_random=loss_random, variance=variance, metrics=metrics)
+
+    def _triplet_loss(self, embeddings_VD: Floats, triplets: Triplets) -> tuple[float, float]:
+        anchors, positives, negatives = (
+            torch.from_numpy(embeddings_VD[rows]) for rows in (triplets.anchors, triplets.positives, triplets.negatives)
+        )
+        loss = triplet_margin_loss(
+            anchors, positives, negatives, margin=self._config.margin, squared=self._config.squared
+        )
+        return loss.mean.item(), loss.active_share.item()
+
+    def _batch_loss(self, embeddings_VD: Floats) -> float:
+        assert self._index is not None
+        total, count = 0.0, 0
+        for rows in self._batches:
+            loss = batch_triplet_loss(
+                torch.from_numpy(embeddings_VD[rows.ravel()]),
+                torch.from_numpy(self._index.labels_N[rows.ravel()].astype(np.int64)),
+                margin=self._config.margin,
+                squared=self._config.squared,
+            )
+            total += loss.mean.item() * loss.num_semihard.item()
+            count += int(loss.num_semihard.item())
+        return total / count if count else 0.0
+
+    def _mined(self, embeddings_VD: Floats, negatives: str) -> Triplets:
+        """Return the fixed anchors and positives with the negatives that the policy finds among these photos."""
+        assert self._index is not None
+        fixed = self._triplets
+        labels_V = self._index.labels_N
+        queries_TD, labels_T = embeddings_VD[fixed.anchors], labels_V[fixed.anchors]
+        if negatives == "exact":
+            found = mining.exact_negatives(queries_TD, labels_T, embeddings_VD, labels_V)
+        else:
+            pool = mining.draw_candidates(
+                labels_T,
+                labels_V,
+                num_candidates=self._config.candidates,
+                rng=np.random.default_rng(self._config.seed),
+            )
+            bounds = None
+            if negatives == "semihard":
+                bounds = mining.semihard_bounds(queries_TD, embeddings_VD[fixed.positives])
+            found = mining.search(
+                queries_TD, embeddings_VD[pool.rows], pool.rows, pool.blocked, beyond_squared_B=bounds
+            )
+        return Triplets(
+            anchors=fixed.anchors,
+            positives=fixed.positives,
+            negatives=np.where(found.rows == mining.NO_ROW, fixed.negatives, found.rows),
+        )
+
+
+def _chosen_rows(labels_N: Ints, max_photos: int, seed: int) -> Ints:
+    """Return the rows of whole people, in an order of people by the seed, until the next one would be too many."""
+    people = np.random.default_rng(seed).permutation(np.unique(labels_N))
+    counts = np.bincount(labels_N)[people]
+    num_people = max(2, int(np.searchsorted(np.cumsum(counts), max_photos, side="right")))
+    return np.flatnonzero(np.isin(labels_N, people[:num_people]))
+
+
+def _fixed_batches(index: PhotoIndex, config: TrainConfig) -> list[Ints]:
+    """Return batches of as many people as a training step has, or as there are."""
+    if config.batch != "identities":
+        return []
+    num_people = min(config.batch_size // config.photos_per_person, len(index.pairable))
+    if num_people < 2:
+        return []
+    sampler = IdentityBatchSampler(
+        index=index, num_people=num_people, num_photos=config.photos_per_person, seed=config.seed
+    )
+    num_batches = max(1, config.val_triplets // (num_people * config.photos_per_person))
+    return list(sampler.batches(0, num_batches))

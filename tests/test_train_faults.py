@@ -1,0 +1,167 @@
+"""`jobs/train.py` killed, starved and interrupted: it goes on from its last checkpoint, and no epoch counts twice."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from lib.recognition.model import load_model
+from lib.training import checkpoints
+from tests.job_runner import RayHead, finish, kill_session, ray_head, run_job, session_processes, start_job, wait_until
+from tests.test_train_job import TIMES, TINY
+from tests.training.learnable_faces import write_faces
+
+pytestmark = pytest.mark.timeout(300)
+
+WORKER = "ray::RayTrainWorker"
+SHARD = "ray::Shard"
+EPOCHS = 5
+STOPPED = 75
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head(num_cpus=4) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_faces(tmp_path_factory.mktemp("many") / "faces")
+
+
+def flags(folder: Path, faces: str, *more: str) -> list[str]:
+    """Return flags of a run of some seconds an epoch: there has to be time to kill something in the middle."""
+    return [
+        *("--data", str(folder), "--faces", faces, "--cache-dir", f"{faces}.cache", *TINY),
+        *("--epochs", str(EPOCHS), "--triplets-per-epoch", "1920", "--checkpoint-minutes", "0.01", *more),
+    ]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "runs" / "default" / "history.parquet"
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def same_but_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
+
+
+@contextmanager
+def half_done(folder: Path, faces: str, *more: str, extra: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Run a job that has finished an epoch and is within another; nothing of it is left in the end."""
+    with start_job("train.py", *flags(folder, faces, *more), extra=extra) as job:
+        try:
+            wait_until(lambda: bool(rows(folder)) and within_an_epoch(folder), job)
+            yield job
+        finally:
+            kill_session(job.pid)
+
+
+def within_an_epoch(folder: Path) -> bool:
+    progress = checkpoints.newest_progress(str(folder / "runs" / "default"))
+    return progress is not None and progress.anchors_done > 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(head: RayHead, faces: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the history of a deterministic run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_job("train.py", *flags(folder, faces, "--deterministic"), extra=head.environment)
+    assert done.status == 0, done.errors
+    return same_but_times(rows(folder))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_the_same_command_goes_on_as_if_nothing_had_happened(
+    head: RayHead, faces: str, undisturbed: list[dict[str, Any]], tmp_path: Path, number: int
+) -> None:
+    """A signal or a kill of the driver in the middle of an epoch: the whole history is that of a run without it."""
+    with half_done(tmp_path, faces, "--deterministic", extra=head.environment) as job:
+        os.kill(job.pid, number)
+        left = finish(job, 60)
+    if number != signal.SIGKILL:
+        assert left.status == STOPPED, left.errors
+        assert "the same command goes on" in left.last_error
+        assert "Traceback" not in left.errors
+    num_rows = len(rows(tmp_path))
+    done = run_job("train.py", *flags(tmp_path, faces, "--deterministic"), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert "going on from the checkpoint of epoch" in done.errors
+    assert num_rows < EPOCHS
+    assert same_but_times(rows(tmp_path)) == undisturbed
+
+
+def test_a_killed_worker_is_replaced_within_the_run(head: RayHead, faces: str, tmp_path: Path) -> None:
+    with half_done(tmp_path, faces, "--workers", "2", extra=head.environment) as job:
+        workers = [pid for pid, command in session_processes(head.session).items() if WORKER in command]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        done = finish(job, 200)
+    assert done.status == 0, done.errors
+    assert "going on from the checkpoint of epoch" in done.errors
+    assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, EPOCHS + 1))
+    assert done.result["images"] == EPOCHS * 1920
+
+
+def test_a_killed_shard_of_the_store_comes_back_and_is_filled_again(head: RayHead, faces: str, tmp_path: Path) -> None:
+    mining = ["--batch", "triplets", "--negatives", "hard"]
+    with half_done(tmp_path, faces, *mining, extra=head.environment) as job:
+        shards = [pid for pid, command in session_processes(head.session).items() if SHARD in command]
+        assert len(shards) == 1
+        os.kill(shards[0], signal.SIGKILL)
+        done = finish(job, 200)
+    assert done.status == 0, done.errors
+    history = rows(tmp_path)
+    assert [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
+    assert max(row["store_num_filled"] for row in history[1:]) > 0 or history[-1]["store_filled_share"] == 1.0
+    assert history[-1]["store_filled_share"] == 1.0
+
+
+def test_a_full_disk_is_told_after_several_tries_and_a_larger_one_goes_on(
+    head: RayHead, faces: str, tmp_path: Path
+) -> None:
+    disk = tmp_path / "a small disk"
+    disk.mkdir()
+    # Room for two of the checkpoints of 3.4 MB and the model, not for three.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], check=True)
+    try:
+        full = run_job("train.py", *flags(disk, faces), extra=head.environment, timeout_s=200)
+        assert full.status == 1, full.errors
+        assert "no checkpoint could be written" in full.last_error or "full" in full.last_error
+        assert "Traceback" not in full.errors
+        assert checkpoints.load_newest(str(disk / "runs" / "default")) is not None
+        subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
+        done = run_job("train.py", *flags(disk, faces), extra=head.environment)
+        assert done.status == 0, done.errors
+        assert [row["epoch"] for row in rows(disk)] == list(range(1, EPOCHS + 1))
+        load_model(done.result["model"])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_second_run_of_the_same_name_is_refused_while_the_first_trains(
+    head: RayHead, faces: str, tmp_path: Path
+) -> None:
+    with half_done(tmp_path, faces, extra=head.environment):
+        refused = run_job("train.py", *flags(tmp_path, faces), extra=head.environment, timeout_s=60)
+    assert refused.status == 2
+    assert "is training on this cluster already" in refused.last_error
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(head: RayHead, faces: str, tmp_path: Path) -> None:
+    with half_done(tmp_path, faces, extra=head.environment) as job:
+        os.kill(job.pid, signal.SIGTERM)
+        assert finish(job, 60).status == STOPPED
+    newest = max((tmp_path / "runs" / "default" / "checkpoints").glob("epoch-*"))
+    newest.write_bytes(newest.read_bytes()[:100_000])
+    done = run_job("train.py", *flags(tmp_path, faces), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert "is damaged" in done.errors
+    assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, EPOCHS + 1))

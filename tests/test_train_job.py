@@ -1,0 +1,247 @@
+"""`jobs/train.py` as users run it: what it makes, what it refuses, and that it learns."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pyarrow.parquet as pq
+import pytest
+
+from lib.evaluation.metrics import pair_distances, verification_figures
+from lib.evaluation.pairs import made_pairs
+from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
+from lib.training.face_cache import FaceCache, build_cache
+from tests.job_runner import RayHead, ray_head, run_job
+from tests.training.learnable_faces import write_faces
+
+pytestmark = pytest.mark.timeout(300)
+
+TINY = ["--backbone", "test_convnext", "--init", "none", "--embedding-dim", "16", "--lr", "2e-3", "--val-pairs", "400"]
+TIMES = {"time_min", "seconds", "minutes_left", "images_per_s", "data_wait_share", "store_wait_share", "refresh_s"}
+TIMES |= {"Date", "Time", "Time taken (M)"}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[RayHead]:
+    with ray_head(num_cpus=4) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("it's data")
+    write_faces(folder / "faces")
+    return folder
+
+
+def flags(data: Path, name: str, *more: str) -> list[str]:
+    return ["--data", str(data), "--name", name, "--cache-dir", str(data / "the cache"), *TINY, *more]
+
+
+def history(data: Path, name: str) -> list[dict[str, Any]]:
+    return pq.read_table(data / "runs" / name / "history.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def run(head: RayHead, data: Path) -> dict[str, Any]:
+    """Train the run "first" and return the job's result."""
+    arguments = flags(data, "first", "--epochs", "6", "--batch-size", "48")
+    done = run_job("train.py", *arguments, "--triplets-per-epoch", "960", extra=head.environment)
+    assert done.status == 0, done.errors
+    assert "Traceback" not in done.errors
+    assert "epoch 6/6" in done.errors
+    return done.result
+
+
+def test_the_result_says_what_was_made(run: dict[str, Any], data: Path) -> None:
+    assert run["model"] == str(data / "runs" / "first" / "model")
+    assert run["epochs"] == 6
+    assert run["images"] == 6 * 960
+    rows = history(data, "first")
+    assert run["accuracy"] == max(row["accuracy"] for row in rows) == rows[run["best_epoch"] - 1]["accuracy"]
+
+
+def test_the_history_has_a_row_an_epoch_in_every_format(run: dict[str, Any], data: Path) -> None:
+    rows = history(data, "first")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    folder = data / "runs" / "first"
+    sheet = openpyxl.load_workbook(folder / "history.xlsx").active
+    assert sheet.max_row == 7
+    names = {cell.value for cell in sheet[1]}
+    assert {"Train Loss", "no train rows", "Test Loss", "No test rows", "Time taken (M)", "Notes"} <= names
+    assert len((folder / "history.csv").read_text().splitlines()) == 7
+    assert list((folder / "tensorboard").glob("events*"))
+    assert {"val_loss_random", "auc", "active_share", "embedding_variance", "std_uses", "images_per_s"} <= set(rows[0])
+
+
+def test_the_model_tells_unseen_people_apart(run: dict[str, Any], data: Path) -> None:
+    model = load_model(run["model"])
+    assert model.spec.fingerprint == {"id": "f", "image_size": 40}
+    assert model.spec.metrics["accuracy"] == run["accuracy"]
+    cache = FaceCache(build_cache(str(data / "faces"), ["test"], str(data / "the cache")))
+    pairs = made_pairs(
+        cache.photos.to_pylist(), [cache.identities[n] for n in cache.labels_N], num_pairs=300, num_folds=4, seed=0
+    )
+
+    def accuracy(model: EmbeddingModel) -> float:
+        embeddings = embed(model, cache.decode(range_of(cache))[0])
+        return verification_figures(pair_distances(embeddings, pairs.a_P, pairs.b_P), pairs)["accuracy"]
+
+    assert accuracy(model) > 0.85
+    assert accuracy(EmbeddingModel(model.spec)) < 0.8
+
+
+def range_of(cache: FaceCache) -> Any:
+    import numpy as np
+
+    return np.arange(len(cache))
+
+
+def test_every_use_of_a_photo_is_counted(run: dict[str, Any], data: Path) -> None:
+    usage = pq.read_table(data / "runs" / "first" / "usage.parquet")
+    assert sum(usage["anchor"].to_pylist()) == 6 * 960
+    assert usage["photo"].to_pylist() == sorted(usage["photo"].to_pylist(), key=usage["photo"].to_pylist().index)
+    assert len(usage) == 24 * 8
+
+
+def test_a_finished_run_is_left_alone(run: dict[str, Any], head: RayHead, data: Path) -> None:
+    arguments = flags(data, "first", "--epochs", "6", "--batch-size", "48", "--triplets-per-epoch", "960")
+    again = run_job("train.py", *arguments)  # without a cluster: there is nothing to do
+    assert again.status == 0, again.errors
+    assert again.result["accuracy"] == run["accuracy"]
+    assert "nothing to do" in again.errors
+
+
+def test_another_configuration_is_refused_naming_what_differs(run: dict[str, Any], data: Path) -> None:
+    arguments = flags(data, "first", "--epochs", "6", "--batch-size", "48", "--triplets-per-epoch", "960")
+    refused = run_job("train.py", *arguments, "--margin", "0.3")
+    assert refused.status == 2
+    assert "margin: 0.2 there, 0.3 now" in refused.last_error
+    assert "Traceback" not in refused.errors
+
+
+@pytest.mark.parametrize("negatives", ["hard", "semihard", "exact"])
+def test_each_policy_of_triplets_mines_with_a_full_store(head: RayHead, data: Path, negatives: str) -> None:
+    more = ["--batch", "triplets", "--negatives", negatives, "--epochs", "2", "--workers", "2", "--ceiling", "0.999"]
+    done = run_job("train.py", *flags(data, negatives, *more), extra=head.environment)
+    assert done.status == 0, done.errors
+    rows = history(data, negatives)
+    assert [row["negatives"] for row in rows] == [negatives] * 2
+    assert [row["num_workers"] for row in rows] == [2, 2]
+    assert [row["store_filled_share"] for row in rows] == [1.0, 1.0]
+    assert [row["store_num_filled"] for row in rows] == [24 * 8, 0]
+    assert rows[1]["val_loss"] > rows[1]["val_loss_random"]
+    suspects = data / "runs" / negatives / "suspects.parquet"
+    if suspects.exists():
+        table = pq.read_table(suspects)
+        assert all(a != b for a, b in zip(*(table[f"identity_{side}"].to_pylist() for side in "ab"), strict=True))
+
+
+def test_two_deterministic_runs_have_the_same_history(head: RayHead, data: Path) -> None:
+    """It also shows the switch from random to hard negatives."""
+    more = ["--batch", "triplets", "--deterministic", "--epochs", "4", "--patience", "1", "--triplets-per-epoch", "96"]
+    for name in ("one", "two"):
+        done = run_job("train.py", *flags(data, name, *more, "--lr", "1e-5"), extra=head.environment)
+        assert done.status == 0, done.errors
+    first, second = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in history(data, n)] for n in ("one", "two")
+    )
+    assert first == second
+    switched = [row for row in first if row["negatives"] == "hard"]
+    assert not switched or "hard negatives from now on" in first[switched[0]["epoch"] - 2]["notes"]
+
+
+def test_a_crop_that_cannot_be_decoded_is_skipped_counted_and_named(head: RayHead, tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces", broken=("person 3/“2”.jpg",))
+    done = run_job("train.py", *flags(tmp_path, "broken", "--epochs", "2"), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert history(tmp_path, "broken")[-1]["num_corrupt_crops"] == 1
+    assert "person 3/“2”.jpg" in done.errors
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(head: RayHead, data: Path) -> None:
+    arguments = flags(data, "nan", "--epochs", "3", "--no-normalize", "--warmup-share", "0")
+    ended = run_job("train.py", *arguments, "--lr", "1e30", extra=head.environment)
+    assert ended.status == 1
+    assert "the loss is not finite at step" in ended.last_error
+    assert "--lr" in ended.last_error
+    assert "Traceback" not in ended.errors
+    assert list((data / "runs" / "nan" / "checkpoints").glob("epoch-*"))
+
+
+def test_a_dry_run_starts_nothing_and_says_what_it_would_do(data: Path) -> None:
+    done = run_job("train.py", *flags(data, "dry", "--dry-run"))
+    assert done.status == 0, done.errors
+    assert done.result["photos"] == 192
+    assert not (data / "runs" / "dry").exists()
+
+
+def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp_path: Path) -> None:
+    spec = ModelSpec(backbone="test_convnext", embedding_dim=16, image_size=40, mean=(0.1, 0.2, 0.3))
+    save_model(EmbeddingModel(spec), str(tmp_path / "an earlier model"))
+    arguments = [*flags(data, "tuned", "--epochs", "1"), "--init", str(tmp_path / "an earlier model")]
+    done = run_job("train.py", *arguments, extra=head.environment)
+    assert done.status == 0, done.errors
+    assert load_model(done.result["model"]).spec.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--faces", "/nowhere/faces"], "run jobs/preprocess.py first"),
+        (["--backbone", "convnext_tinny"], "near it are"),
+        (["--name", "../out"], "--name"),
+        (["--head", "256,x"], "--head"),
+        (["--lr", "0"], "--lr is 0"),
+        (["--workers", "4", "2"], "--workers"),
+        (["--negatives", "exact"], "--batch triplets"),
+        (["--init", "/nowhere/weights.pth"], "/nowhere/weights.pth"),
+        (["--deterministic", "--workers", "2"], "--deterministic"),
+        (["--batch-size", "4"], "--batch-size 4 is too small"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(
+    data: Path, arguments: list[str], words: str
+) -> None:
+    refused = run_job("train.py", *flags(data, "refused"), *arguments)
+    assert refused.status == 2, refused.errors
+    assert words in refused.last_error
+    assert "Traceback" not in refused.errors
+    assert not (data / "runs" / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("people", "photos", "words"),
+    [({"train": 1, "val": 4}, 4, "1 identity"), ({"train": 5, "val": 4}, 1, "none of the 5 identities has two photos")],
+)
+def test_faces_without_triplets_are_refused(tmp_path: Path, people: dict[str, int], photos: int, words: str) -> None:
+    write_faces(tmp_path / "faces", people=people, photos=photos)
+    refused = run_job("train.py", *flags(tmp_path, "few"))
+    assert refused.status == 2
+    assert words in refused.last_error
+
+
+def test_more_workers_than_the_cluster_has_are_refused_saying_what_it_has(head: RayHead, data: Path) -> None:
+    refused = run_job("train.py", *flags(data, "many", "--workers", "9"), extra=head.environment)
+    assert refused.status == 2
+    assert "9 workers need 9 CPUs, and this cluster of 1 nodes has 4" in refused.last_error
+
+
+def test_weights_that_do_not_fit_are_named(data: Path, tmp_path: Path) -> None:
+    spec = ModelSpec(backbone="test_efficientnet", embedding_dim=16, image_size=40)
+    save_model(EmbeddingModel(spec), str(tmp_path / "model"))
+    weights = tmp_path / "model" / "model.safetensors"
+    refused = run_job("train.py", *flags(data, "misfit"), "--init", str(weights))
+    assert refused.status == 2
+    assert "does not fit" in refused.last_error
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["backbone"] == "test_efficientnet"
+
+
+def test_no_validation_people_are_told_and_the_last_model_is_kept(head: RayHead, tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces", people={"train": 6})
+    done = run_job("train.py", *flags(tmp_path, "no val", "--epochs", "2"), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert "no photo of a validation person is aligned" in done.errors
+    assert load_model(done.result["model"]).spec.threshold is None

@@ -1,0 +1,78 @@
+"""`jobs/train.py` from and to a bucket of a real S3 server, which goes away in the middle and comes back."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lib import storage
+from lib.recognition.model import load_model
+from tests.job_runner import RayHead, finish, kill_session, ray_head, run_job, start_job, wait_until
+from tests.s3_server import S3Server
+from tests.test_train_job import TINY
+from tests.training.learnable_faces import write_faces
+
+pytestmark = pytest.mark.timeout(300)
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def head(s3_server: S3Server) -> Iterator[RayHead]:
+    """Start a cluster whose workers know the server."""
+    with ray_head(num_cpus=4, extra=s3_server.environment()) as head:
+        yield head
+
+
+@pytest.fixture
+def data(s3_bucket: str) -> str:
+    url = f"{s3_bucket}/face data"
+    write_faces(f"{url}/faces")
+    return url
+
+
+def flags(data: str, cache_dir: Any) -> list[str]:
+    sizes = ["--epochs", str(EPOCHS), "--triplets-per-epoch", "960"]
+    return ["--data", data, "--cache-dir", str(cache_dir), *sizes, *TINY]
+
+
+def epochs(data: str) -> list[int]:
+    url = f"{data}/runs/default/history.parquet"
+    return storage.read_parquet(url)["epoch"].to_pylist() if storage.exists(url) else []
+
+
+def test_a_run_lives_in_a_bucket(head: RayHead, data: str, tmp_path: Any) -> None:
+    done = run_job("train.py", *flags(data, tmp_path), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert epochs(data) == list(range(1, EPOCHS + 1))
+    assert load_model(f"{data}/runs/default/model").spec.metrics["accuracy"] == done.result["accuracy"]
+    names = {info.path for info in storage.list_files(f"{data}/runs/default")}
+    assert {"config.json", "history.csv", "history.xlsx", "usage.parquet"} <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    assert run_job("train.py", *flags(data, tmp_path)).result["epochs"] == EPOCHS
+
+
+def test_a_server_that_goes_and_comes_back_costs_no_epoch(
+    head: RayHead, data: str, tmp_path: Any, s3_server: S3Server
+) -> None:
+    with start_job("train.py", *flags(data, tmp_path), extra=head.environment) as job:
+        try:
+            wait_until(lambda: bool(epochs(data)), job)
+            s3_server.stop()
+            back = threading.Thread(target=lambda: (time.sleep(6), s3_server.start()))
+            back.start()
+            done = finish(job, 200)
+            back.join()
+        finally:
+            kill_session(job.pid)
+    assert done.status == 0, done.errors
+    assert epochs(data) == list(range(1, EPOCHS + 1))
+
+
+def test_a_wrong_secret_is_refused_in_one_line_without_the_secret(data: str, tmp_path: Any) -> None:
+    refused = run_job("train.py", *flags(data, tmp_path), extra={"AWS_SECRET_ACCESS_KEY": "a-wrong-secret"})
+    assert refused.status == 2
+    assert "a-wrong-secret" not in refused.errors
+    assert "Traceback" not in refused.errors

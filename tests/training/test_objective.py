@@ -1,0 +1,83 @@
+"""A step's loss: images that cannot be decoded change nothing, and sums go on from a checkpoint."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib.training.augmentation import LoadedBatch
+from lib.training.batches import StoredVectors, TrainingBatch
+from lib.training.losses import batch_triplet_loss, triplet_margin_loss
+from lib.training.objective import SUM_NAMES, EpochSums, objective
+from lib.training.settings import TrainConfig
+
+LABELS = np.repeat(np.arange(6), 4)
+
+
+def batch(rows: np.ndarray, failed: list[int], stored: StoredVectors | None = None) -> TrainingBatch:
+    failed_N = np.isin(np.arange(rows.size), failed)
+    return TrainingBatch(
+        LoadedBatch(rows=rows, images=np.zeros((rows.size, 1, 1, 3), np.uint8), failed=failed_N), stored
+    )
+
+
+def embeddings(num: int) -> torch.Tensor:
+    vectors = torch.randn(num, 5, generator=torch.Generator().manual_seed(3))
+    return torch.nn.functional.normalize(vectors, dim=1).requires_grad_()
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(data="d", **changes)
+
+
+def test_a_failed_image_takes_its_triplet_out_of_the_loss() -> None:
+    rows = np.array([[0, 4, 8, 12], [1, 5, 9, 13], [20, 20, 21, 22]])
+    vectors = embeddings(12)
+    figures = objective(vectors, batch(rows, failed=[5]), LABELS, config(batch="triplets", margin=0.5))
+    kept = [0, 2, 3]
+    anchors, positives, negatives = (part[kept] for part in vectors.chunk(3))
+    wanted = triplet_margin_loss(anchors, positives, negatives, margin=0.5)
+    torch.testing.assert_close(figures.loss, wanted.mean)
+    assert figures.num_triplets.item() == 3
+    figures.loss.backward()
+    assert not vectors.grad[[1, 5, 9]].any()
+
+
+def test_a_failed_image_is_no_part_of_a_batch_of_people() -> None:
+    rows = np.arange(12).reshape(3, 4)
+    vectors = embeddings(12)
+    figures = objective(vectors, batch(rows, failed=[2, 11]), LABELS, config(margin=0.5))
+    kept = [n for n in range(12) if n not in (2, 11)]
+    wanted = batch_triplet_loss(vectors[kept], torch.from_numpy(LABELS[kept]), margin=0.5)
+    torch.testing.assert_close(figures.loss, wanted.mean)
+    assert figures.num_triplets == wanted.num_triplets
+    torch.testing.assert_close(figures.negative_distance, wanted.mean_negative_distance)
+
+
+def test_stored_vectors_are_negatives_but_for_those_that_are_not_there() -> None:
+    rows = np.arange(8).reshape(2, 4)
+    vectors, extra = embeddings(8), embeddings(4).detach().numpy()[::-1].copy()
+    stored = StoredVectors(extra, np.array([5, -1, 0, 3]))
+    figures = objective(vectors, batch(rows, [], stored), LABELS, config(margin=0.5))
+    wanted = batch_triplet_loss(
+        vectors,
+        torch.from_numpy(LABELS[:8]),
+        margin=0.5,
+        extra_negatives_QD=torch.from_numpy(extra[[0, 2, 3]]),
+        extra_labels_Q=torch.tensor([5, 0, 3]),
+    )
+    torch.testing.assert_close(figures.loss, wanted.mean)
+    assert figures.num_triplets == wanted.num_triplets
+
+
+def test_sums_go_on_from_a_checkpoint() -> None:
+    figures = objective(embeddings(12), batch(np.arange(12).reshape(3, 4), []), LABELS, config(margin=0.5))
+    through = EpochSums(torch.device("cpu"), {})
+    through.add(figures, 12)
+    first = dict(zip(SUM_NAMES, through.values().tolist(), strict=True))
+    through.add(figures, 12)
+    resumed = EpochSums(torch.device("cpu"), first)
+    resumed.add(figures, 12)
+    assert resumed.values().tolist() == pytest.approx(through.values().tolist())
+    assert dict(zip(SUM_NAMES, resumed.values(), strict=True))["images"] == 24
