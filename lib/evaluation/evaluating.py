@@ -5,6 +5,7 @@ Shapes: N photos, P pairs, D embedding.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -189,21 +190,24 @@ def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Ph
     """Return the photos, the pairs of them, and sources that hold no photo that is in no pair, where that is cheap."""
     names, identities, statuses, splits = _listed(sources[0])
     if config.pairs is None:
-        # A photo that is not there, or nobody's, is no photo of the test; one without a face is, and is an error.
+        # Of raw photos, one without a face is an error of whoever should find it. Faces that are cut out already are
+        # a test of the model alone, and what is in no pair is told.
+        is_cut_out = isinstance(sources[0], FacesSource)
+        left_out = {table.MISSING, table.NO_IDENTITY} if not is_cut_out else set(table.STATUSES) - {table.ALIGNED}
         taken = [
             n
             for n, (identity, status) in enumerate(zip(identities, statuses, strict=True))
-            if identity is not None and status not in (table.MISSING, table.NO_IDENTITY)
+            if identity is not None and status not in left_out
         ]
-        made = made_pairs(
-            [names[n] for n in taken],
-            [str(identities[n]) for n in taken],
-            num_pairs=config.num_pairs,
-            seed=config.seed,
-        )
-        index_N = np.array(taken, np.int64)
-        pairs = replace(made, a_P=index_N[made.a_P], b_P=index_N[made.b_P])
-        return photos_of(names, identities, splits), pairs, sources
+        photos = photos_of([names[n] for n in taken], [identities[n] for n in taken], [splits[n] for n in taken])
+        people = [str(identities[n]) for n in taken]
+        pairs = made_pairs(photos.names, people, num_pairs=config.num_pairs, seed=config.seed)
+        if len(taken) < len(names):
+            unused = Counter(statuses[n] or "of nobody known" for n in set(range(len(names))).difference(taken))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(unused.items()))
+            note = f"{len(names) - len(taken)} of {len(names)} photos are in no pair ({reasons})"
+            pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
+        return photos, pairs, sources
     pairs = read_pairs(absolute_url(config.pairs, "--pairs"), names, seed=config.seed)
     if isinstance(sources[0], FacesSource):
         return photos_of(names, identities, splits), pairs, sources

@@ -21,7 +21,7 @@ NUM_SUSPECTS = 24
 """Suspects of each kind that the report shows; suspects.csv holds all."""
 
 HISTORY_NAME = "history.parquet"
-HISTORY_PLOTS = {"Training: loss": ("loss",), "Training: verification": ("accuracy", "auc", "tar")}
+HISTORY_PLOTS = {"Training: loss": ("loss",), "Training: verification": ("accuracy", "auc", "tar_at_far")}
 """Plots of a run's history, by what stands in the names of the columns that they show."""
 ORIGINAL_COLUMNS = ("Train Loss", "Test Loss")
 """Repeated in the history under the names of ours."""
@@ -149,6 +149,7 @@ def _history_plots(measured: Measured) -> list[Plot]:
             name: history[name].to_pylist()
             for name, kind in zip(history.column_names, history.schema.types, strict=True)
             if name not in ORIGINAL_COLUMNS
+            and not name.endswith("_std")
             and any(part in name.lower() for part in parts)
             and (pa.types.is_floating(kind) or pa.types.is_integer(kind))
         }
