@@ -11,6 +11,15 @@ import numpy as np
 from lib.errors import UserError
 from lib.faces.images import Photo, reduction_for
 
+EYES = "eyes"
+ARCFACE = "arcface-112"
+TEMPLATES = (EYES, ARCFACE)
+
+_ARCFACE_52 = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+"""Where ArcFace (Deng et al. 2019) and most public models want the five landmarks, in a crop of 112 pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
@@ -22,6 +31,8 @@ class Alignment:
     """Height of the eye midpoint, as a share of the crop's side from the top (0.5: the middle)."""
     margin: float = 0.1
     """How much longer the crop's side is than the long side of the face box, as a share of the latter."""
+    template: str = EYES
+    """`eyes`: as the fields above say. `arcface-112`: all five landmarks where public models want them, scaled."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.image_size <= 4096:
@@ -30,14 +41,19 @@ class Alignment:
             raise UserError(f"--eye-height is {self.eye_height}: allowed are 0.1 to 0.9 of the crop's side")
         if not 0.0 <= self.margin <= 2.0:
             raise UserError(f"--margin is {self.margin}: allowed are 0 to 2 of the face box's side")
+        if self.template not in TEMPLATES:
+            raise UserError(f"--alignment is {self.template!r}: allowed are {', '.join(TEMPLATES)}")
 
 
 def alignment_matrix(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> np.ndarray:
     """Return the similarity [2, 3] float64 that takes points of the photo to points of the crop.
 
     The rotation levels the line through the eyes, the scale fits the box's long side with the margin, and the
-    midpoint of the eyes comes to the vertical centre line at `eye_height`.
+    midpoint of the eyes comes to the vertical centre line at `eye_height`. With the template `arcface-112` the box does
+    not count: it is the similarity that brings the five landmarks nearest to their places.
     """
+    if alignment.template == ARCFACE:
+        return _similarity(np.asarray(landmarks_52, np.float64), _ARCFACE_52 * (alignment.image_size / 112))
     left_eye, right_eye = np.asarray(landmarks_52[:2], np.float64)
     box = np.asarray(box_4, np.float64)
     side = max(box[2] - box[0], box[3] - box[1], 1.0) * (1.0 + alignment.margin)
@@ -46,6 +62,33 @@ def alignment_matrix(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Ali
     rotation = scale * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     place = np.array([0.5, alignment.eye_height]) * alignment.image_size - 0.5
     return np.column_stack([rotation, place - rotation @ ((left_eye + right_eye) / 2)])
+
+
+def _similarity(from_52: np.ndarray, to_52: np.ndarray) -> np.ndarray:
+    """Return the similarity [2, 3] with the least squared error: a * z + b over the complex numbers."""
+    from_5, to_5 = (points[:, 0] + 1j * points[:, 1] for points in (from_52, to_52))
+    centred_5 = from_5 - from_5.mean()
+    a = (centred_5.conj() @ to_5) / max((centred_5.conj() @ centred_5).real, 1e-9)
+    b = to_5.mean() - a * from_5.mean()
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
+def realign(
+    crop_HWC: np.ndarray, box_4: np.ndarray, landmarks_52: np.ndarray, *, made: Alignment, wanted: Alignment
+) -> np.ndarray:
+    """Return a crop that was `made` in one way as it is `wanted` in another, black where it ends.
+
+    Box and landmarks are pixels of the photo. What lies outside the crop is lost: from the photo itself a wider
+    alignment would show more.
+    """
+    matrix = alignment_matrix(box_4, landmarks_52, made)
+    moved_52 = np.asarray(landmarks_52, np.float64) @ matrix[:, :2].T + matrix[:, 2]
+    size = (wanted.image_size, wanted.image_size)
+    # The box scales with the crop: made to fit it, with the margin.
+    side = made.image_size / (1 + made.margin)
+    centre = made.image_size / 2
+    moved_4 = np.array([centre - side / 2, centre - side / 2, centre + side / 2, centre + side / 2])
+    return cv2.warpAffine(crop_HWC, alignment_matrix(moved_4, moved_52, wanted), size, flags=cv2.INTER_LINEAR)
 
 
 def align(photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import cv2
@@ -11,7 +11,7 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.alignment import Alignment, align
+from lib.faces.alignment import EYES, Alignment, align
 from lib.faces.detection import DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
 
@@ -69,14 +69,22 @@ def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
         "min_face": settings.min_face,
         "faces_policy": settings.policy,
         "jpeg_quality": JPEG_QUALITY,
-        **asdict(settings.alignment),
+        **_alignment_parameters(settings.alignment),
         "code_version": CODE_VERSION,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {"id": digest[:16], **content}
 
 
-def fingerprint_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def _alignment_parameters(alignment: Alignment) -> dict[str, Any]:
+    """Return the parameters, without the template where it is our own: fingerprints are older than it."""
+    parameters = asdict(alignment)
+    if alignment.template == EYES:
+        del parameters["template"]
+    return parameters
+
+
+def fingerprint_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Return one `name: ours, theirs` for each entry in which two fingerprints differ."""
     names = sorted((set(ours) | set(theirs)) - {"id"})
     return [
@@ -84,6 +92,19 @@ def fingerprint_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> lis
         for name in names
         if ours.get(name) != theirs.get(name)
     ]
+
+
+def settings_from_fingerprint(content: Mapping[str, Any], *, detector_weights: str | None = None) -> ExtractionSettings:
+    """Return the settings that made the faces of a fingerprint; the defaults where it says nothing.
+
+    A fingerprint holds the sha256 of the detector's weights, not where they lie: whether `detector_weights` are those,
+    comparing the fingerprint of the result tells.
+    """
+    names = {"detector": "detector", "detection_size": "detection_size", "min_score": "min_score"}
+    names |= {"min_face": "min_face", "faces_policy": "policy"}
+    values = {name: content[key] for key, name in names.items() if key in content}
+    alignment = {part.name: content[part.name] for part in fields(Alignment) if part.name in content}
+    return ExtractionSettings(detector_weights=detector_weights, alignment=Alignment(**alignment), **values)
 
 
 Detect = Callable[[Sequence[np.ndarray]], list[Detections]]
@@ -148,9 +169,10 @@ class FaceExtractor:
             chosen = list(range(num_faces))
         else:
             chosen = [most_prominent(found, photo.width, photo.height, self.settings.min_score)]
-        return [{"num_faces": num_faces, **self._face_row(photo, found, index)} for index in chosen]
+        return [{"num_faces": num_faces, **self.face_row(photo, found, index)} for index in chosen]
 
-    def _face_row(self, photo: Photo, found: Detections, index: int) -> dict[str, Any]:
+    def face_row(self, photo: Photo, found: Detections, index: int) -> dict[str, Any]:
+        """Return status, score, box, landmarks and, where it is aligned, the crop of one of the faces found."""
         box, landmarks = found.boxes_N4[index], found.landmarks_N52[index]
         row: dict[str, Any] = {
             "score": float(found.scores_N[index]),
@@ -166,7 +188,12 @@ class FaceExtractor:
 
 
 def most_prominent(found: Detections, width: int, height: int, min_score: float) -> int:
-    """Return the index of the face a photo is of: large, near the middle, well scored.
+    """Return the index of the face a photo is of: the one of most `prominence`."""
+    return int(np.argmax(prominence(found, width, height, min_score)))
+
+
+def prominence(found: Detections, width: int, height: int, min_score: float) -> np.ndarray:
+    """Return how much each face [N] is what the photo is of: large, near the middle, well scored.
 
     Faces over `min_score` go before all others. Among equals the box's area counts, less by up to a half with the
     distance of its centre from the photo's, times the score.
@@ -177,4 +204,4 @@ def most_prominent(found: Detections, width: int, height: int, min_score: float)
     middle_2 = np.array([width, height]) / 2
     offsets_N = np.linalg.norm((centres_N2 - middle_2) / middle_2, axis=1) / np.sqrt(2)
     prominence_N = areas_N * (1 - 0.5 * np.clip(offsets_N, 0, 1)) * scores_N
-    return int(np.argmax(np.where(scores_N >= min_score, prominence_N, prominence_N * 1e-9)))
+    return np.where(scores_N >= min_score, prominence_N, prominence_N * 1e-9)

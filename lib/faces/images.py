@@ -86,6 +86,21 @@ class Photo:
         # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
         self._needs_pillow = header.mode == "CMYK" or not _is_complete(data, header.format)
 
+    @classmethod
+    def of_pixels(cls, pixels_HW3: np.ndarray, *, max_pixels: int) -> "Photo":
+        """Return a photo of upright BGR uint8 pixels that somebody has decoded already.
+
+        Raises:
+            BadPhotoError: more than `max_pixels` pixels, or none.
+        """
+        photo = cls.__new__(cls)
+        photo.height, photo.width = pixels_HW3.shape[:2]
+        if not 0 < photo.width * photo.height <= max_pixels:
+            raise BadPhotoError(table.TOO_LARGE, f"{photo.width}x{photo.height}: 1 to {max_pixels} pixels are read")
+        photo._data, photo._decoded = b"", {1: pixels_HW3}
+        photo._is_jpeg = photo._needs_pillow = False
+        return photo
+
     def pixels(self, reduction: int = 1) -> np.ndarray:
         """Return the upright photo at 1/`reduction` of its size, [H, W, 3] uint8 BGR.
 

@@ -70,12 +70,12 @@ class Manifest:
 
 
 def read_manifest(
-    photos_url: str, identities_url: str, *, split_seed: int, columns: ParquetColumns, identities_required: bool
+    photos_url: str, identities_url: str | None, *, split_seed: int, columns: ParquetColumns, identities_required: bool
 ) -> Manifest:
     """List the photos and give each its identity and split.
 
-    `identities_url` may name a file that is not there: then the folder a photo lies in is its identity, or nobody's
-    where `identities_required` is False.
+    `identities_url` may be None, or name a file that is not there: then the folder a photo lies in is its identity, or
+    nobody's where `identities_required` is False.
 
     Raises:
         UserError: no photos, or an identities file that cannot be trusted.
@@ -90,7 +90,7 @@ def read_manifest(
     names, parquet_names, num_bytes, passed_over = _list_photos(photos_url)
     if parquet_names and not names:
         return _from_parquet(photos_url, parquet_names, columns, split_seed, required=identities_required)
-    listed = _read_identities(identities_url) if storage.exists(identities_url) else None
+    listed = _read_identities(identities_url) if identities_url and storage.exists(identities_url) else None
     if not names and not listed:
         kinds = f" ({_counted(passed_over)} lie there)" if passed_over else ""
         raise UserError(
@@ -170,12 +170,13 @@ def _join(names: list[str], listed: dict[str, str]) -> tuple[list[str], list[str
 
 
 def _by_folder(
-    names: list[str], photos_url: str, identities_url: str, *, required: bool
+    names: list[str], photos_url: str, identities_url: str | None, *, required: bool
 ) -> tuple[list[str], list[str | None], list[str | None]]:
     folders = [name.rpartition("/")[0] or None for name in names]
     if required and not any(folders):
+        shown = storage.redacted(identities_url or "identities.txt")
         raise UserError(
-            f"{storage.redacted(identities_url)} is not there, and {storage.redacted(photos_url)} has no folder per "
+            f"{shown} is not there, and {storage.redacted(photos_url)} has no folder per "
             'identity: write lines of "photo-name identity" into that file, name another by --identities, '
             "or take every face of photos without identities with --faces-policy all"
         )

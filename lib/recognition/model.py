@@ -66,7 +66,7 @@ class ModelSpec:
     training: Mapping[str, Any] = field(default_factory=dict)
     """What it was trained on and how: counts and settings, shown in the model card."""
     threshold: float | None = None
-    """Cosine distance at or below which two faces count as one person; None until it has been chosen."""
+    """Euclidean distance of embeddings at or below which two faces count as one person; None until it is chosen."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """What the threshold was chosen by: accuracy, auc, num_pairs and others, as evaluation names them."""
 
@@ -80,7 +80,7 @@ class ModelSpec:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"mean={self.mean}, std={self.std}: three values each (R, G, B), std above 0")
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UserError(f"threshold={self.threshold}: a cosine distance (0 to 2), or null")
+            raise UserError(f"threshold={self.threshold}: a Euclidean distance of embeddings, or null")
 
     @property
     def layer_widths(self) -> tuple[int, ...]:
@@ -310,12 +310,24 @@ def load_model(url: str) -> EmbeddingModel:
     return model.eval()
 
 
+def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any]) -> None:
+    """Write a threshold, and the figures it was chosen by, into the description and the card of the model folder `url`.
+
+    Raises:
+        UserError, JobError: the folder is no model, or cannot be written to.
+    """
+    spec = ModelSpec.from_json(read_json(join(url, SPEC_NAME)), join(url, SPEC_NAME))
+    spec = dataclasses.replace(spec, threshold=threshold, metrics=dict(metrics))
+    write_bytes(join(url, CARD_NAME), model_card(spec).encode())
+    write_json(join(url, SPEC_NAME), spec.to_json())
+
+
 def model_card(spec: ModelSpec) -> str:
     """Return the Markdown text that tells people what a model is for, what it was made from, and its limits."""
     side = spec.image_size
     kind = "unit-length" if spec.normalize else "raw"
     threshold = (
-        f"Two faces count as one person at a cosine distance of {spec.threshold:.4g} or less."
+        f"Two faces count as one person at a Euclidean distance of {spec.threshold:.4g} or less."
         if spec.threshold is not None
         else "No threshold has been chosen yet: run jobs/evaluate.py."
     )
@@ -326,10 +338,21 @@ Turns an aligned face ({side}x{side} pixels, RGB) into a {kind} vector of {spec.
 
 ## Use
 
+On aligned faces:
+
 ```python
 from lib.recognition.model import embed, load_model
 model = load_model("URL of this folder")
 embeddings_ND = embed(model, crops_NHWC)  # uint8 RGB faces, aligned as below
+```
+
+On photos:
+
+```python
+from lib.recognition.recognizer import FaceRecognizer
+recognizer = FaceRecognizer.load("URL of this folder")
+embedding_D = recognizer.faces("one.jpg")[0].embedding_D
+verification = recognizer.verify("one.jpg", "other.jpg")  # same or not, distance, threshold
 ```
 
 ## Verification

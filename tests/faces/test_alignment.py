@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lib.errors import UserError
-from lib.faces.alignment import Alignment, align, alignment_matrix
+from lib.faces.alignment import Alignment, align, alignment_matrix, realign
 from lib.faces.images import Photo
 
 MAX_PIXELS = 100_000_000
@@ -156,3 +156,35 @@ def test_a_large_face_is_averaged_down_instead_of_sampled_with_holes() -> None:
 def test_settings_out_of_range_are_named(settings: dict[str, float], flag: str) -> None:
     with pytest.raises(UserError, match=flag):
         Alignment(**settings)
+
+
+def test_the_arcface_template_is_the_similarity_of_least_error() -> None:
+    rng = np.random.default_rng(3)
+    wanted = np.array(
+        [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+    )
+    for size in (112, 224):
+        points_52 = wanted @ [[0.8, 0.6], [-0.6, 0.8]] * 2.5 + [300, 40] + rng.normal(0, 3, (5, 2))
+        alignment = Alignment(template="arcface-112", image_size=size)
+        matrix = alignment_matrix(np.zeros(4), points_52, alignment)
+        # a x - b y + c, b x + a y + d, solved as plain least squares
+        x, y = points_52.T
+        zero, one = np.zeros(5), np.ones(5)
+        rows = np.concatenate([np.stack([x, -y, one, zero], 1), np.stack([y, x, zero, one], 1)])
+        a, b, c, d = np.linalg.lstsq(rows, (wanted * size / 112).T.ravel(), rcond=None)[0]
+        np.testing.assert_allclose(matrix, [[a, -b, c], [b, a, d]], atol=1e-6)
+
+
+def test_a_crop_is_realigned_as_its_photo_would_be() -> None:
+    ramp = np.add.outer(np.arange(400), np.arange(400)).astype(np.float32) / 800 * 255
+    pixels = np.repeat(ramp.astype(np.uint8)[..., None], 3, axis=2)
+    photo = Photo.of_pixels(pixels, max_pixels=10**6)
+    box_4 = np.array([120, 100, 280, 300.0])
+    landmarks_52 = np.array([[165, 180], [235, 170], [205, 215], [175, 255], [235, 250.0]])
+    made, wanted = Alignment(image_size=240), Alignment(template="arcface-112", image_size=112)
+    again = realign(align(photo, box_4, landmarks_52, made), box_4, landmarks_52, made=made, wanted=wanted)
+    direct = align(photo, box_4, landmarks_52, wanted)
+    # At its edge a crop fades into black.
+    inside = cv2.erode((again.min(axis=2) > 0).astype(np.uint8), np.ones((5, 5))) > 0
+    assert inside.mean() > 0.85
+    assert np.abs(again.astype(int) - direct)[inside].max() <= 4

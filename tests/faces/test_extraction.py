@@ -261,7 +261,12 @@ CHANGES: dict[str, Any] = {
     "min_score": 0.8,
     "min_face": 30,
     "policy": "all",
-    "alignment": [Alignment(image_size=112), Alignment(eye_height=0.5), Alignment(margin=0.2)],
+    "alignment": [
+        Alignment(image_size=112),
+        Alignment(eye_height=0.5),
+        Alignment(margin=0.2),
+        Alignment(template="arcface-112"),
+    ],
 }
 
 

@@ -1,6 +1,5 @@
 """Which stored features are computed again, and that passes give what `embed` gives, without augmentation."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Measure how well a model tells people apart: figures, and a report with pictures in one HTML file."""
+
+from lib.config import run_job
+from lib.evaluation.evaluating import EvaluateConfig, evaluate
+
+if __name__ == "__main__":
+    run_job(EvaluateConfig, evaluate, description=__doc__ or "")

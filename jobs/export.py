@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Make one ONNX file of a model, checked against it on real faces."""
+
+from lib.config import run_job
+from lib.recognition.exporting import ExportConfig, export
+
+if __name__ == "__main__":
+    run_job(ExportConfig, export, description=__doc__ or "")

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Say who is in photos: the nearest faces of a gallery for every face, and who it is, or that nobody knows."""
+
+from lib.config import run_job
+from lib.recognition.identifying import IdentifyConfig, identify
+
+if __name__ == "__main__":
+    run_job(IdentifyConfig, identify, description=__doc__ or "")

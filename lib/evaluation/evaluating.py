@@ -1,0 +1,294 @@
+"""Models, faces or photos, and pairs in; `metrics.json` and the report out.
+
+Shapes: N photos, P pairs, D embedding.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import tyro
+
+from lib import storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import UserError
+from lib.evaluation.findings import read_slices, slice_figures
+from lib.evaluation.measuring import Measured, Photos, measure, photos_of
+from lib.evaluation.metrics import kfold_accuracy
+from lib.evaluation.pairs import Pairs, made_pairs, read_pairs
+from lib.evaluation.presenting import present
+from lib.faces import table
+from lib.faces.manifest import Manifest
+from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
+from lib.recognition.embedding import FacesSource, PhotosSource, Source, embed_source, faces_source, photos_source
+from lib.recognition.embedding import model_name as name_of
+from lib.recognition.embeddings_table import read_embeddings
+from lib.recognition.model import keep_threshold
+from lib.recognition.onnx_model import OnnxInput
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME, REPORT_NAME, SUSPECTS_NAME = "metrics.json", "report.html", "suspects.csv"
+
+KEPT_FIGURES = ("accuracy", "accuracy_std", "auc", "eer", "num_pairs")
+"""Figures that stand in the job's result, and in the model beside the threshold they were measured with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure how well a model tells people apart."""
+
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Model folder, run folder or .onnx file; given twice, two are compared. Default: the one run below --data."""
+    faces: str | None = None
+    """Faces table. Default: faces/ below --data."""
+    photos: str | None = None
+    """Raw photos instead of a faces table: detected and aligned as each model wants them."""
+    identities: str | None = None
+    """File of lines "photo-name identity" for --photos. Default: identities.txt beside it; else the photo's folder."""
+    pairs: str | None = None
+    """Pairs: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Default: made from --split."""
+    split: str = "test"
+    """Without --pairs: whose photos the pairs are made from: train, val, test, or all."""
+    num_pairs: int = 6_000
+    """Without --pairs: how many to make, in 10 folds that share no person."""
+    seed: int = 0
+    """Seed of the pairs and of the resampling."""
+    tolerance: float | None = None
+    """Distance of the original project's table. Default: the model's threshold, else the best one."""
+    slices: str | None = None
+    """CSV of photo,attribute: figures for the pairs of each attribute too."""
+    output: str | None = None
+    """Where the report goes. Default: report/ in the model's run, or report/ below --data."""
+    keep_threshold: bool = False
+    """Write the best threshold into the model even if it has one already; a model without one always gets it."""
+    detector_weights: str | None = None
+    """With --photos: weights of the detector, where the model's faces were not made with a package's."""
+    split_seed: int = 0
+    """With --photos: seed of the split of identities into train, val and test."""
+    gpus: int = 0
+    """GPUs to embed on; 0 embeds on the CPUs."""
+    strict: bool = False
+    """Refuse faces that were not made as those a model was trained on, instead of warning."""
+    dry_run: bool = False
+    """Check models, photos and pairs, print the plan, do nothing."""
+    onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
+
+    def __post_init__(self) -> None:
+        if len(self.model) > 2:
+            raise UserError(f"--model is given {len(self.model)} times: one model, or two side by side")
+        if self.faces is not None and self.photos is not None:
+            raise UserError("--faces and --photos are both given: name the one or the other")
+        if self.split not in (*table.SPLITS, "all"):
+            raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}: 0 or more")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits whose photos are looked at: all for pairs that somebody else chose."""
+        return table.SPLITS if self.pairs is not None or self.split == "all" else (self.split,)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure the models, write `metrics.json` and the report, and return the first model's figures."""
+    started = time.monotonic()
+    data = absolute_url(config.data, "--data")
+    urls = [find_model(data, given) for given in config.model or (None,)]
+    embedders = [load_embedder(url, config.onnx) for url in urls]
+    sources = [_source(config, data, embedder) for embedder in embedders]
+    photos, pairs, sources = _photos_and_pairs(config, sources)
+    output = _output(config, data, urls[0])
+    result: dict[str, Any] = {"job": "evaluate", "report": storage.join(output, REPORT_NAME)}
+    if config.dry_run:
+        if pairs.note:
+            logger.warning("%s", pairs.note)
+        logger.info("%d pairs of %d photos would be measured into %s", len(pairs), len(photos.names), output)
+        return {**result, "dry_run": True, "num_pairs": len(pairs), "photos": len(photos.names), "models": urls}
+
+    storage.check_writable(output)
+    slices, num_unknown = read_slices(config.slices, photos.names) if config.slices is not None else ({}, 0)
+    measured = []
+    for name, embedder, source in zip(_names(urls), embedders, sources, strict=True):
+        folder = storage.join(output, "embeddings", name)
+        # What lies there is ours, from an earlier report of other pairs or of an earlier model.
+        embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
+        made = read_embeddings(folder)
+        measured.append(
+            measure(
+                name,
+                embedder,
+                source,
+                made,
+                photos,
+                pairs,
+                tolerance=config.tolerance,
+                with_original=config.pairs is None,
+                seed=config.seed,
+            )
+        )
+    for each in measured:
+        kfold = kfold_accuracy(each.distances_P, pairs.same_P, pairs.fold_P)
+        each.figures["slices"] = slice_figures(slices, each.distances_P, pairs, kfold, each.figures["threshold"])
+    kept = _keep_thresholds(config, measured)
+    notes = _notes(photos, pairs, measured, num_unknown)
+    metrics = {
+        **{name: measured[0].figures[name] for name in KEPT_FIGURES},
+        "pairs": config.pairs and storage.redacted(config.pairs),
+        "notes": notes,
+        "difference": _difference(measured),
+        "models": [each.figures for each in measured],
+    }
+    page, found = present(measured, photos, pairs, metrics)
+    storage.write_bytes(storage.join(output, SUSPECTS_NAME), found)
+    storage.write_bytes(storage.join(output, REPORT_NAME), page)
+    storage.write_json(storage.join(output, METRICS_NAME), metrics)
+    return {
+        **result,
+        **{name: metrics[name] for name in KEPT_FIGURES},
+        "threshold": measured[0].figures["threshold"],
+        "threshold_kept": kept,
+        "photos": len(photos.names),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _output(config: EvaluateConfig, data: str, first_model: str) -> str:
+    if config.output is not None:
+        return absolute_url(config.output, "--output")
+    run, _, last = first_model.rstrip("/").rpartition("/")
+    return storage.join(run if last == "model" else data, "report")
+
+
+def _names(urls: Sequence[str]) -> list[str]:
+    names = [name_of(url) for url in urls]
+    return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
+
+
+def _source(config: EvaluateConfig, data: str, embedder: Embedder) -> Source:
+    if config.photos is None:
+        faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
+        return faces_source(faces_url, config.splits)
+    return photos_source(
+        absolute_url(config.photos, "--photos"),
+        config.identities and absolute_url(config.identities, "--identities"),
+        # One face a photo, whatever the model was trained on: pairs are of photos.
+        replace(extraction_settings(embedder, config.detector_weights), policy="prominent"),
+        split_seed=config.split_seed,
+        splits=config.splits,
+    )
+
+
+def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Photos, Pairs, list[Source]]:
+    """Return the photos, the pairs of them, and sources that hold no photo that is in no pair, where that is cheap."""
+    names, identities, statuses, splits = _listed(sources[0])
+    if config.pairs is None:
+        # Of raw photos, one without a face is an error of whoever should find it. Faces that are cut out already are
+        # a test of the model alone, and what is in no pair is told.
+        is_cut_out = isinstance(sources[0], FacesSource)
+        left_out = {table.MISSING, table.NO_IDENTITY} if not is_cut_out else set(table.STATUSES) - {table.ALIGNED}
+        taken = [
+            n
+            for n, (identity, status) in enumerate(zip(identities, statuses, strict=True))
+            if identity is not None and status not in left_out
+        ]
+        photos = photos_of([names[n] for n in taken], [identities[n] for n in taken], [splits[n] for n in taken])
+        people = [str(identities[n]) for n in taken]
+        pairs = made_pairs(photos.names, people, num_pairs=config.num_pairs, seed=config.seed)
+        if len(taken) < len(names):
+            unused = Counter(statuses[n] or "of nobody known" for n in set(range(len(names))).difference(taken))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(unused.items()))
+            note = f"{len(names) - len(taken)} of {len(names)} photos are in no pair ({reasons})"
+            pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
+        return photos, pairs, sources
+    pairs = read_pairs(absolute_url(config.pairs, "--pairs"), names, seed=config.seed)
+    if isinstance(sources[0], FacesSource):
+        return photos_of(names, identities, splits), pairs, sources
+    used_N = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
+    place_N = np.full(len(names), -1)
+    place_N[used_N] = np.arange(len(used_N))
+    kept = [
+        _with_photos(source, source.manifest.photos.take(used_N))
+        for source in sources
+        if isinstance(source, PhotosSource)
+    ]
+    pairs = replace(pairs, a_P=place_N[pairs.a_P], b_P=place_N[pairs.b_P])
+    photos = photos_of([names[n] for n in used_N], [identities[n] for n in used_N], [splits[n] for n in used_N])
+    return photos, pairs, list(kept)
+
+
+def _with_photos(source: PhotosSource, photos: pa.Table) -> PhotosSource:
+    return replace(source, manifest=Manifest(photos, source.manifest.num_bytes, source.manifest.num_passed_over))
+
+
+def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | None], list[str]]:
+    """Return name, identity, status as far as it is known, and split of every photo of a source."""
+    if isinstance(source, PhotosSource):
+        columns = ("photo", "identity", "status", "split")
+        photos = source.manifest.photos
+        names, identities, statuses, splits = (photos[column].to_pylist() for column in columns)
+        return names, identities, statuses, splits
+    parts = [
+        storage.read_parquet(storage.join(source.url, name), columns=["photo", "identity", "status"])
+        for name in source.file_names
+    ]
+    rows = pa.concat_tables(parts)
+    in_split = [name.split("/")[0].removeprefix("split=") for name in source.file_names]
+    splits = [split for split, part in zip(in_split, parts, strict=True) for _ in range(len(part))]
+    names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
+    return names, identities, statuses, splits
+
+
+def _difference(measured: Sequence[Measured]) -> dict[str, float] | None:
+    """Return by how much the second model's accuracy is the higher, and the standard error over the same folds."""
+    if len(measured) < 2:
+        return None
+    first_F, second_F = (np.array(each.figures["fold_accuracies"]) for each in measured)
+    gain_F = second_F - first_F
+    return {"accuracy": float(gain_F.mean()), "std": float(gain_F.std(ddof=1) / np.sqrt(len(gain_F)))}
+
+
+def _notes(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unknown: int) -> list[str]:
+    notes = [pairs.note] if pairs.note else []
+    for each in measured:
+        failed = each.figures["failed_photos"]
+        if failed:
+            reasons = ", ".join(f"{count} {status}" for status, count in sorted(failed.items()))
+            shown = ", ".join(each.figures["failed_photo_names"][:5])
+            notes.append(
+                f"{each.name}: {sum(failed.values())} photos have no embedding ({reasons}) and make every pair they "
+                f"are in an error, such as {shown}; metrics.json names all"
+            )
+    in_pairs = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
+    num_train = sum(photos.splits[n] == "train" for n in in_pairs)
+    if num_train and isinstance(measured[0].source, FacesSource):
+        notes.append(
+            f"{num_train:,} of the {len(in_pairs):,} photos in pairs are of the split train: "
+            "for a model trained on them the figures are too good"
+        )
+    if num_unknown:
+        notes.append(f"{num_unknown:,} photos of --slices are not here")
+    for note in notes:
+        logger.warning("%s", note)
+    return notes
+
+
+def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bool:
+    """Write the threshold into each model folder that has none, or into all; return whether the first has got it."""
+    kept = False
+    for n, each in enumerate(measured):
+        is_folder = not each.embedder.url.endswith(".onnx")
+        if is_folder and (each.embedder.threshold is None or config.keep_threshold):
+            figures = {name: each.figures[name] for name in KEPT_FIGURES}
+            keep_threshold(each.embedder.url, each.figures["threshold"], figures)
+            logger.info("threshold %.4f is kept in %s", each.figures["threshold"], each.embedder.url)
+            each.figures["model_threshold"] = each.figures["threshold"]
+            kept = kept or n == 0
+    return kept

@@ -1,0 +1,191 @@
+"""Which photos the figures come from: the worst pairs, probable wrong labels and duplicates, and groups of photos.
+
+Shapes: N photos, D embedding, P pairs, B photos of one chunk, K suspects.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from lib.errors import UserError
+from lib.evaluation.metrics import CHUNK_ELEMENTS, KFoldAccuracy, auc, roc_curve
+from lib.evaluation.pairs import Pairs
+from lib.storage import read_bytes
+
+MAX_SEARCHED = 50_000
+"""Photos among which suspects are looked for; of more, as many drawn by the seed."""
+DUPLICATE_QUANTILE = 0.01
+"""Photos of two people nearer than this share of all same pairs are taken for one photo, or one person of two names."""
+MAX_SLICES = 200
+
+WRONG_LABEL, DUPLICATE = "wrong_label", "duplicate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Two photos to look at: indices into the list of photos, and the distance of their embeddings."""
+
+    a: int
+    b: int
+    distance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect(Finding):
+    """A photo `a` that is probably mislabelled, and the photo `b` of someone else that says so."""
+
+    kind: str
+    """`wrong_label`: nearer to someone else than to any photo of its own person, which are all beyond the threshold.
+    `duplicate`: nearer to someone else's photo than nearly any two photos of one person are."""
+    own_distance: float | None
+    """To the nearest other photo of its own person; None where there is none."""
+
+
+def worst_pairs(distances_P: NDArray, pairs: Pairs, threshold: float, num: int) -> tuple[list[Finding], list[Finding]]:
+    """Return the false matches, the nearest first, and the false non-matches, the farthest first.
+
+    Pairs of a failed photo are no opinion of the model: they are left out.
+    """
+    finite_P = np.isfinite(distances_P)
+    matches = np.flatnonzero(finite_P & ~pairs.same_P & (distances_P <= threshold))
+    non_matches = np.flatnonzero(finite_P & pairs.same_P & (distances_P > threshold))
+
+    def findings(order: NDArray) -> list[Finding]:
+        return [Finding(a=int(pairs.a_P[p]), b=int(pairs.b_P[p]), distance=float(distances_P[p])) for p in order[:num]]
+
+    return (
+        findings(matches[np.argsort(distances_P[matches], kind="stable")]),
+        findings(non_matches[np.argsort(-distances_P[non_matches], kind="stable")]),
+    )
+
+
+def suspects(
+    embeddings_ND: NDArray[np.floating],
+    identity_N: NDArray[np.int64],
+    usable_N: NDArray[np.bool_],
+    same_distances: NDArray[np.floating],
+    threshold: float,
+    *,
+    seed: int = 0,
+) -> list[Suspect]:
+    """Return probable wrong labels and duplicates, each kind with the surest first.
+
+    Args:
+        identity_N: of the same photos, as numbers.
+        usable_N: photos that have an embedding and an identity.
+        same_distances: of same pairs, to know how near photos of one person are.
+    """
+    chosen = np.flatnonzero(usable_N)
+    if len(chosen) > MAX_SEARCHED:
+        chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:MAX_SEARCHED])
+    if len(chosen) < 2:
+        return []
+    vectors_ND, people_N = embeddings_ND[chosen], identity_N[chosen]
+    own_N, _, other_N, other_at_N = _nearest(vectors_ND, people_N)
+    finite = same_distances[np.isfinite(same_distances)]
+    duplicate_at = float(np.quantile(finite, DUPLICATE_QUANTILE)) if len(finite) else 0.0
+
+    found = []
+    for k in np.argsort(other_N, kind="stable"):
+        other = int(other_at_N[k])
+        if np.isfinite(other_N[k]) and other_N[k] <= min(duplicate_at, threshold):
+            first = other_at_N[other] != k or k < other  # two photos that name each other are one finding
+            if first:
+                found.append(_suspect(chosen, DUPLICATE, int(k), other, other_N, own_N))
+    wrong = np.flatnonzero(np.isfinite(own_N) & (own_N > threshold) & (other_N <= threshold))
+    surest = wrong[np.argsort((other_N - own_N)[wrong], kind="stable")]
+    return found + [_suspect(chosen, WRONG_LABEL, int(k), int(other_at_N[k]), other_N, own_N) for k in surest]
+
+
+def _suspect(chosen: NDArray, kind: str, k: int, other: int, other_N: NDArray, own_N: NDArray) -> Suspect:
+    own = float(own_N[k]) if np.isfinite(own_N[k]) else None
+    return Suspect(a=int(chosen[k]), b=int(chosen[other]), distance=float(other_N[k]), kind=kind, own_distance=own)
+
+
+def _nearest(vectors_ND: NDArray, people_N: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """Return each photo's distance to, and index of, its own person's nearest other photo and of another person's."""
+    num = len(vectors_ND)
+    squared_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
+    own_N, other_N = np.full(num, np.inf), np.full(num, np.inf)
+    own_at_N, other_at_N = np.zeros(num, np.int64), np.zeros(num, np.int64)
+    step = max(1, CHUNK_ELEMENTS // num)
+    for start in range(0, num, step):
+        rows = np.arange(start, min(start + step, num))
+        squared_BN = squared_N[rows, None] + squared_N - 2 * (vectors_ND[rows] @ vectors_ND.T)
+        is_own_BN = people_N[rows, None] == people_N
+        for mask_BN, distance_N, at_N in ((is_own_BN, own_N, own_at_N), (~is_own_BN, other_N, other_at_N)):
+            candidates_BN = np.where(mask_BN, squared_BN, np.inf)
+            candidates_BN[np.arange(len(rows)), rows] = np.inf
+            at_N[rows] = candidates_BN.argmin(axis=1)
+            distance_N[rows] = np.sqrt(np.maximum(candidates_BN[np.arange(len(rows)), at_N[rows]], 0))
+    return own_N, own_at_N, other_N, other_at_N
+
+
+def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.bool_]], int]:
+    """Return for each attribute of a CSV (columns photo, attribute) which photos have it, and how many are unknown.
+
+    Raises:
+        UserError: no such columns, none of its photos is here, or too many attributes.
+    """
+    try:
+        options = pa.csv.ConvertOptions(column_types={"photo": pa.string(), "attribute": pa.string()})
+        rows = pa.csv.read_csv(io.BytesIO(read_bytes(url)), convert_options=options)
+    except pa.ArrowException as error:
+        raise UserError(f"--slices {url}: cannot be read as CSV with the columns photo, attribute: {error}") from None
+    absent = [name for name in ("photo", "attribute") if name not in rows.column_names]
+    if absent:
+        raise UserError(f"--slices {url}: no column {', '.join(absent)} among {', '.join(rows.column_names)}")
+    index_N = pc.fill_null(pc.index_in(rows["photo"], pa.array(photos, pa.string())), -1).to_numpy()
+    attributes = np.asarray(rows["attribute"].to_pylist(), object)
+    names = sorted({name for name in attributes[index_N >= 0] if name})
+    if not names:
+        raise UserError(
+            f"--slices {url}: none of its {len(rows)} photos is here: do the names start at the photo root?"
+        )
+    if len(names) > MAX_SLICES:
+        raise UserError(f"--slices {url}: {len(names)} attributes; at most {MAX_SLICES} are reported")
+    masks = {}
+    for name in names:
+        masks[name] = np.zeros(len(photos), bool)
+        masks[name][index_N[(attributes == name) & (index_N >= 0)]] = True
+    return masks, int((index_N < 0).sum())
+
+
+def slice_figures(
+    slices: Mapping[str, NDArray[np.bool_]],
+    distances_P: NDArray,
+    pairs: Pairs,
+    kfold: KFoldAccuracy,
+    threshold: float,
+) -> list[dict[str, Any]]:
+    """Return figures of the pairs both of whose photos have an attribute, for each; None where there are no such pairs.
+
+    Accuracy is by the thresholds of the folds, the two error rates by the one of all pairs.
+    """
+    rows = []
+    for name, mask_N in slices.items():
+        inside_P = mask_N[pairs.a_P] & mask_N[pairs.b_P]
+        same_P, called_P = pairs.same_P[inside_P], distances_P[inside_P] <= threshold
+        num_same, num = int(same_P.sum()), int(inside_P.sum())
+        both = 0 < num_same < num
+        curve = roc_curve(distances_P[inside_P], same_P) if both else None
+        rows.append(
+            {
+                "attribute": name,
+                "num_photos": int(mask_N.sum()),
+                "num_same_pairs": num_same,
+                "num_different_pairs": num - num_same,
+                "accuracy": float(kfold.right_P[inside_P].mean()) if num else None,
+                "false_match_rate": float(called_P[~same_P].mean()) if num > num_same else None,
+                "false_non_match_rate": float(1 - called_P[same_P].mean()) if num_same else None,
+                "auc": float(auc(curve.far_T, curve.tar_T)) if curve else None,
+            }
+        )
+    return rows

@@ -1,0 +1,140 @@
+"""All figures of one model on given photos and pairs.
+
+Shapes: N photos, P pairs, D embedding.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib import storage
+from lib.evaluation.metrics import (
+    best_threshold,
+    failed_as_errors,
+    original_table,
+    pair_distances,
+    verification_figures,
+    verification_report,
+)
+from lib.evaluation.pairs import Pairs, original_pairs
+from lib.recognition.embedder import Embedder
+from lib.recognition.embedding import Source
+from lib.recognition.embeddings_table import Embeddings
+
+logger = logging.getLogger(__name__)
+
+MAX_ORIGINAL_PAIRS = 20_000_000
+"""The original's protocol grows with the square of a person's photos: beyond this it is left out."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Photos:
+    """The photos that the pairs index, whatever model is measured.
+
+    Attributes:
+        people_N: who is on each, as numbers; a photo of nobody known is a person of its own.
+    """
+
+    names: list[str]
+    identities: list[str | None]
+    splits: list[str]
+    people_N: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """A model and what was found of it."""
+
+    name: str
+    embedder: Embedder
+    source: Source
+    vectors_ND: NDArray[np.float32]
+    failed_N: NDArray[np.bool_]
+    statuses: list[str]
+    distances_P: NDArray[np.float64]
+    figures: dict[str, Any]
+
+
+def photos_of(names: list[str], identities: list[str | None], splits: list[str]) -> Photos:
+    """Return the photos with who is on each as a number."""
+    known = [f"\0{n}" if identity is None else identity for n, identity in enumerate(identities)]
+    people_N = np.unique(np.asarray(known, object), return_inverse=True)[1].astype(np.int64)
+    return Photos(names=names, identities=identities, splits=splits, people_N=people_N)
+
+
+def measure(
+    name: str,
+    embedder: Embedder,
+    source: Source,
+    made: Embeddings,
+    photos: Photos,
+    pairs: Pairs,
+    *,
+    tolerance: float | None,
+    with_original: bool,
+    seed: int,
+) -> Measured:
+    """Return all figures of a model whose embeddings were `made`.
+
+    Args:
+        tolerance: threshold of the original's table; None takes the model's own, or the best one.
+        with_original: whether the photos are a test set by themselves, so that the original's protocol applies too.
+
+    Raises:
+        UserError: too few folds, or a fold of one kind.
+    """
+    row_of = {photo: row for row, photo in enumerate(made.photos)}
+    rows_N = np.array([row_of[photo] for photo in photos.names])
+    vectors_ND, failed_N = made.embeddings_ND[rows_N], made.failed_N[rows_N]
+    statuses = [made.statuses[row] for row in rows_N]
+    distances_P = failed_as_errors(pair_distances(vectors_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
+    best = best_threshold(distances_P, pairs.same_P)[0]
+    used = next(each for each in (tolerance, embedder.threshold, best) if each is not None)
+    figures = verification_report(vectors_ND, photos.people_N, pairs, failed_N=failed_N, tolerance=used, seed=seed)
+    in_pairs_N = np.zeros(len(photos.names), bool)
+    in_pairs_N[np.concatenate([pairs.a_P, pairs.b_P])] = True
+    failed = np.flatnonzero(failed_N & in_pairs_N)
+    about = {
+        "name": name,
+        "model": storage.redacted(embedder.url),
+        "digest": embedder.digest,
+        "model_threshold": embedder.threshold,
+        "fingerprint": made.fingerprint,
+        "failed_photos": dict(Counter(statuses[n] for n in failed)),
+        "failed_photo_names": [photos.names[n] for n in failed],
+        "original": None,
+    }
+    if with_original:
+        about["original"] = _original(photos, vectors_ND, failed_N, used, seed)
+    return Measured(
+        name=name,
+        embedder=embedder,
+        source=source,
+        vectors_ND=vectors_ND,
+        failed_N=failed_N,
+        statuses=statuses,
+        distances_P=distances_P,
+        figures={**about, **figures},
+    )
+
+
+def _original(
+    photos: Photos, vectors_ND: NDArray, failed_N: NDArray[np.bool_], tolerance: float, seed: int
+) -> dict[str, Any] | None:
+    """Return the original project's table by its own protocol, on the photos with a face, as it had no others."""
+    usable = [n for n in np.flatnonzero(~failed_N) if photos.identities[n] is not None]
+    identities = [str(photos.identities[n]) for n in usable]
+    num_same = sum(count * (count - 1) // 2 for count in Counter(identities).values())
+    if not 0 < 2 * num_same <= MAX_ORIGINAL_PAIRS or len(set(identities)) < 2:
+        logger.warning("the original's protocol is left out: it would have %d pairs here", 2 * num_same)
+        return None
+    pairs = original_pairs([photos.names[n] for n in usable], identities, seed=seed)
+    distances_P = pair_distances(vectors_ND[usable], pairs.a_P, pairs.b_P)
+    return {
+        "at_tolerance": original_table(distances_P, pairs.same_P, tolerance),
+        **({} if len(np.unique(pairs.fold_P)) < 2 else verification_figures(distances_P, pairs)),
+    }

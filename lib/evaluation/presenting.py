@@ -1,0 +1,159 @@
+"""From what was measured to what the report shows: pictures of the pairs, plots, tables of text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lib import storage
+from lib.evaluation import plots
+from lib.evaluation.findings import DUPLICATE, WRONG_LABEL, Finding, Suspect, suspects, worst_pairs
+from lib.evaluation.measuring import Measured, Photos
+from lib.evaluation.metrics import roc_curve
+from lib.evaluation.pairs import Pairs
+from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, csv_bytes, html, number, percent
+from lib.recognition.crops import read_crops
+
+NUM_WORST = 24
+"""Pairs of each kind of error that the report shows."""
+NUM_SUSPECTS = 24
+"""Suspects of each kind that the report shows; suspects.csv holds all."""
+
+HISTORY_NAME = "history.parquet"
+HISTORY_PLOTS = {"Training: loss": ("loss",), "Training: verification": ("accuracy", "auc", "tar_at_far")}
+"""Plots of a run's history, by what stands in the names of the columns that they show."""
+ORIGINAL_COLUMNS = ("Train Loss", "Test Loss")
+"""Repeated in the history under the names of ours."""
+
+SUSPECTS_HEADER = ("model", "kind", "photo", "identity", "other_photo", "other_identity", "distance", "own_distance")
+
+
+def present(
+    measured: Sequence[Measured], photos: Photos, pairs: Pairs, metrics: Mapping[str, Any]
+) -> tuple[bytes, bytes]:
+    """Return the report as HTML, and all suspects as CSV."""
+    curves = {each.name: roc_curve(each.distances_P, pairs.same_P) for each in measured}
+    shown_plots = [Plot(name="ROC", content=plots.roc_plot(curves)), Plot(name="DET", content=plots.det_plot(curves))]
+    galleries: list[Gallery] = []
+    suspect_rows: list[tuple[Any, ...]] = []
+    for each in measured:
+        threshold = each.figures["threshold"]
+        histogram = plots.histogram_plot(each.name, each.distances_P, pairs.same_P, threshold)
+        shown_plots.append(Plot(name=f"Distances: {each.name}", content=histogram))
+        known_N = np.array([identity is not None for identity in photos.identities])
+        found = suspects(
+            each.vectors_ND, photos.people_N, known_N & ~each.failed_N, each.distances_P[pairs.same_P], threshold
+        )
+        suspect_rows.extend(_suspect_row(each.name, photos, suspect) for suspect in found)
+        galleries.extend(_galleries(each, photos, pairs, found))
+    for each in measured:
+        shown_plots.extend(_history_plots(each))
+    difference = metrics["difference"]
+    report = Report(
+        title=" and ".join(each.name for each in measured),
+        models=[each.figures for each in measured],
+        notes=metrics["notes"],
+        difference=(difference and f"{percent(difference['accuracy'])} ± {percent(difference['std'])}") or "",
+        plots=shown_plots,
+        tables=[*_original_tables(measured), *_slice_tables(measured)],
+        galleries=galleries,
+    )
+    return html(report), csv_bytes(SUSPECTS_HEADER, suspect_rows)
+
+
+def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence[Suspect]) -> list[Gallery]:
+    threshold = measured.figures["threshold"]
+    false_matches, false_non_matches = worst_pairs(measured.distances_P, pairs, threshold, NUM_WORST)
+    by_kind = {kind: [each for each in found if each.kind == kind][:NUM_SUSPECTS] for kind in (DUPLICATE, WRONG_LABEL)}
+    wanted: list[Sequence[Finding]] = [false_matches, false_non_matches, by_kind[DUPLICATE], by_kind[WRONG_LABEL]]
+    indices = {index for findings in wanted for finding in findings for index in (finding.a, finding.b)}
+    crops = read_crops(measured.source, [photos.names[index] for index in indices])
+
+    def shown(index: int) -> ShownPhoto:
+        name = photos.names[index]
+        return ShownPhoto(name=name, identity=photos.identities[index] or "nobody known", crop=crops.get(name))
+
+    titles = (
+        ("Worst false matches", "Different people taken for one, the nearest first."),
+        ("Worst false non-matches", "One person taken for two, the farthest first."),
+        (
+            "Suspects: duplicates across identities",
+            "Photos of two identities, nearer than nearly any two photos of one: one photo, or one person, twice.",
+        ),
+        (
+            "Suspects: wrong labels",
+            "Photos far from all others of their identity and near to someone else's: the suspect, then that one.",
+        ),
+    )
+    return [
+        Gallery(
+            title=f"{title}: {measured.name}",
+            text=text,
+            pairs=[ShownPair(a=shown(each.a), b=shown(each.b), distance=each.distance) for each in findings],
+        )
+        for (title, text), findings in zip(titles, wanted, strict=True)
+    ]
+
+
+def _suspect_row(model: str, photos: Photos, suspect: Suspect) -> tuple[Any, ...]:
+    own = "" if suspect.own_distance is None else round(suspect.own_distance, 4)
+    pair = [each for index in (suspect.a, suspect.b) for each in (photos.names[index], photos.identities[index])]
+    return (model, suspect.kind, *pair, round(suspect.distance, 4), own)
+
+
+def _original_tables(measured: Sequence[Measured]) -> list[Table]:
+    header = ["", *(each.name for each in measured)]
+    tables = [("The original's table", "At the tolerance given, the model's own threshold, or else the best one.", "")]
+    if any(each.figures["original"] for each in measured):
+        text = "Every two photos of a person, and for each of them a random photo of someone else."
+        tables.append(("The original's table, by its own protocol", text, "original"))
+    made = []
+    for title, text, protocol in tables:
+        columns = [
+            (each.figures["original"] or {}).get("at_tolerance") if protocol else each.figures["original_table"]
+            for each in measured
+        ]
+        names: Mapping[str, Any] = next((column for column in columns if column), {})
+        rows = [[name.replace("_", " "), *(number((column or {}).get(name)) for column in columns)] for name in names]
+        made.append(Table(title=title, text=text, header=header, rows=rows))
+    return made
+
+
+def _slice_tables(measured: Sequence[Measured]) -> list[Table]:
+    text = "Pairs both of whose photos have the attribute. A gap between groups is a gap between the people in them."
+    tables = []
+    for each in measured:
+        if each.figures["slices"]:
+            header = [name.replace("_", " ") for name in each.figures["slices"][0]]
+            rows = [
+                [str(value) if isinstance(value, str) else number(value) for value in row.values()]
+                for row in each.figures["slices"]
+            ]
+            tables.append(Table(title=f"By attribute: {each.name}", text=text, header=header, rows=rows))
+    return tables
+
+
+def _history_plots(measured: Measured) -> list[Plot]:
+    """Return the training curves of a model that lies in a run."""
+    run, _, last = measured.embedder.url.rstrip("/").rpartition("/")
+    url = storage.join(run, HISTORY_NAME)
+    if last != "model" or not storage.exists(url):
+        return []
+    history = storage.read_parquet(url)
+    if "epoch" not in history.column_names:
+        return []
+    made = []
+    for title, parts in HISTORY_PLOTS.items():
+        lines = {
+            name: history[name].to_pylist()
+            for name, kind in zip(history.column_names, history.schema.types, strict=True)
+            if name not in ORIGINAL_COLUMNS
+            and not name.endswith("_std")
+            and any(part in name.lower() for part in parts)
+            and (pa.types.is_floating(kind) or pa.types.is_integer(kind))
+        }
+        if lines:
+            content = plots.history_plot(f"{title} ({measured.name})", history["epoch"].to_pylist(), lines)
+            made.append(Plot(name=title, content=content))
+    return made

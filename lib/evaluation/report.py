@@ -1,0 +1,148 @@
+"""The report of an evaluation: one HTML file with its pictures inside, which needs no network and runs no script."""
+
+import base64
+import csv
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+
+from lib.evaluation.metrics import FARS, far_key
+from lib.faces.images import to_jpeg
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_THUMBNAIL, _THUMBNAIL_QUALITY = 120, 85
+
+DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPhoto:
+    """A photo in the report; `crop` is its aligned face, an encoded picture, None where there is none."""
+
+    name: str
+    identity: str
+    crop: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShownPair:
+    """Two photos side by side."""
+
+    a: ShownPhoto
+    b: ShownPhoto
+    distance: float
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """A section of pairs."""
+
+    title: str
+    text: str
+    pairs: Sequence[ShownPair]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure, as PNG."""
+
+    name: str
+    content: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A section with a table of text."""
+
+    title: str
+    text: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All that the page shows; `models` are entries of `metrics.json`."""
+
+    title: str
+    models: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = ()
+    difference: str = ""
+    plots: Sequence[Plot] = ()
+    tables: Sequence[Table] = ()
+    galleries: Sequence[Gallery] = field(default_factory=tuple)
+
+
+def html(report: Report) -> bytes:
+    """Return the page; every text in it is escaped, for names of photos and people are anybody's."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.globals.update(png=_png, jpeg=_jpeg, percent=percent)
+    shown = {part.name: getattr(report, part.name) for part in dataclasses.fields(report)}
+    page = environment.from_string(_TEMPLATE.read_text()).render(shown, figures=_figures(report.models))
+    # Names may hold halves of surrogate pairs, from bytes that are no UTF-8.
+    return page.encode("utf-8", "backslashreplace")
+
+
+def percent(value: float | None) -> str:
+    """Return a share as text, in percent."""
+    return DASH if value is None else f"{100 * value:.2f} %"
+
+
+def number(value: float | None) -> str:
+    """Return a figure as text: a count in full, anything else with four digits."""
+    if value is None:
+        return DASH
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _figures(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the rows of the table of figures: a name, and a text a model."""
+
+    def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+        return percent(value) + (f" ({percent(interval[0])} to {percent(interval[1])})" if interval else "")
+
+    rows: list[list[str]] = []
+    for label, name in (("Accuracy", "accuracy"), ("ROC AUC", "auc"), ("Equal error rate", "eer")):
+        rows.append([label, *(with_interval(model[name], model["intervals"][name]) for model in models)])
+    for key in map(far_key, FARS):
+        cells = [with_interval(model["tar_at_far"][key], model["intervals"]["tar_at_far"][key]) for model in models]
+        rows.append([f"TAR at FAR {key}", *cells])
+    for label, name in (("Rank-1 identification", "rank_1"), ("Rank-5 identification", "rank_5")):
+        rows.append([label, *(percent(model["identification"][name]) for model in models)])
+    for label, name in (
+        ("Best threshold (Euclidean distance)", "threshold"),
+        ("Threshold kept in the model", "model_threshold"),
+        ("Pairs", "num_pairs"),
+        ("Pairs with a photo without a face (counted as errors)", "num_failed_pairs"),
+        ("Pairs that name missing photos (left out)", "num_missing_pairs"),
+    ):
+        rows.append([label, *(number(model[name]) for model in models)])
+    return rows
+
+
+def _png(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def _jpeg(crop: bytes) -> str:
+    """Return a small copy of a crop, so that the page stays small."""
+    pixels = cv2.imdecode(np.frombuffer(crop, np.uint8), cv2.IMREAD_COLOR)
+    small = cv2.resize(pixels, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA)
+    return "data:image/jpeg;base64," + base64.b64encode(to_jpeg(small, _THUMBNAIL_QUALITY)).decode()
+
+
+def csv_bytes(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    """Return rows as a CSV file in UTF-8."""
+    sink = io.StringIO(newline="")
+    writer = csv.writer(sink)
+    writer.writerow(header)
+    writer.writerows(rows)
+    return sink.getvalue().encode("utf-8", "backslashreplace")

@@ -1,0 +1,178 @@
+"""Photos of a manifest, part by part, as rows of the faces table: what preprocess writes and what embed embeds."""
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.extraction import FaceExtractor
+from lib.faces.images import MAX_PHOTO_BYTES
+from lib.faces.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Small enough that an interruption costs little, large enough that ten million photos are ten thousand files.
+MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
+
+READ_AHEAD = 16
+"""Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Photos `start` to `stop` of the manifest, and the files they become."""
+
+    index: int
+    start: int
+    stop: int
+    splits: tuple[str, ...]
+
+    def file_names(self) -> list[str]:
+        """Return the files of this part below the faces folder."""
+        return [part_name(split, self.index) for split in self.splits]
+
+
+def part_name(split: str, index: int) -> str:
+    """Return the path of the file that a part becomes in a split."""
+    return f"split={split}/part-{index:06d}.parquet"
+
+
+def plan_parts(manifest: Manifest) -> list[Part]:
+    """Cut the manifest into parts; a part of files holds one split, a part of Parquet rows those that come."""
+    size = min(MAX_PART, max(MIN_PART, len(manifest) // PARTS_WANTED))
+    splits = manifest.photos["split"].combine_chunks()
+    is_parquet = manifest.photos["row"].null_count < len(manifest)
+    ends = [len(manifest)]
+    if not is_parquet:
+        runs = pc.run_end_encode(splits)
+        ends = runs.run_ends.to_pylist()
+    parts: list[Part] = []
+    start = 0
+    for end in ends:
+        for first in range(start, end, size):
+            stop = min(first + size, end)
+            present = pc.unique(splits.slice(first, stop - first)).to_pylist()
+            parts.append(Part(len(parts), first, stop, tuple(sorted(present))))
+        start = end
+    return parts
+
+
+def part_item(manifest: Manifest, part: Part) -> dict[str, Any]:
+    """Return what travels to a worker: the part's number, and its rows of the manifest as an Arrow stream."""
+    photos = manifest.photos.slice(part.start, part.stop - part.start)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, photos.schema) as writer:
+        writer.write_table(photos)
+    return {"index": part.index, "photos": sink.getvalue().to_pybytes()}
+
+
+@dataclass
+class SplitRows:
+    """The rows of one part in one split, and the number and size of the photos that they were made from."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    num_photos: int = 0
+    num_bytes: int = 0
+
+
+class PhotoReader:
+    """Reads the photos of a part ahead, and turns each into its rows of the faces table."""
+
+    def __init__(self, photos_url: str, image_column: str, extractor: FaceExtractor, *, num_threads: int = 1) -> None:
+        self._photos_url = photos_url
+        self._image_column = image_column
+        self._extractor = extractor
+        self._num_threads = num_threads
+
+    def rows(self, item: dict[str, Any]) -> dict[str, SplitRows]:
+        """Return the rows of a part made by `part_item`, by split."""
+        entries = pa.ipc.open_stream(item["photos"]).read_all().to_pylist()
+        splits = {entry["split"]: SplitRows() for entry in entries}
+        with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(self._num_threads) as extractors:
+            read = (
+                self._read_parquet(entries) if entries[0]["row"] is not None else _ahead(readers, self._read, entries)
+            )
+            extract = _ahead(extractors, self._rows, read) if self._num_threads > 1 else map(self._rows, read)
+            for entry, length, faces in extract:
+                made = splits[entry["split"]]
+                made.num_photos += 1
+                made.num_bytes += length
+                made.rows.extend(faces)
+        return splits
+
+    def _rows(self, item: tuple[dict[str, Any], bytes | str]) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
+        entry, data = item
+        faces = [{"status": data}] if isinstance(data, str) else self._extractor.rows(data)
+        several = self._extractor.settings.policy == "all" and faces[0]["status"] != table.NO_FACE
+        for number, face in enumerate(faces):
+            face["photo"] = f"{entry['photo']}#{number}" if several and "box" in face else entry["photo"]
+            face["identity"] = entry["identity"]
+        return entry, 0 if isinstance(data, str) else len(data), faces
+
+    def _read(self, entry: dict[str, Any]) -> tuple[dict[str, Any], bytes | str]:
+        """Return the entry with the photo's bytes, or with the status that says why there are none."""
+        if entry["status"] is not None:
+            return entry, entry["status"]
+        try:
+            url = storage.join(self._photos_url, name_on_disk(entry["photo"]))
+            data = storage.read_bytes(url, MAX_PHOTO_BYTES + 1)
+        except FileNotFoundError:
+            return entry, table.MISSING
+        except UserError as error:
+            logger.warning("%s: %s", entry["photo"], error)
+            return entry, table.CORRUPT
+        return entry, data
+
+    def _read_parquet(self, entries: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | str]]:
+        by_file: dict[str, list[dict[str, Any]]] = {}
+        for entry in entries:
+            by_file.setdefault(entry["source"], []).append(entry)
+        for source, wanted in by_file.items():
+            url = storage.join(self._photos_url, source) if source else self._photos_url
+            images = _parquet_images(url, self._image_column, [entry["row"] for entry in wanted])
+            for entry, image in zip(wanted, images, strict=True):
+                yield entry, entry["status"] or (table.MISSING if image is None else image)
+
+
+def name_on_disk(name: str) -> str:
+    """Return the name as the disk has it: bytes that are no UTF-8 were escaped by the manifest."""
+    return re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
+
+
+def _parquet_images(url: str, column: str, rows: list[int]) -> Iterator[bytes | None]:
+    """Yield the encoded photos of ascending rows, one row group in memory at a time."""
+    with storage.open_parquet(url) as file:
+        first, position = 0, 0
+        for group in range(file.metadata.num_row_groups):
+            last = first + file.metadata.row_group(group).num_rows
+            inside = []
+            while position < len(rows) and rows[position] < last:
+                inside.append(rows[position] - first)
+                position += 1
+            if inside:
+                images = file.read_row_group(group, columns=[column])[column].take(inside)
+                for image in images.to_pylist():
+                    yield image.get("bytes") if isinstance(image, dict) else image
+            first = last
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Map in threads, in order, never more than `READ_AHEAD` results ahead of the consumer."""
+    waiting: list[Future[Result]] = []
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > READ_AHEAD:
+            yield waiting.pop(0).result()
+    while waiting:
+        yield waiting.pop(0).result()

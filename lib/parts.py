@@ -1,0 +1,161 @@
+"""Work in parts that may be stopped at any moment: a plan, files that are there or not, and Ray Data for the rest.
+
+The name and content of a part's files follow from the plan alone. So what is there is done, whoever wrote it, and a
+part that was done twice is the same file. The plan is written first, `_SUCCESS` last.
+"""
+
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from lib import cluster, storage
+from lib.errors import JobError, UserError
+
+logger = logging.getLogger(__name__)
+
+PLAN_NAME = "_plan.json"
+SUCCESS_NAME = "_SUCCESS"
+PART_PREFIX = "split="
+"""What the folders begin with that hold the files of the parts."""
+
+Plan = Mapping[str, Any]
+
+
+def settle(
+    url: str, plan: Plan, *, flag: str, overwrite: bool, other_names: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Return the `_SUCCESS` of a finished output of this very plan, or None where there is work to do.
+
+    With `overwrite` the output of another plan is removed, and nothing else: its parts, `other_names`, its plan.
+
+    Raises:
+        UserError: the folder holds the output of another plan, or files of someone else. `flag` names the folder.
+    """
+    success_url, plan_url = storage.join(url, SUCCESS_NAME), storage.join(url, PLAN_NAME)
+    earlier = storage.read_json(plan_url) if storage.exists(plan_url) else None
+    if earlier is not None and earlier.get("job") != plan.get("job"):
+        raise UserError(
+            f"{url} holds what another job made, which is never overwritten: choose another folder by {flag}"
+        )
+    if earlier is not None:
+        differences = _differences(plan, earlier)
+        if not differences:
+            return storage.read_json(success_url) if storage.exists(success_url) else None
+        problem = f"was made otherwise ({'; '.join(differences)})"
+    else:
+        foreign = next(iter(storage.list_files(url)), None)
+        if foreign is None:
+            return None
+        problem = f"holds files that no plan of ours covers, such as {foreign.path}"
+    if not overwrite:
+        raise UserError(
+            f"{url} {problem}: choose another folder by {flag}, go back to those settings, or replace it with "
+            "--overwrite"
+        )
+    if earlier is None:
+        raise UserError(f"{url} {problem}: --overwrite replaces what this job made only; choose another folder")
+    logger.info("removing what was made earlier in %s", url)
+    # What says that all is there goes first, and what says whose it is goes last.
+    storage.remove(success_url)
+    for info in storage.list_files(url, suffix=".parquet"):
+        if info.path.startswith(PART_PREFIX):
+            storage.remove(storage.join(url, info.path))
+    for name in other_names:
+        storage.remove(storage.join(url, name))
+    storage.remove(plan_url)
+    return None
+
+
+def write_plan(url: str, plan: Plan) -> str:
+    """Write the plan unless it is there, and return the id of the run that wrote it."""
+    plan_url = storage.join(url, PLAN_NAME)
+    if storage.exists(plan_url):
+        return str(storage.read_json(plan_url)["run_id"])
+    run_id = uuid.uuid4().hex[:12]
+    storage.write_json(plan_url, {"run_id": run_id, **plan})
+    return run_id
+
+
+def present_files(url: str) -> set[str]:
+    """Return the Parquet files that are there, by their paths below `url`."""
+    return {info.path for info in storage.list_files(url, suffix=".parquet")}
+
+
+def sweep(url: str) -> None:
+    """Remove what writers left that were killed in the middle of a file."""
+    if not storage.is_local(url):
+        return
+    for info in storage.list_files(url, suffix=".tmp", skip_prefixes=()):
+        if info.path.startswith(PART_PREFIX):
+            storage.remove(storage.join(url, info.path))
+
+
+def run_parts(
+    items: Sequence[dict[str, Any]],
+    worker: type,
+    worker_arguments: tuple[Any, ...],
+    *,
+    unit: str,
+    num_done: int,
+    num_all: int,
+    gpus: int = 0,
+) -> tuple[int, float]:
+    """Run the parts on the connected cluster; return the units processed and the seconds since the first of them.
+
+    A worker takes an item and returns `count`, `seconds` and `failure`, which is empty or ends the job (raised, it
+    would be logged with the stack of everything between). With `gpus` so many workers have a GPU
+    each, else each has a CPU.
+
+    Raises:
+        JobError: a worker's failure.
+        UserError: the cluster has fewer GPUs.
+    """
+    import ray
+    from tqdm import tqdm
+
+    if gpus > cluster.num_gpus():
+        raise UserError(
+            f"--gpus is {gpus}, but the cluster has {cluster.num_gpus()}: ask for no more, or leave --gpus out"
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    num_workers = min(len(items), gpus or cluster.num_cpus())
+    summaries = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+        worker,
+        fn_constructor_args=worker_arguments,
+        num_cpus=1,
+        num_gpus=1 if gpus else None,
+        # Nodes that join later are used too.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, initial_size=num_workers, max_size=num_workers if gpus else len(items)
+        ),
+    )
+    logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
+    pause_s = 0.5 if sys.stderr.isatty() else 10.0
+    started, num_processed = 0.0, 0
+    with tqdm(total=num_all, initial=num_done, unit=unit, mininterval=pause_s) as progress:
+        # Not iter_rows: its own threads may still ask for rows when a failure ends Ray, which then ends the process.
+        for bundle in summaries.iter_internal_ref_bundles():
+            for summary in pa.concat_tables(ray.get(bundle.block_refs)).to_pylist():
+                if summary["failure"]:
+                    raise JobError(summary["failure"])
+                # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
+                started = started or time.monotonic() - summary["seconds"]
+                num_processed += summary["count"]
+                progress.update(summary["count"])
+    return num_processed, time.monotonic() - started
+
+
+def _differences(ours: Plan, theirs: Plan) -> list[str]:
+    flat_ours = {**ours, **ours["fingerprint"], "fingerprint": None, "id": None}
+    flat_theirs = {**theirs, **theirs.get("fingerprint", {}), "fingerprint": None, "id": None, "run_id": None}
+    names = sorted(name for name in flat_ours if flat_ours[name] != flat_theirs.get(name))
+    if names == ["manifest"]:
+        return ["other photos or identities, as many as before"]
+    return [f"{name}: {flat_theirs.get(name)} there, {flat_ours[name]} now" for name in names if name != "manifest"]

@@ -1,0 +1,38 @@
+"""The aligned faces of some photos of a source, for people to look at."""
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib import storage
+from lib.faces.extraction import FaceExtractor
+from lib.faces.manifest import Manifest, ParquetColumns
+from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
+from lib.recognition.embedding import PhotosSource, Source
+
+
+def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
+    """Return the aligned faces, JPEG, of these rows' photos (`photo`, or `photo#n`), as far as they have one."""
+    wanted = pa.array(sorted(set(names)), pa.string())
+    crops: dict[str, bytes] = {}
+    if isinstance(source, PhotosSource):
+        # A row `photo#n` is face n of the photo; one whose own name ends so is among them too.
+        of_files = pa.array(
+            sorted({form for name in set(names) for form in (name, name.rpartition("#")[0])}), pa.string()
+        )
+        photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files))
+        manifest = Manifest(photos, 0, {})
+        reader = PhotoReader(source.url, ParquetColumns().image, FaceExtractor(source.settings))
+        for part in plan_parts(manifest) if len(photos) else ():
+            for made in reader.rows(part_item(manifest, part)).values():
+                crops |= {row["photo"]: row["crop"] for row in made.rows if row.get("crop")}
+        return crops
+    for file_name in source.file_names:
+        url = storage.join(source.url, file_name)
+        in_file = storage.read_parquet(url, columns=["photo"])
+        if pc.any(pc.is_in(in_file["photo"], wanted)).as_py():
+            rows = storage.read_parquet(url, columns=["photo", "crop"])
+            rows = rows.filter(pc.is_in(rows["photo"], wanted))
+            crops |= {row["photo"]: row["crop"] for row in rows.to_pylist() if row["crop"]}
+    return crops

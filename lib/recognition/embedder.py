@@ -1,0 +1,141 @@
+"""A model in use, whoever made it: aligned faces in, embeddings out.
+
+Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lib.config import absolute_url
+from lib.errors import UserError
+from lib.faces.alignment import EYES, Alignment
+from lib.faces.extraction import ExtractionSettings, fingerprint_differences, settings_from_fingerprint
+from lib.recognition.model import SPEC_NAME, WEIGHTS_NAME, ModelSpec, embed, load_model
+from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel
+from lib.storage import exists, join, list_files, read_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class Embedder(Protocol):
+    """A model in use.
+
+    Attributes:
+        url: where it came from.
+        digest: short hash of its weights and of what it does with the input; not of its threshold.
+        embedding_dim: length of an embedding.
+        threshold: Euclidean distance at or below which two faces count as one person, None where none was chosen.
+        fingerprint: how the faces it was trained on were made; empty where that is not known.
+        template: of `lib.faces.alignment`, after which its crops are aligned.
+    """
+
+    url: str
+    digest: str
+    embedding_dim: int
+    threshold: float | None
+    fingerprint: Mapping[str, Any]
+    template: str
+
+    def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
+        """Return float32 embeddings_ND of uint8 RGB crops."""
+
+
+class TorchEmbedder:
+    """A model folder of this project as an `Embedder`.
+
+    Raises:
+        UserError: as `load_model` does; or `device` is not there.
+    """
+
+    def __init__(self, url: str, *, device: str = "cpu") -> None:
+        self._model = load_model(url)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"the model cannot run on {device!r}: torch finds no GPU here; leave --gpus out")
+        self._device = device
+        spec = self._model.spec
+        self.url, self.digest = url, _digest(spec, read_bytes(join(url, WEIGHTS_NAME)))
+        self.embedding_dim, self.threshold, self.fingerprint = spec.embedding_dim, spec.threshold, spec.fingerprint
+        self.template = self.fingerprint.get("template", EYES)
+
+    def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
+        """Return float32 embeddings_ND of uint8 RGB crops of any size."""
+        return embed(self._model, crops_NHWC, device=self._device)
+
+
+def load_embedder(url: str, onnx: OnnxInput | None = None, *, device: str = "cpu") -> Embedder:
+    """Return the model of a model folder, of a run folder that holds one, or of an .onnx file.
+
+    `onnx` says what an ONNX file of someone else wants; one of this project says so itself.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if url.endswith(".onnx"):
+        return OnnxModel(url, onnx or OnnxInput(), device=device)
+    return TorchEmbedder(model_folder(url), device=device)
+
+
+def model_folder(url: str) -> str:
+    """Return `url`, or the folder `model` in it where that is the one that holds a model."""
+    within = join(url, "model")
+    return within if not exists(join(url, SPEC_NAME)) and exists(join(within, SPEC_NAME)) else url
+
+
+def find_model(data_url: str, given: str | None) -> str:
+    """Return the model that a flag names, or the one that the runs below `data_url` hold.
+
+    Raises:
+        UserError: no flag, and no run with a model or several of them.
+    """
+    if given is not None:
+        return model_folder(absolute_url(given, "--model"))
+    runs = join(data_url, "runs")
+    found = [info.path for info in list_files(runs, suffix=f"/model/{SPEC_NAME}")]
+    if len(found) != 1:
+        several = ", ".join(path.removesuffix(f"/model/{SPEC_NAME}") for path in found)
+        what = f"{len(found)} runs in {runs} have a model ({several})" if found else f"no run in {runs} has a model yet"
+        raise UserError(f"{what}: name one by --model, or make one with jobs/train.py")
+    return join(runs, found[0].removesuffix(f"/{SPEC_NAME}"))
+
+
+def extraction_settings(embedder: Embedder, detector_weights: str | None = None) -> ExtractionSettings:
+    """Return how the faces of photos are found and aligned for a model: as those that it was trained on were."""
+    weights = detector_weights and absolute_url(detector_weights, "--detector-weights")
+    settings = settings_from_fingerprint(embedder.fingerprint, detector_weights=weights)
+    if embedder.template == settings.alignment.template:
+        return settings
+    return replace(settings, alignment=Alignment(template=embedder.template, image_size=ARCFACE_SIZE))
+
+
+def check_fingerprint(ours: Mapping[str, Any], embedder: Embedder, *, strict: bool, next_step: str) -> list[str]:
+    """Return in what the faces at hand differ from those the model was trained on, after warning of it.
+
+    Raises:
+        UserError: they differ and `strict` is set.
+    """
+    if not embedder.fingerprint and embedder.template != EYES:
+        return []  # What a public template says of the alignment is all that is known of its faces.
+    if not embedder.fingerprint:
+        logger.warning("%s does not say how its faces were made: they may be aligned otherwise here", embedder.url)
+        return []
+    # How many faces of a photo are taken changes none of them.
+    known = {**embedder.fingerprint, "faces_policy": ours.get("faces_policy")}
+    differences = fingerprint_differences(ours, known)
+    if differences:
+        message = f"the faces are not made as those {embedder.url!r} was trained on ({'; '.join(differences)})"
+        if strict:
+            raise UserError(f"{message}: {next_step}")
+        logger.warning("%s: its threshold and figures may not hold; %s", message, next_step)
+    return differences
+
+
+def _digest(spec: ModelSpec, weights: bytes) -> str:
+    used = {name: value for name, value in spec.to_json().items() if name not in ("threshold", "metrics", "training")}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode() + weights).hexdigest()[:16]

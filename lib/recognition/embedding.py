@@ -1,0 +1,392 @@
+"""Faces or photos in, embeddings out: part by part over Ray Data, resumable at any moment as preprocess is.
+
+The parts are those of the faces table, or those that preprocess would make of the photos; see `lib.parts`.
+"""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import tyro
+
+from lib import cluster, storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import JobError, UserError
+from lib.faces import table
+from lib.faces.alignment import Alignment, realign
+from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint, settings_from_fingerprint
+from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
+from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
+from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, sweep, write_plan
+from lib.recognition import embeddings_table
+from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, find_model, load_embedder
+from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
+from lib.recognition.recognizer import decoded_crop
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
+"""Faces that go through the model at once; the last digits of an embedding depend on it, so it is no flag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Turn faces into embeddings."""
+
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    model: str | None = None
+    """Model folder, or run folder with a model in it. Default: the one run with a model below --data."""
+    faces: str | None = None
+    """Faces table. Default: faces/ below --data."""
+    photos: str | None = None
+    """Raw photos instead of a faces table: detected and aligned as the model's own faces were, on the way."""
+    identities: str | None = None
+    """File of lines "photo-name identity" for --photos. Default: identities.txt beside it; else the photo's folder."""
+    output: str | None = None
+    """Where the embeddings go. Default: embeddings/<name of the run> below --data."""
+    splits: tuple[str, ...] = table.SPLITS
+    """Which of train, val and test to embed."""
+    detector_weights: str | None = None
+    """With --photos: weights of the detector, where the model's faces were not made with a package's."""
+    split_seed: int = 0
+    """With --photos: seed of the split of identities into train, val and test."""
+    gpus: int = 0
+    """GPUs to embed on; 0 embeds on the CPUs."""
+    strict: bool = False
+    """Refuse faces that were not made as those the model was trained on, instead of warning."""
+    overwrite: bool = False
+    """Replace embeddings that were made otherwise."""
+    dry_run: bool = False
+    """Check the input and print the plan, do nothing."""
+    onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
+
+    def __post_init__(self) -> None:
+        if self.faces is not None and self.photos is not None:
+            raise UserError("--faces and --photos are both given: name the one or the other")
+        unknown = [split for split in self.splits if split not in table.SPLITS]
+        if unknown or not self.splits:
+            raise UserError(f"--splits is {' '.join(self.splits) or 'empty'}: allowed are {', '.join(table.SPLITS)}")
+        if self.gpus < 0:
+            raise UserError(f"--gpus is {self.gpus}: 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FacesSource:
+    """Faces to embed that are cut out already.
+
+    Attributes:
+        file_names: of the parts below `url`.
+        num_rows: of each of them.
+    """
+
+    url: str
+    run_id: str
+    fingerprint: dict[str, Any]
+    file_names: list[str]
+    num_rows: list[int]
+
+    def plan(self) -> dict[str, Any]:
+        """Return what the embeddings depend on, beside the model."""
+        return {"fingerprint": self.fingerprint, "faces_run": self.run_id, "files": len(self.file_names)}
+
+    def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
+        """Return for each part what travels to a worker, the files it becomes, and its number of rows."""
+        pairs = zip(self.file_names, self.num_rows, strict=True)
+        return [({"faces": storage.join(self.url, name), "name": name}, [name], rows) for name, rows in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotosSource:
+    """Photos to embed, in which faces are found on the way."""
+
+    url: str
+    manifest: Manifest
+    settings: ExtractionSettings
+
+    def plan(self) -> dict[str, Any]:
+        """Return what the embeddings depend on, beside the model."""
+        return {
+            "fingerprint": fingerprint(self.settings),
+            "photos": len(self.manifest),
+            "photo_bytes": self.manifest.num_bytes,
+            "manifest": self.manifest.digest(),
+        }
+
+    def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
+        """Return for each part what travels to a worker, the files it becomes, and its number of photos."""
+        parts = plan_parts(self.manifest)
+        return [(part_item(self.manifest, part), part.file_names(), part.stop - part.start) for part in parts]
+
+
+Source = FacesSource | PhotosSource
+
+
+def embed_job(config: EmbedConfig) -> dict[str, Any]:
+    """Make the embeddings table, or go on with it, and return its counts."""
+    data = absolute_url(config.data, "--data")
+    model_url = find_model(data, config.model)
+    embedder = load_embedder(model_url, config.onnx)
+    name = model_name(model_url)
+    if config.output is not None:
+        output = absolute_url(config.output, "--output")
+    else:
+        output = storage.join(data, "embeddings", name)
+    source: Source
+    if config.photos is not None:
+        source = photos_source(
+            absolute_url(config.photos, "--photos"),
+            config.identities and absolute_url(config.identities, "--identities"),
+            extraction_settings(embedder, config.detector_weights),
+            split_seed=config.split_seed,
+            splits=config.splits,
+        )
+    else:
+        faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
+        source = faces_source(faces_url, config.splits)
+    return embed_source(
+        source,
+        embedder,
+        output,
+        onnx=config.onnx,
+        strict=config.strict,
+        gpus=config.gpus,
+        overwrite=config.overwrite,
+        dry_run=config.dry_run,
+    )
+
+
+def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
+    """Return the parts of these splits of a faces table.
+
+    Raises:
+        UserError: the table is not there or not finished, or has no photo in these splits.
+    """
+    success_url = storage.join(faces_url, SUCCESS_NAME)
+    if not storage.exists(success_url):
+        raise UserError(f"no finished faces at {faces_url} (no {SUCCESS_NAME}): run jobs/preprocess.py first")
+    success = storage.read_json(success_url)
+    wanted = tuple(f"split={split}/" for split in splits)
+    names = sorted(name for name in present_files(faces_url) if name.startswith(wanted))
+    if not names:
+        raise UserError(f"{faces_url} has no photo in split {', '.join(splits)}: name others by --splits")
+    num_rows = []
+    for name in names:
+        with storage.open_parquet(storage.join(faces_url, name)) as file:
+            num_rows.append(file.metadata.num_rows)
+    return FacesSource(
+        url=faces_url,
+        run_id=success["run_id"],
+        fingerprint=success["fingerprint"],
+        file_names=names,
+        num_rows=num_rows,
+    )
+
+
+def photos_source(
+    photos_url: str,
+    identities_url: str | None,
+    settings: ExtractionSettings,
+    *,
+    split_seed: int = 0,
+    splits: Sequence[str] = table.SPLITS,
+    with_identities: bool = True,
+) -> PhotosSource:
+    """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
+
+    Raises:
+        UserError: as `read_manifest` does; or no photo is in these splits.
+    """
+    if identities_url is not None and not storage.exists(identities_url):
+        raise UserError(f"--identities {identities_url} is not there: correct the path, or leave the flag out")
+    beside = storage.join(photos_url.rstrip("/").rpartition("/")[0], "identities.txt")
+    manifest = read_manifest(
+        photos_url,
+        (identities_url or beside) if with_identities else None,
+        split_seed=split_seed,
+        columns=ParquetColumns(),
+        identities_required=False,
+    )
+    in_splits = np.isin(manifest.photos["split"].to_numpy(), list(splits))
+    if not in_splits.any():
+        raise UserError(f"{photos_url} has no photo in split {', '.join(splits)}: name others by --splits")
+    kept = Manifest(manifest.photos.filter(pa.array(in_splits)), manifest.num_bytes, manifest.num_passed_over)
+    return PhotosSource(url=photos_url, manifest=kept, settings=settings)
+
+
+def embed_source(
+    source: Source,
+    embedder: Embedder,
+    output: str,
+    *,
+    onnx: OnnxInput | None = None,
+    strict: bool = False,
+    gpus: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Make the embeddings of a source in the folder `output`, or go on with them, and return the counts.
+
+    Raises:
+        UserError: the folder holds something else; with `strict`, faces that the model does not fit.
+        JobError: a failure of the storage, or embeddings that are not finite.
+    """
+    started = time.monotonic()
+    model = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
+    plan = {"job": "embed", "model": embedder.digest, **source.plan()}
+    next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or embed --photos"
+    differences = check_fingerprint(plan["fingerprint"], embedder, strict=strict, next_step=next_step)
+    items = source.items()
+    num_all = sum(num_rows for _, _, num_rows in items)
+    result: dict[str, Any] = {"job": "embed", "embeddings": output}
+    if dry_run:
+        logger.info("%d rows in %d parts would go to %s", num_all, len(items), output)
+        return {**result, "dry_run": True, "rows": num_all, "parts": len(items), **plan}
+
+    storage.check_writable(output)
+    success = settle(output, plan, flag="--output", overwrite=overwrite)
+    if success is not None:
+        logger.info("%s is complete: nothing to do", output)
+        return {**result, **success["counts"], "rows_processed": 0}
+    run_id = write_plan(output, plan)
+    present = present_files(output)
+    todo = [(item, rows) for item, names, rows in items if not present.issuperset(names)]
+    num_todo = sum(rows for _, rows in todo)
+    if num_todo < num_all:
+        logger.info("going on: %d of %d rows are done", num_all - num_todo, num_all)
+    num_processed, seconds = 0, 0.0
+    if todo:
+        with cluster.connected():
+            num_processed, seconds = run_parts(
+                [item for item, _ in todo],
+                EmbedWorker,
+                ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, gpus > 0),
+                unit="face",
+                num_done=num_all - num_todo,
+                num_all=num_all,
+                gpus=gpus,
+            )
+    sweep(output)
+    counts = _counts(output, [name for _, names, _ in items for name in names])
+    about = {"model": {"url": storage.redacted(embedder.url), **model}, "fingerprint": plan["fingerprint"]}
+    about |= {"fingerprint_differences": differences, "counts": counts}
+    storage.write_json(storage.join(output, SUCCESS_NAME), {"run_id": run_id, **about})
+    return {
+        **result,
+        **counts,
+        "rows_processed": num_processed,
+        "faces_per_s": round(num_processed / seconds, 1) if num_processed else 0.0,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
+    """Return where the photos are and how their faces are made; None for faces that are cut out already."""
+    return (source.url, source.settings) if isinstance(source, PhotosSource) else None
+
+
+def model_name(model_url: str) -> str:
+    """Return what a model is called: its run's folder, else its own folder or file."""
+    names = model_url.rstrip("/").split("/")
+    return names[-2] if names[-1] == "model" and len(names) > 1 else names[-1].removesuffix(".onnx")
+
+
+class EmbedWorker:
+    """Ray Data's worker: turns a part of a faces table, or of a manifest, into a part of the embeddings table."""
+
+    def __init__(
+        self,
+        model_source: tuple[str, OnnxInput | None],
+        output: str,
+        photos: tuple[str, ExtractionSettings] | None,
+        fingerprint: dict[str, Any],
+        model: dict[str, Any],
+        use_gpu: bool,
+    ) -> None:
+        torch.set_num_threads(1)  # a worker has one CPU, and other numbers of threads would give other last digits
+        self._embedder = load_embedder(*model_source, device="cuda" if use_gpu else "cpu")
+        self._output = output
+        self._schema = embeddings_table.schema(model["embedding_dim"], json.dumps(fingerprint), json.dumps(model))
+        self._made = settings_from_fingerprint(fingerprint).alignment
+        self._reader = None
+        if photos is not None:
+            photos_url, settings = photos
+            self._reader = PhotoReader(photos_url, ParquetColumns().image, FaceExtractor(settings))
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Process one item of a source; what ends the job, such as a full disk, comes as `failure`."""
+        started = time.monotonic()
+        try:
+            num_rows = self._process(item)
+        except (UserError, JobError) as error:
+            return {"count": 0, "seconds": 0.0, "failure": str(error)}
+        return {"count": num_rows, "seconds": time.monotonic() - started, "failure": ""}
+
+    def _process(self, item: dict[str, Any]) -> int:
+        num_rows = 0
+        for name, rows, num_photos in self._rows(item):
+            faces = [row for row in rows if row.get("crop")]
+            embeddings = iter(embed_faces(self._embedder, faces, self._made))
+            for row in rows:
+                row["embedding"] = next(embeddings) if row.get("crop") else None
+            part = pa.Table.from_pylist(rows, schema=self._schema)
+            storage.write_parquet(storage.join(self._output, name), part, compression="zstd")
+            num_rows += num_photos
+        return num_rows
+
+    def _rows(self, item: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
+        """Yield the file, the rows of a faces table that go into it, and the number of photos they stand for."""
+        if self._reader is None:
+            rows = storage.read_parquet(item["faces"]).to_pylist()
+            yield item["name"], rows, len(rows)
+            return
+        for split, made in self._reader.rows(item).items():
+            yield part_name(split, item["index"]), made.rows, made.num_photos
+
+
+def embed_faces(embedder: Embedder, faces: Sequence[Mapping[str, Any]], made: Alignment) -> np.ndarray:
+    """Return embeddings_ND, float32, of aligned rows of a faces table whose crops were `made` so, a batch at a time.
+
+    Raises:
+        UserError: a crop that is no picture; an embedding that is not finite.
+    """
+    embeddings_ND = np.empty((len(faces), embedder.embedding_dim), np.float32)
+    for start in range(0, len(faces), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        embeddings_ND[batch] = embedder.embed(np.stack([_wanted_crop(embedder, face, made) for face in faces[batch]]))
+    num_broken = int(np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1)))
+    if num_broken:
+        raise UserError(
+            f"the model {embedder.url!r} gives NaN or infinity for {num_broken} of {len(faces)} faces: it is broken; "
+            "take an earlier checkpoint, or train again with a lower learning rate"
+        )
+    return embeddings_ND
+
+
+def _wanted_crop(embedder: Embedder, face: Mapping[str, Any], made: Alignment) -> np.ndarray:
+    crop_HWC = decoded_crop(face["crop"])
+    if embedder.template == made.template:
+        return crop_HWC
+    landmarks_52 = np.asarray(face["landmarks"]).reshape(5, 2)
+    wanted = Alignment(template=embedder.template, image_size=ARCFACE_SIZE)
+    return realign(crop_HWC, np.asarray(face["box"]), landmarks_52, made=made, wanted=wanted)
+
+
+def _counts(output: str, file_names: Sequence[str]) -> dict[str, Any]:
+    statuses, identities = Counter[str](), set[str]()
+    for name in file_names:
+        rows = storage.read_parquet(storage.join(output, name), columns=["identity", "status"])
+        statuses.update(rows["status"].to_pylist())
+        identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
+    return {
+        "rows": statuses.total(),
+        **{status: statuses[status] for status in table.STATUSES},
+        "identities": len(identities),
+    }

@@ -1,0 +1,100 @@
+"""The embeddings table: one row for each row of a faces table, in Parquet files under `split=<train|val|test>/`.
+
+Shape suffixes: N rows, D embedding dimension.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces.table import FINGERPRINT_KEY
+from lib.parts import SUCCESS_NAME
+
+MODEL_KEY = b"conv-facenet.model"
+"""Key in the Parquet schema's metadata under which the model stands as JSON: digest, embedding_dim, template."""
+
+
+def schema(embedding_dim: int, fingerprint_json: str, model_json: str) -> pa.Schema:
+    """Return the schema: `embedding` is null unless the status is `aligned`, the other columns are as in faces."""
+    columns = [
+        pa.field("photo", pa.string(), nullable=False),
+        pa.field("identity", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("num_faces", pa.int16()),
+        pa.field("score", pa.float32()),
+        pa.field("box", pa.list_(pa.float32(), 4)),
+        pa.field("embedding", pa.list_(pa.float32(), embedding_dim)),
+    ]
+    metadata = {FINGERPRINT_KEY: fingerprint_json.encode(), MODEL_KEY: model_json.encode()}
+    return pa.schema(columns).with_metadata(metadata)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embeddings:
+    """Rows of an embeddings table, in the order of its files."""
+
+    photos: list[str]
+    identities: list[str | None]
+    statuses: list[str]
+    splits: list[str]
+    boxes_N4: np.ndarray
+    """Pixels of the upright photo; zeros where no face was found."""
+    embeddings_ND: np.ndarray
+    """float32, zeros where `failed_N`."""
+    failed_N: np.ndarray
+    """Whether a row has no embedding; its status says why."""
+    model: dict[str, Any]
+    fingerprint: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+
+def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embeddings:
+    """Return the rows of a finished embeddings folder, or of these files of it.
+
+    Raises:
+        UserError: there is none, it is not finished, or it is no embeddings table.
+    """
+    if not storage.exists(storage.join(url, SUCCESS_NAME)):
+        raise UserError(f"no finished embeddings at {url} (no {SUCCESS_NAME}): run jobs/embed.py first")
+    if file_names is None:
+        file_names = [info.path for info in storage.list_files(url, suffix=".parquet")]
+    if not file_names:
+        raise UserError(f"{url} holds no embeddings: run jobs/embed.py on photos with faces")
+    tables = [storage.read_parquet(storage.join(url, name)) for name in file_names]
+    metadata = tables[0].schema.metadata or {}
+    if MODEL_KEY not in metadata:
+        raise UserError(f"{url} is no embeddings table, its columns are {', '.join(tables[0].schema.names)}")
+    splits = [
+        name.split("/")[0].removeprefix("split=")
+        for name, part in zip(file_names, tables, strict=True)
+        for _ in range(len(part))
+    ]
+    model = json.loads(metadata[MODEL_KEY])
+    rows = pa.concat_tables(tables)
+    return Embeddings(
+        photos=rows["photo"].to_pylist(),
+        identities=rows["identity"].to_pylist(),
+        statuses=rows["status"].to_pylist(),
+        splits=splits,
+        boxes_N4=_filled(rows["box"], 4),
+        embeddings_ND=_filled(rows["embedding"], model["embedding_dim"]),
+        failed_N=rows["embedding"].is_null().to_numpy(),
+        model=model,
+        fingerprint=json.loads(metadata[FINGERPRINT_KEY]),
+    )
+
+
+def _filled(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """Return a column of lists as [N, width] float32, zeros where it is null."""
+    filled_NW = np.zeros((len(column), width), np.float32)
+    valid_N = column.is_valid().to_numpy()
+    filled_NW[valid_N] = column.combine_chunks().flatten().to_numpy().reshape(-1, width)
+    return filled_NW

@@ -1,0 +1,191 @@
+"""A model folder becomes one ONNX file that takes faces as they are, checked against the model on real faces.
+
+Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
+"""
+
+import io
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from lib import storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import JobError, UserError
+from lib.faces import table
+from lib.recognition.embedder import find_model, load_embedder
+from lib.recognition.embedding import faces_source
+from lib.recognition.model import EmbeddingModel, embed, load_model, normalized_images, resized_crops
+from lib.recognition.onnx_model import METADATA_KEY, OnnxInput, OnnxModel
+from lib.recognition.recognizer import decoded_crop
+
+logger = logging.getLogger(__name__)
+
+OPSET = 18
+MAX_DIFFERENCE = 1e-3
+"""Largest difference of any number of an embedding from the model's own."""
+
+NUM_CROPS = 64
+"""Real faces that the file is checked and timed on."""
+TIMED_ROUNDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Make an ONNX file of a model."""
+
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    model: str | None = None
+    """Model folder, or run folder with a model in it. Default: the one run with a model below --data."""
+    faces: str | None = None
+    """Faces table to check the file on. Default: faces/ below --data."""
+    output: str | None = None
+    """The file to write. Default: model.onnx in the model's run, beside its folder."""
+    dry_run: bool = False
+    """Check the input, do nothing."""
+
+    def __post_init__(self) -> None:
+        if self.output is not None and not self.output.endswith(".onnx"):
+            raise UserError(f"--output is {self.output!r}: the name of the file ends in .onnx")
+
+
+class _WholeModel(nn.Module):
+    """The model with all that comes before it: uint8 RGB faces in, embeddings out."""
+
+    def __init__(self, model: EmbeddingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, faces: torch.Tensor) -> torch.Tensor:
+        return self.model(normalized_images(faces, self.model.spec))
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write the ONNX file once it gives what the model gives, and return the difference and the speeds."""
+    data = absolute_url(config.data, "--data")
+    model_url = find_model(data, config.model)
+    if model_url.endswith(".onnx"):
+        raise UserError(f"--model {model_url} is an ONNX file already: name a model folder of this project")
+    model = load_model(model_url)
+    folder, _, _ = model_url.rstrip("/").rpartition("/")
+    output = storage.join(folder, "model.onnx")
+    if config.output is not None:
+        output = absolute_url(config.output, "--output")
+    faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
+    crops_NHWC = resized_crops(real_crops(faces_url, NUM_CROPS), model.spec.image_size)
+    result: dict[str, Any] = {"job": "export", "onnx": output, "faces_checked": len(crops_NHWC)}
+    if config.dry_run:
+        return {**result, "dry_run": True}
+
+    storage.check_writable(output.rpartition("/")[0])
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every tensor that it merges
+    content = onnx_bytes(model, load_embedder(model_url).digest)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model.onnx"
+        path.write_bytes(content)
+        exported = OnnxModel(str(path), OnnxInput())
+    difference = largest_difference(model, exported, crops_NHWC)
+    if not difference <= MAX_DIFFERENCE:  # NaN too
+        raise JobError(
+            f"the ONNX file gives embeddings that differ by {difference:.2g} from the model's, more than "
+            f"{MAX_DIFFERENCE:g}: nothing was written; tell us the backbone {model.spec.backbone!r}"
+        )
+    storage.write_bytes(output, content)
+    rates = {
+        "pytorch_faces_per_s": _rate(lambda: embed(model, crops_NHWC), len(crops_NHWC)),
+        "onnxruntime_faces_per_s": _rate(lambda: exported.embed(crops_NHWC), len(crops_NHWC)),
+    }
+    logger.info("largest difference %.2g; faces/s: %s", difference, rates)
+    return {**result, "bytes": len(content), "max_difference": difference, **rates, "threads": torch.get_num_threads()}
+
+
+def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
+    """Return the model as an ONNX file: input `faces`, uint8 [N, S, S, 3] RGB; output `embeddings`, float32 [N, D].
+
+    N is any number. Normalisation is inside. The metadata hold the threshold (Euclidean distance), the fingerprint of
+    the faces it wants and `digest`, by which a gallery of the model is a gallery of the file too.
+
+    Raises:
+        JobError: torch cannot export this backbone.
+    """
+    spec = model.spec
+    whole = _WholeModel(model).eval().to("cpu")
+    example = torch.zeros(2, spec.image_size, spec.image_size, 3, dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of what is to be deprecated within torch
+            program = torch.onnx.export(
+                whole,
+                (example,),
+                input_names=["faces"],
+                output_names=["embeddings"],
+                dynamic_shapes=({0: torch.export.Dim("num_faces")},),
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except (RuntimeError, torch.onnx.errors.OnnxExporterError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise JobError(f"torch cannot export the backbone {spec.backbone!r} to ONNX: {reason}") from error
+    assert program is not None
+    proto = program.model_proto
+    about = {
+        "image_size": spec.image_size,
+        "embedding_dim": spec.embedding_dim,
+        "threshold": spec.threshold,
+        "normalize": spec.normalize,
+        "backbone": spec.backbone,
+        "digest": digest,
+        "fingerprint": dict(spec.fingerprint),
+        "metrics": dict(spec.metrics),
+    }
+    onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(about)})
+    sink = io.BytesIO()
+    onnx.save(proto, sink)
+    return sink.getvalue()
+
+
+def real_crops(faces_url: str, num: int) -> np.ndarray:
+    """Return up to `num` aligned faces [N, H, W, 3], uint8 RGB, of a faces table; those of the split test first.
+
+    Raises:
+        UserError: there is no such table, or no photo in it is aligned.
+    """
+    source = faces_source(faces_url, table.SPLITS)
+    crops: list[np.ndarray] = []
+    for name in sorted(source.file_names, key=lambda name: (not name.startswith("split=test/"), name)):
+        rows = storage.read_parquet(storage.join(faces_url, name), columns=["crop"])
+        crops.extend(decoded_crop(crop) for crop in rows["crop"].drop_null().slice(0, num - len(crops)).to_pylist())
+        if len(crops) == num:
+            break
+    if not crops:
+        raise UserError(f"{faces_url} holds no aligned face to check the file on: run jobs/preprocess.py on photos")
+    return np.stack(crops)
+
+
+def largest_difference(model: EmbeddingModel, exported: OnnxModel, crops_NHWC: np.ndarray) -> float:
+    """Return the largest difference between any two numbers of the embeddings, over batches of one and of all."""
+    whole_ND = embed(model, crops_NHWC)
+    pairs = [(whole_ND, exported.embed(crops_NHWC)), (whole_ND[:1], exported.embed(crops_NHWC[:1]))]
+    return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+
+
+def _rate(run: Callable[[], object], num: int) -> float:
+    run()  # what is done once is not counted
+    seconds = []
+    for _ in range(TIMED_ROUNDS):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return round(num / float(np.median(seconds)), 1)

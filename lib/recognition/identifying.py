@@ -1,0 +1,242 @@
+"""Photos and a gallery in; who is in them, or that nobody knows, out.
+
+Shapes: B probes, G gallery faces, K matches.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+
+from lib import storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.extraction import POLICIES
+from lib.faces.images import to_jpeg
+from lib.recognition.crops import read_crops
+from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
+from lib.recognition.embedding import embed_source, faces_source, model_name, photos_source
+from lib.recognition.embeddings_table import Embeddings, read_embeddings
+from lib.recognition.gallery import Search, nearest
+from lib.recognition.onnx_model import OnnxInput
+from lib.recognition.recognizer import decoded_crop
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"
+
+MATCHES_NAME, CSV_NAME, SHEET_NAME = "matches.parquet", "matches.csv", "matches.jpg"
+
+MATCHES_SCHEMA = pa.schema(
+    [
+        pa.field("photo", pa.string(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("decision", pa.string()),
+        pa.field("rank", pa.int32()),
+        pa.field("identity", pa.string()),
+        pa.field("distance", pa.float32()),
+        pa.field("gallery_photo", pa.string()),
+        *(pa.field(name, pa.float32()) for name in ("x0", "y0", "x1", "y1")),
+    ]
+)
+"""A row for each match of each face; a photo without a face has one row, whose status says why. `decision` is of the
+face: the identity of its nearest match, or `unknown` where that is beyond the threshold. The box is in pixels."""
+
+_TILE, _SHEET_ROWS, _LABEL = 120, 40, 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentifyConfig:
+    """Find out who is in photos."""
+
+    photos: str
+    """The photos in question: a folder, any nesting, or Parquet with image bytes."""
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    model: str | None = None
+    """Model folder, run folder or .onnx file. Default: the one run with a model below --data."""
+    gallery: str | None = None
+    """Known faces: what jobs/embed.py made with this model. Default: embeddings/<name of the run> below --data."""
+    faces: str | None = None
+    """Faces table of the gallery, for pictures in the contact sheet. Default: faces/ below --data, if it is there."""
+    output: str | None = None
+    """Where matches go. Default: matches/ below --data."""
+    top: int = 5
+    """Nearest gallery faces to name for each face."""
+    threshold: float | None = None
+    """Euclidean distance up to which a face is who its nearest match is. Default: the model's own."""
+    search: Search = "auto"
+    """exact: compare every face with the whole gallery. approximate: through a graph, for very many of both."""
+    faces_policy: str = "all"
+    """all: every face of a photo. prominent: the one it is of."""
+    detector_weights: str | None = None
+    """Weights of the detector, where the model's faces were not made with a package's."""
+    gpus: int = 0
+    """GPUs to embed on; 0 embeds on the CPUs."""
+    strict: bool = False
+    """Refuse photos whose faces cannot be made as those the model was trained on, instead of warning."""
+    dry_run: bool = False
+    """Check model, gallery and photos, do nothing."""
+    onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top <= 1000:
+            raise UserError(f"--top is {self.top}: allowed are 1 to 1000")
+        if self.faces_policy not in POLICIES:
+            raise UserError(f"--faces-policy is {self.faces_policy!r}: allowed are {', '.join(POLICIES)}")
+
+
+def identify(config: IdentifyConfig) -> dict[str, Any]:
+    """Find the nearest gallery faces of every face in the photos, and write who they are."""
+    started = time.monotonic()
+    data = absolute_url(config.data, "--data")
+    model_url = find_model(data, config.model)
+    embedder = load_embedder(model_url, config.onnx)
+    threshold = embedder.threshold if config.threshold is None else config.threshold
+    if threshold is None:
+        raise UserError(f"{model_url} has no threshold yet: choose one with jobs/evaluate.py, or give --threshold")
+    gallery_url = storage.join(data, "embeddings", model_name(model_url))
+    if config.gallery is not None:
+        gallery_url = absolute_url(config.gallery, "--gallery")
+    gallery = known_faces(gallery_url, embedder)
+    settings = replace(extraction_settings(embedder, config.detector_weights), policy=config.faces_policy)
+    source = photos_source(absolute_url(config.photos, "--photos"), None, settings, with_identities=False)
+    output = storage.join(data, "matches")
+    if config.output is not None:
+        output = absolute_url(config.output, "--output")
+    num_people = len(set(gallery.identities))
+    result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
+    result |= {"gallery_identities": num_people, "threshold": threshold}
+    if config.dry_run:
+        return {**result, "dry_run": True, "photos": len(source.manifest)}
+
+    storage.check_writable(output)
+    folder = storage.join(output, "embeddings")
+    # What lies there is ours, of earlier photos.
+    embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
+    probes = read_embeddings(folder)
+    found = np.flatnonzero(~probes.failed_N)
+    index_BK, distance_BK = nearest(probes.embeddings_ND[found], gallery.embeddings_ND, config.top, config.search)
+    decisions = [
+        str(gallery.identities[index_K[0]]) if distance_K[0] <= threshold else UNKNOWN
+        for index_K, distance_K in zip(index_BK, distance_BK, strict=True)
+    ]
+    matches = _matches(probes, gallery, found, index_BK, distance_BK, decisions)
+    storage.write_parquet(storage.join(output, MATCHES_NAME), matches)
+    sink = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(matches, sink)
+    storage.write_bytes(storage.join(output, CSV_NAME), sink.getvalue().to_pybytes())
+
+    shown = found[:_SHEET_ROWS]
+    probe_crops = read_crops(source, [probes.photos[n] for n in shown])
+    gallery_crops = _gallery_crops(config, data, [gallery.photos[g] for g in index_BK[:_SHEET_ROWS].ravel()])
+    rows = []
+    for place, n in enumerate(shown):
+        tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place])]
+        for g, distance in zip(index_BK[place], distance_BK[place], strict=True):
+            name = gallery.photos[g]
+            tiles.append((gallery_crops.get(name), str(gallery.identities[g]), f"{distance:.3f}"))
+        rows.append(tiles)
+    storage.write_bytes(storage.join(output, SHEET_NAME), contact_sheet(rows))
+    counts = Counter(decision == UNKNOWN for decision in decisions)
+    return {
+        **result,
+        "photos": len(source.manifest),
+        "faces": len(found),
+        "identified": counts[False],
+        "unknown": counts[True],
+        "photos_without_face": int(probes.failed_N.sum()),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def known_faces(url: str, embedder: Embedder) -> Embeddings:
+    """Return the faces of an embeddings table that have an embedding and an identity.
+
+    Raises:
+        UserError: there is no such table, another model made it, or none of its faces has an identity.
+    """
+    made = read_embeddings(url)
+    if made.model["digest"] != embedder.digest:
+        raise UserError(
+            f"the gallery {url} was made by another model than {embedder.url}: embed it again with jobs/embed.py "
+            "--model, or name the model that made it"
+        )
+    kept = [n for n, identity in enumerate(made.identities) if identity is not None and not made.failed_N[n]]
+    if not kept:
+        raise UserError(
+            f"the gallery {url} is empty: none of its {len(made)} rows has both a face and an identity; "
+            "embed photos in a folder per person, or with identities.txt beside them"
+        )
+    return replace(
+        made,
+        photos=[made.photos[n] for n in kept],
+        identities=[made.identities[n] for n in kept],
+        statuses=[made.statuses[n] for n in kept],
+        splits=[made.splits[n] for n in kept],
+        boxes_N4=made.boxes_N4[kept],
+        embeddings_ND=made.embeddings_ND[kept],
+        failed_N=made.failed_N[kept],
+    )
+
+
+def _matches(
+    probes: Embeddings,
+    gallery: Embeddings,
+    found: np.ndarray,
+    index_BK: np.ndarray,
+    distance_BK: np.ndarray,
+    decisions: Sequence[str],
+) -> pa.Table:
+    place_of = {int(n): place for place, n in enumerate(found)}
+    rows: list[dict[str, Any]] = []
+    for n, (photo, status) in enumerate(zip(probes.photos, probes.statuses, strict=True)):
+        row: dict[str, Any] = {"photo": photo, "status": status}
+        place = place_of.get(n)
+        if place is None:
+            rows.append(row)
+            continue
+        row |= dict(zip(("x0", "y0", "x1", "y1"), probes.boxes_N4[n].tolist(), strict=True))
+        for rank, (g, distance) in enumerate(zip(index_BK[place], distance_BK[place], strict=True), 1):
+            match = {"identity": gallery.identities[g], "gallery_photo": gallery.photos[g], "distance": float(distance)}
+            rows.append({**row, "decision": decisions[place], "rank": rank, **match})
+    return pa.Table.from_pylist(rows, schema=MATCHES_SCHEMA)
+
+
+def _gallery_crops(config: IdentifyConfig, data: str, names: Sequence[str]) -> dict[str, bytes]:
+    faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
+    if config.faces is None and not storage.exists(storage.join(faces_url, table.SUCCESS_NAME)):
+        logger.info("no pictures of the gallery in the contact sheet: %s is no faces table (--faces)", faces_url)
+        return {}
+    return read_crops(faces_source(faces_url, table.SPLITS), names)
+
+
+def contact_sheet(rows: Sequence[Sequence[tuple[bytes | None, str, str]]]) -> bytes:
+    """Return a JPEG: a row for each face, the face itself first, then its matches; under each picture two lines.
+
+    A tile is the encoded crop, None where there is no picture, and the two lines.
+    """
+    width = _TILE * max((len(tiles) for tiles in rows), default=1)
+    sheet = Image.new("RGB", (width, max(1, len(rows)) * (_TILE + _LABEL)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    for r, tiles in enumerate(rows):
+        for c, (crop, *lines) in enumerate(tiles):
+            x, y = c * _TILE, r * (_TILE + _LABEL)
+            if crop is not None:
+                pixels = cv2.resize(decoded_crop(crop), (_TILE - 4, _TILE - 4), interpolation=cv2.INTER_AREA)
+                sheet.paste(Image.fromarray(pixels), (x + 2, y + 2))
+            for number, line in enumerate(lines):
+                # The end of a path says more than its beginning.
+                draw.text((x + 3, y + _TILE + 16 * number), line[-18:], fill="black", font=font)
+    return to_jpeg(np.ascontiguousarray(np.asarray(sheet)[:, :, ::-1]), quality=88)

@@ -1,0 +1,200 @@
+"""Any ONNX file that takes an aligned face and gives one vector, as an `Embedder`.
+
+Nothing of the file is run but its graph: data outside of it is refused, and there are no operators but ONNX Runtime's.
+
+Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from google.protobuf.message import DecodeError
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from lib.errors import UserError
+from lib.faces.alignment import ARCFACE, EYES
+from lib.recognition.model import resized_crops
+from lib.storage import read_bytes
+
+METADATA_KEY = "conv-facenet"
+"""Key in the file's metadata under which a model of this project stands as JSON: see `lib.recognition.exporting`."""
+
+ARCFACE_SIZE = 112
+
+_REFUSED = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxInput:
+    """What an ONNX file of someone else wants; one that jobs/export.py made says so itself."""
+
+    alignment: Literal["arcface-112", "faces"] = "arcface-112"
+    """ONNX model: crops by the five-point template of most public models, or those of the faces table."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """ONNX model: order of the input's axes."""
+    color: Literal["rgb", "bgr"] = "rgb"
+    """ONNX model: order of the input's channels."""
+    input_size: int | None = None
+    """ONNX model: side of the input in pixels. Default: what the file says, else 112."""
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """ONNX model: subtracted from the values 0 to 255, in the order of the channels."""
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    """ONNX model: divides what is left."""
+    normalize: bool = True
+    """ONNX model: scale its vectors to length 1, as public models are compared by cosine."""
+
+    def __post_init__(self) -> None:
+        if min(self.std) <= 0:
+            raise UserError(f"--std is {' '.join(map(str, self.std))}: allowed is anything above 0")
+        if self.input_size is not None and not 16 <= self.input_size <= 4096:
+            raise UserError(f"--input-size is {self.input_size}: allowed are 16 to 4096 pixels")
+
+
+class OnnxModel:
+    """An ONNX file in use, see `Embedder`.
+
+    Raises:
+        UserError: the file is no ONNX model, keeps data elsewhere, or its input or output does not fit.
+    """
+
+    def __init__(self, url: str, wanted: OnnxInput, *, device: str = "cpu") -> None:
+        content = read_bytes(url)
+        self.url = url
+        self._session = _session(url, content, device)
+        self._about = _own_metadata(url, self._session)
+        self._wanted = wanted
+        self.threshold: float | None = self._about.get("threshold")
+        self.fingerprint: Mapping[str, Any] = self._about.get("fingerprint", {})
+        taken = "" if self._about else json.dumps(asdict(wanted), sort_keys=True)
+        self.digest = self._about.get("digest") or hashlib.sha256(content + taken.encode()).hexdigest()[:16]
+        if self._about or wanted.alignment == "faces":
+            self.template = self.fingerprint.get("template", EYES)
+        else:
+            self.template = ARCFACE
+        self._input = self._session.get_inputs()[0]
+        self._size = self._about.get("image_size") or self._input_size()
+        self.embedding_dim = self._probe()
+
+    def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
+        """Return float32 embeddings_ND of uint8 RGB crops of any size."""
+        images = self._images(resized_crops(crops_NHWC, self._size))
+        one_by_one = self._input.shape[0] == 1
+        batches = [images[n : n + 1] for n in range(len(images))] if one_by_one else [images]
+        vectors = [self._run(batch) for batch in batches]
+        embeddings_ND = np.concatenate(vectors).reshape(len(images), -1).astype(np.float32)
+        if self._about or not self._wanted.normalize:
+            return embeddings_ND
+        # A vector of zeros stays one: NaN would be told of as the model's own.
+        return embeddings_ND / np.maximum(np.linalg.norm(embeddings_ND, axis=1, keepdims=True), 1e-12)
+
+    def _images(self, crops_NHWC: np.ndarray) -> np.ndarray:
+        if self._about:
+            return crops_NHWC  # normalisation and layout stand in the graph
+        wanted = self._wanted
+        ordered_NHWC = crops_NHWC[..., ::-1] if wanted.color == "bgr" else crops_NHWC
+        mean_C, std_C = np.array(wanted.mean, np.float32), np.array(wanted.std, np.float32)
+        images_NHWC = (ordered_NHWC.astype(np.float32) - mean_C) / std_C
+        return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)) if wanted.layout == "nchw" else images_NHWC
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        try:
+            return np.asarray(self._session.run([self._session.get_outputs()[0].name], {self._input.name: images})[0])
+        except _REFUSED as error:
+            raise UserError(
+                f"{self.url!r} does not take faces of shape {list(images.shape)}, {images.dtype}; its input is "
+                f"{self._input.name}: {self._input.shape}, {self._input.type}: correct --layout and --input-size "
+                f"({_first_line(error)})"
+            ) from error
+
+    def _input_size(self) -> int:
+        if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4:
+            inputs = ", ".join(f"{each.name} {each.shape}" for each in self._session.get_inputs())
+            raise UserError(f"{self.url!r} takes {inputs}: a model that takes one picture, in four axes, is needed")
+        axes = self._input.shape[2:] if self._wanted.layout == "nchw" else self._input.shape[1:3]
+        known = [axis for axis in axes if isinstance(axis, int)]
+        size = self._wanted.input_size or (known[0] if known else ARCFACE_SIZE)
+        if any(axis != size for axis in known):
+            raise UserError(
+                f"{self.url!r} takes {self._input.shape}, not squares of {size} pixels in the layout "
+                f"{self._wanted.layout}: correct --input-size or --layout"
+            )
+        return size
+
+    def _probe(self) -> int:
+        """Return the length of an embedding, which the file need not tell."""
+        output = self._run(self._images(np.zeros((1, self._size, self._size, 3), np.uint8)))
+        if output.ndim < 2 or output.shape[0] != 1 or output.size < 2 or output.dtype.kind != "f":
+            raise UserError(
+                f"{self.url!r} gives {output.dtype} of shape {list(output.shape)} for one face: a vector is needed"
+            )
+        return int(output.size)
+
+
+def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSession:
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise UserError(f"{url!r} is no ONNX model: give one, or a model folder of this project") from error
+    graphs = [model.graph, *model.functions]
+    outside = [tensor.name for graph in graphs for tensor in _tensors(graph) if tensor.data_location]
+    if outside:
+        raise UserError(
+            f"{url!r} keeps data in other files ({', '.join(outside[:3])}), which are never read: "
+            "save it as one file (onnx.save with save_as_external_data=False)"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # 1 in a worker that has one CPU
+    options.log_severity_level = 4
+    providers = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+    except _REFUSED as error:
+        raise UserError(f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}") from error
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield every tensor of a graph or a function, and of the graphs within."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for within in (attribute.g, *attribute.graphs):
+                yield from _tensors(within)
+
+
+def _own_metadata(url: str, session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    if text is None:
+        return {}
+    try:
+        about = json.loads(text)
+    except ValueError:
+        about = None
+    wanted = {"image_size": int, "fingerprint": dict, "threshold": float | int | None, "digest": str}
+    if isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in wanted.items()):
+        return about
+    raise UserError(f"the metadata of {url!r} is damaged: make the file again with jobs/export.py")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]

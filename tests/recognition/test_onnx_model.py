@@ -1,0 +1,143 @@
+"""Anybody's ONNX file as a model: the input as it is asked for, and files that are none, do not fit, or are hostile."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lib.errors import UserError
+from lib.faces.alignment import ARCFACE, EYES
+from lib.recognition.embedder import extraction_settings, load_embedder
+from lib.recognition.onnx_model import METADATA_KEY, OnnxInput, OnnxModel
+
+
+def onnx_file(
+    path: Path,
+    *,
+    shape: tuple[int | str, ...] = ("n", 3, 32, 32),
+    inputs: int = 1,
+    metadata: dict[str, str] | None = None,
+    external: bool = False,
+) -> str:
+    """Write a model whose vector holds the sums over each row of each channel, in the order that it gets them."""
+    axis = len(shape) - 1
+    axes = numpy_helper.from_array(np.array([axis], np.int64), "axes")
+    flat = numpy_helper.from_array(np.array([0, -1], np.int64), "flat")
+    nodes = [
+        helper.make_node("ReduceSum", ["faces", "axes"], ["sums"], keepdims=0),
+        helper.make_node("Reshape", ["sums", "flat"], ["vector"]),
+    ]
+    taken = [helper.make_tensor_value_info("faces", TensorProto.FLOAT, shape)]
+    taken += [helper.make_tensor_value_info(f"more{n}", TensorProto.FLOAT, [1]) for n in range(inputs - 1)]
+    given = [helper.make_tensor_value_info("vector", TensorProto.FLOAT, [shape[0], "d"])]
+    if external:
+        flat.ClearField("raw_data")
+        flat.data_location = TensorProto.EXTERNAL
+        flat.external_data.add(key="location", value="../../../../../etc/passwd")
+    graph = helper.make_graph(nodes, "g", taken, given, [axes, flat])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    helper.set_model_props(model, metadata or {})
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+def crops(num: int = 3, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num, size, size, 3), np.uint8)
+
+
+@pytest.mark.parametrize("color", ["rgb", "bgr"])
+@pytest.mark.parametrize("batch", ["n", 1])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_the_input_is_as_the_flags_say(tmp_path: Path, layout: str, batch: int | str, color: str) -> None:
+    shape = (batch, 3, 32, 32) if layout == "nchw" else (batch, 32, 32, 3)
+    wanted = OnnxInput(layout=layout, color=color, mean=(1, 2, 3), std=(4, 5, 6), normalize=False)  # type: ignore[arg-type]
+    model = OnnxModel(onnx_file(tmp_path / "a é.onnx", shape=shape), wanted)
+    pixels = crops().astype(np.float64)
+    if color == "bgr":
+        pixels = pixels[..., ::-1]
+    images = (pixels - [1, 2, 3]) / [4, 5, 6]
+    expected = images.transpose(0, 3, 1, 2).sum(axis=3) if layout == "nchw" else images.sum(axis=3)
+    np.testing.assert_allclose(model.embed(crops()), expected.reshape(3, -1), rtol=1e-4, atol=1e-2)
+    assert model.embedding_dim == expected[0].size
+
+
+def test_vectors_have_length_1_unless_told_otherwise(tmp_path: Path) -> None:
+    model = OnnxModel(onnx_file(tmp_path / "a.onnx"), OnnxInput())
+    np.testing.assert_allclose(np.linalg.norm(model.embed(crops(size=64)), axis=1), 1, rtol=1e-5)
+
+
+def test_its_faces_are_aligned_by_the_five_points_unless_told_otherwise(tmp_path: Path) -> None:
+    url = onnx_file(tmp_path / "a.onnx")
+    public = load_embedder(url)
+    assert public.template == ARCFACE
+    assert extraction_settings(public).alignment.template == ARCFACE
+    assert extraction_settings(public).alignment.image_size == 112
+    ours = load_embedder(url, OnnxInput(alignment="faces"))
+    assert ours.template == extraction_settings(ours).alignment.template == EYES
+
+
+def test_another_input_is_another_model(tmp_path: Path) -> None:
+    url = onnx_file(tmp_path / "a.onnx")
+    digests = {OnnxModel(url, wanted).digest for wanted in (OnnxInput(), OnnxInput(color="bgr"), OnnxInput())}
+    assert len(digests) == 2
+
+
+def test_what_is_no_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"\x80\x04 no model")
+    with pytest.raises(UserError, match=r"a\.onnx' is no ONNX model"):
+        load_embedder(str(tmp_path / "a.onnx"))
+    (tmp_path / "b.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match="is no ONNX model"):
+        load_embedder(str(tmp_path / "b.onnx"))
+    whole = Path(onnx_file(tmp_path / "c.onnx")).read_bytes()
+    (tmp_path / "c.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is no ONNX model"):
+        load_embedder(str(tmp_path / "c.onnx"))
+    with pytest.raises(UserError, match=r"nowhere\.onnx"):
+        load_embedder(str(tmp_path / "nowhere.onnx"))
+
+
+def test_data_outside_of_the_file_is_never_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"keeps data in other files \(flat\), which are never read"):
+        load_embedder(onnx_file(tmp_path / "a.onnx", external=True))
+
+
+def test_operators_of_someone_else_are_not_run(tmp_path: Path) -> None:
+    model = onnx.load(onnx_file(tmp_path / "a.onnx"))
+    model.graph.node[0].domain = "evil.ops"
+    model.opset_import.append(helper.make_opsetid("evil.ops", 1))
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="is no ONNX model that ONNX Runtime can run"):
+        load_embedder(str(tmp_path / "a.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "wanted", "said"),
+    [
+        (("n", 3, 32, 32), 1, OnnxInput(layout="nhwc"), "correct --input-size or --layout"),
+        (("n", 3, 32, 32), 1, OnnxInput(input_size=64), "not squares of 64 pixels"),
+        (("n", 1, 32, 32), 1, OnnxInput(), "does not take faces of shape"),
+        (("n", 3, 32), 1, OnnxInput(), "one picture, in four axes"),
+        (("n", 3, 32, 32), 2, OnnxInput(), "one picture, in four axes"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_told(
+    tmp_path: Path, shape: tuple[int | str, ...], inputs: int, wanted: OnnxInput, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        OnnxModel(onnx_file(tmp_path / "a.onnx", shape=shape, inputs=inputs), wanted)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"image_size": 32}), json.dumps({"image_size": "32"})])
+def test_damaged_metadata_is_told(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"metadata of .* is damaged"):
+        load_embedder(onnx_file(tmp_path / "a.onnx", metadata={METADATA_KEY: text}))
+
+
+@pytest.mark.parametrize("wrong", [{"std": (1.0, 0.0, 1.0)}, {"input_size": 3}])
+def test_flags_that_cannot_be_are_told(wrong: dict) -> None:
+    with pytest.raises(UserError, match="allowed"):
+        OnnxInput(**wrong)
