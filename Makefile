@@ -31,18 +31,20 @@ $(VENV)/.development: requirements-dev.txt requirements.txt $(VENV)/.created
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime
 
-# From photos to a trained model, on drawn people or on your own data: make demo DATA_URL=/my/folder
+# From photos to a verified model, on drawn people or on your own data: make demo DATA_URL=/my/folder
 demo: $(VENV)/.runtime
 ifdef DATA_URL
 	@$(BIN)/python jobs/preprocess.py --data "$(DATA_URL)"
 	@$(BIN)/python jobs/train.py --data "$(DATA_URL)" $(DEMO_TRAINING)
-	@echo "look at $(DATA_URL)/faces/contact_sheet.jpg and $(DATA_URL)/runs/demo/history.xlsx; the model is in runs/demo/model"
+	@$(BIN)/python jobs/evaluate.py --data "$(DATA_URL)" --model "$(DATA_URL)/runs/demo"
+	@echo "look at $(DATA_URL)/faces/contact_sheet.jpg and the report named above"
 else
 	@echo "drawing people who do not exist into $(DEMO_DATA)"
 	@$(BIN)/python jobs/sample.py --data "$(DEMO_DATA)" --identities 100
 	@$(BIN)/python jobs/preprocess.py --data "$(DEMO_DATA)"
 	@$(BIN)/python jobs/train.py --data "$(DEMO_DATA)" $(DEMO_TRAINING)
-	@echo "look at $(DEMO_DATA)/faces/contact_sheet.jpg and $(DEMO_DATA)/runs/demo/history.xlsx; the model is in runs/demo/model"
+	@$(BIN)/python jobs/evaluate.py --data "$(DEMO_DATA)" --model "$(DEMO_DATA)/runs/demo"
+	@echo "look at $(DEMO_DATA)/faces/contact_sheet.jpg and the report named above"
 endif
 
 test: $(VENV)/.development
