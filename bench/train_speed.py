@@ -56,6 +56,7 @@ def job_rows(data: Path, name: str, options: argparse.Namespace, negatives: str)
         *("--data", str(data), "--name", name, "--cache-dir", str(data / "cache"), "--init", "none"),
         *("--backbone", options.backbone, "--image-size", str(options.image_size), "--batch", options.batch),
         *("--negatives", negatives, "--batch-size", str(BATCH_SIZE), "--epochs", str(options.epochs)),
+        *("--triplets-per-epoch", str(options.triplets_per_epoch)),
         *("--candidates", "2000", "--refresh-fraction", "0.1", "--val-photos", "200", "--val-pairs", "200"),
     )
     return pq.read_table(data / "runs" / name / "history.parquet").to_pylist()[1:]
@@ -68,7 +69,8 @@ def main() -> None:
     parser.add_argument("--batch", default="triplets", choices=["triplets", "identities"])
     parser.add_argument("--identities", type=int, default=180)
     parser.add_argument("--photos-per-identity", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--triplets-per-epoch", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
