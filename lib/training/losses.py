@@ -1,4 +1,4 @@
-"""Triplet losses: over given triplets, and over every semi-hard triplet of a people x photos batch.
+"""Triplet losses: over given triplets, over every semi-hard triplet of a batch, or over all its triplets smoothly.
 
 Shape suffixes: B triplets, N images of a batch, M all vectors that can be negatives (the batch, then the stored ones),
 Q stored vectors, X pairs of an anchor and a positive, D dimensions of an embedding.
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 MAX_TRIPLETS_AT_ONCE = 1 << 24
 """Triplets compared at once when semi-hard ones are counted: 16 MB a Boolean."""
@@ -42,6 +43,17 @@ class BatchLoss(NamedTuple):
     mean_positive_distance: Tensor
     mean_negative_distance: Tensor
     """Both over the pairs of all triplets, without gradient; NaN where there is no pair."""
+
+
+class SoftmaxLoss(NamedTuple):
+    """Loss over the pairs of a batch, each against all negatives of its anchor."""
+
+    mean: Tensor
+    """Over the pairs; zero, with a zero gradient, where there is none."""
+    num_pairs: Tensor
+    """Pairs of an anchor and a positive; each two photos of a person are two of them."""
+    beaten_share: Tensor
+    """Share of the pairs whose positive is farther away than the nearest negative; NaN where there is no pair."""
 
 
 def triplet_margin_loss(
@@ -129,6 +141,35 @@ def _semihard_weights(
         weights_NM.index_add_(0, anchors, semihard_XM.to(weights_NM.dtype), alpha=-1)
         num_semihard += counts_X.sum()
     return weights_NM, num_semihard
+
+
+def batch_softmax_loss(embeddings_ND: Tensor, labels_N: Tensor, *, temperature: float) -> SoftmaxLoss:
+    """Return the mean over anchors a and positives p of log(1 + sum over negatives n of exp((s(a, n) - s(a, p)) / T)).
+
+    s is the cosine similarity, T the temperature. Every image is an anchor, but for those with a label below zero,
+    which are left out; positives and negatives come from the batch. Each pair meets all negatives at once, the nearest
+    weighing most; as T goes to zero, T times the loss becomes that of the hardest triplet with a margin of zero.
+
+    Formula: Sohn 2016 (multi-class N-pair loss), equation 6, with each positive of the batch in turn, and with cosine
+    similarity over a temperature as in Khosla et al. 2020 (supervised contrastive learning); unlike there, the other
+    positives do not stand among the negatives.
+    """
+    with torch.autocast(embeddings_ND.device.type, enabled=False):
+        directions_ND = functional.normalize(embeddings_ND.float(), dim=1)
+        scores_NN = directions_ND @ directions_ND.T / temperature
+    known_NN = (labels_N >= 0)[:, None] & (labels_N >= 0)
+    same_NN = labels_N[:, None] == labels_N
+    positive_NN = (same_NN & known_NN).fill_diagonal_(False)
+    # A finite number, because an anchor without negatives would have NaN for a gradient with an infinite one.
+    negative_scores_NN = scores_NN.masked_fill(same_NN | ~known_NN, torch.finfo(scores_NN.dtype).min)
+    losses_NN = functional.softplus(torch.logsumexp(negative_scores_NN, dim=1, keepdim=True) - scores_NN)
+    num_pairs = positive_NN.sum()
+    beaten_NN = positive_NN & (scores_NN < negative_scores_NN.max(dim=1, keepdim=True).values)
+    return SoftmaxLoss(
+        mean=losses_NN.where(positive_NN, 0).sum() / num_pairs.clamp(min=1),
+        num_pairs=num_pairs,
+        beaten_share=beaten_NN.sum() / num_pairs,
+    )
 
 
 def gather_batch(embeddings_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Triplet losses against torch, NumPy brute force, pytorch-metric-learning, and one process against two."""
 
+import math
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.training import losses
-from lib.training.losses import batch_triplet_loss, gather_batch, triplet_margin_loss
+from lib.training.losses import batch_softmax_loss, batch_triplet_loss, gather_batch, triplet_margin_loss
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -158,36 +160,104 @@ def test_batch_loss_is_full_precision_under_autocast() -> None:
         torch.testing.assert_close(batch_triplet_loss(embeddings, labels, margin=0.2).mean, expected)
 
 
-def _batch_gradient(model: torch.nn.Module, inputs: Tensor, labels: Tensor) -> None:
+def brute_force_softmax(features: np.ndarray, labels: np.ndarray, temperature: float) -> list[float]:
+    features = features / np.linalg.norm(features, axis=1, keepdims=True)
+    found = []
+    for anchor in np.flatnonzero(labels >= 0):
+        similarity = features @ features[anchor]
+        negatives = similarity[(labels >= 0) & (labels != labels[anchor])]
+        positives = similarity[(labels == labels[anchor]) & (np.arange(len(labels)) != anchor)]
+        found += [math.log1p(np.exp((negatives - positive) / temperature).sum()) for positive in positives]
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    num_people=st.integers(1, 5),
+    num_photos=st.integers(1, 4),
+    num_unknown=st.integers(0, 3),
+    temperature=st.sampled_from([0.05, 0.1, 1.0]),
+)
+def test_softmax_loss_equals_brute_force(
+    seed: int, num_people: int, num_photos: int, num_unknown: int, temperature: float
+) -> None:
+    embeddings, labels = unit_batch(num_people, num_photos, seed=seed)
+    embeddings = (3 * embeddings.detach()).requires_grad_()  # lengths do not count
+    labels[:num_unknown] = -1
+    loss = batch_softmax_loss(embeddings, labels, temperature=temperature)
+    expected = brute_force_softmax(embeddings.detach().double().numpy(), labels.numpy(), temperature)
+    assert loss.num_pairs.item() == len(expected)
+    assert loss.mean.item() == pytest.approx(np.mean(expected) if expected else 0, rel=1e-4, abs=1e-5)
+    loss.mean.backward()
+    assert embeddings.grad is not None
+    assert torch.isfinite(embeddings.grad).all()
+    assert not embeddings.grad[labels < 0].any()
+
+
+def test_softmax_loss_nears_the_hardest_triplet_of_each_pair_as_the_temperature_falls() -> None:
+    embeddings, labels = unit_batch(6, 4)
+    cosines = (embeddings @ embeddings.T).detach()
+    same = labels[:, None] == labels
+    hardest = (cosines.masked_fill(same, -2).max(dim=1, keepdim=True).values - cosines).relu()
+    pairs = same.clone().fill_diagonal_(False)
+    loss = batch_softmax_loss(embeddings, labels, temperature=1e-4)
+    assert 1e-4 * loss.mean.item() == pytest.approx(hardest[pairs].mean().item(), rel=1e-2)
+    assert loss.beaten_share.item() == pytest.approx((hardest[pairs] > 0).float().mean().item())
+    assert 0 < loss.beaten_share < 1
+
+
+def test_softmax_loss_is_full_precision_under_autocast() -> None:
+    embeddings, labels = unit_batch(6, 4)
+    expected = batch_softmax_loss(embeddings, labels, temperature=0.1).mean
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = batch_softmax_loss(embeddings, labels, temperature=0.1).mean
+    torch.testing.assert_close(mean, expected)
+
+
+BatchMean = Callable[[Tensor, Tensor], Tensor]
+
+
+def semihard_mean(embeddings: Tensor, labels: Tensor) -> Tensor:
+    return batch_triplet_loss(embeddings, labels, margin=0.2).mean
+
+
+def softmax_mean(embeddings: Tensor, labels: Tensor) -> Tensor:
+    return batch_softmax_loss(embeddings, labels, temperature=0.1).mean
+
+
+def _batch_gradient(model: torch.nn.Module, inputs: Tensor, labels: Tensor, batch_mean: BatchMean) -> None:
     embeddings, all_labels = gather_batch(normalize(model(inputs), dim=1), labels)
-    batch_triplet_loss(embeddings, all_labels, margin=0.2).mean.backward()
+    batch_mean(embeddings, all_labels).backward()
 
 
-def _train_as_rank(rank: int, folder: Path) -> None:
+def _train_as_rank(rank: int, folder: Path, batch_mean: BatchMean) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     inputs, labels, state = torch.load(folder / "batch.pt")
     model = torch.nn.Linear(8, 6)
     model.load_state_dict(state)
     half = slice(12 * rank, 12 * (rank + 1))
-    _batch_gradient(DistributedDataParallel(model), inputs[half], labels[half])
+    _batch_gradient(DistributedDataParallel(model), inputs[half], labels[half], batch_mean)
     assert model.weight.grad is not None
     torch.save(model.weight.grad, folder / f"gradient_{rank}.pt")
     dist.barrier()
     os._exit(0)  # gloo was seen to abort while it is taken down, once in some runs on a busy machine
 
 
-def test_two_workers_have_the_gradient_of_one_with_the_whole_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_mean", [semihard_mean, softmax_mean])
+def test_two_workers_have_the_gradient_of_one_with_the_whole_batch(tmp_path: Path, batch_mean: BatchMean) -> None:
     inputs, labels = unit_batch(6, 4)
     labels = labels[torch.randperm(24, generator=torch.Generator().manual_seed(0))]  # people stand on both workers
     model = torch.nn.Linear(8, 6)
     torch.save((inputs.detach(), labels, model.state_dict()), tmp_path / "batch.pt")
     workers = [
-        multiprocessing.get_context("spawn").Process(target=_train_as_rank, args=(rank, tmp_path)) for rank in range(2)
+        multiprocessing.get_context("spawn").Process(target=_train_as_rank, args=(rank, tmp_path, batch_mean))
+        for rank in range(2)
     ]
     for worker in workers:
         worker.start()
-    _batch_gradient(model, inputs.detach(), labels)
+    _batch_gradient(model, inputs.detach(), labels, batch_mean)
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
