@@ -4,6 +4,7 @@ A worker that starts takes the newest checkpoint, so a beginning, a restart afte
 and a run that was stopped are one and the same path. Every draw follows from seed, epoch, worker and step.
 """
 
+import ctypes
 import dataclasses
 import logging
 import os
@@ -43,6 +44,9 @@ MAX_LOADER_THREADS = 8
 
 AGREE_EVERY = 4
 """Steps between two questions of several workers whether to write a checkpoint or to leave."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of malloc.h."""
 
 GO_ON, SAVE, LEAVE = "go on", "save", "leave"
 
@@ -98,6 +102,8 @@ class Worker:
         self.device = device
         self.rank, self.num_workers = collective.rank(), collective.num_workers()
         torch.use_deterministic_algorithms(job.config.deterministic)
+        if device.type == "cpu":
+            _keep_freed_memory()
         checkpoint = checkpoints.load_newest(job.config.run_url)
         if checkpoint is None:
             raise UserError(
@@ -144,6 +150,10 @@ class Worker:
             )
             self.upkeep = StoreUpkeep(store=store, cache=self.cache, how=self.how)
         self.suspects = SuspectLog()
+        self.anchors_per_step = job.config.anchors_per_step
+        if job.config.batch == "identities":
+            num_people = min(job.config.batch_size // job.config.photos_per_person, len(self.index.pairable))
+            self.anchors_per_step = num_people * job.config.photos_per_person
         self.anchors_per_epoch = job.config.triplets_per_epoch or len(self.cache)
         self.last_saved = time.monotonic()
         self._stop_answer: Any = None
@@ -186,7 +196,11 @@ class Worker:
             if record:
                 progress = record.end_epoch(self.progress, outcome, self.evaluated)
                 self._save(progress, outcome.usage_3N)
-            self.progress = collective.broadcast(progress)
+            self.progress, is_leaving = collective.broadcast(
+                None if progress is None else (progress, self._must_leave())
+            )
+            if is_leaving and not self.progress.finished:
+                raise StoppedError  # all is in the checkpoint just written
         if record:
             record.finish(self.progress)
         # Nobody leaves before the record stands: Ray Train ends all workers with the first that fails.
@@ -198,7 +212,7 @@ class Worker:
         Returns its sums over all workers, and this worker's seconds: waiting for crops, for the store, and in all.
         """
         config, progress = self.config, self.progress
-        anchors_a_step = config.anchors_per_step * self.num_workers
+        anchors_a_step = self.anchors_per_step * self.num_workers
         num_steps = max(1, self.anchors_per_epoch // anchors_a_step)
         first_step = min(num_steps, -(-progress.anchors_done // anchors_a_step))
         self._seed_torch(first_step)
@@ -328,6 +342,11 @@ class Worker:
         if request == LEAVE:
             raise StoppedError
 
+    def _must_leave(self) -> bool:
+        import ray
+
+        return bool(ray.get(self.control.stop_requested.remote()))
+
     def _stop_requested(self) -> bool:
         """Return what the control said when it was last asked, and ask again; the step does not wait for it."""
         import ray
@@ -370,6 +389,17 @@ class Worker:
     def _tell(self, *, line: str = "", status: str = "") -> None:
         if self.rank == 0:
             self.control.tell.remote(line=line, status=status)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: the activations of every step are as large as those of the step before.
+
+    Otherwise it gives each large block back, and the next step pays 2,000 page faults an image for it.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc alone has it
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _average(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import ray
 
 from lib import storage
 from lib.recognition.model import EmbeddingModel, save_model
@@ -117,7 +118,8 @@ class RunRecord:
         usage_url = storage.join(self._config.run_url, "usage.parquet")
         if self._usage.counts_3N.any():
             storage.write_parquet(usage_url, self._usage.table(self._cache.photos))
-        self._control.finish.remote(run_result(self._history.rows, progress))
+        # Waited for: the process may end right after this.
+        ray.get(self._control.finish.remote(run_result(self._history.rows, progress)))
 
     def _row(self, progress: Progress, outcome: EpochOutcome) -> dict[str, Any]:
         config, sums, seconds = self._config, outcome.sums, outcome.seconds
