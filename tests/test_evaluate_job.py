@@ -35,11 +35,11 @@ def head(s3_server: S3Server) -> Iterator[RayHead]:
 
 @pytest.fixture
 def run(model_url: str, tmp_path: Path) -> Path:
-    """Return a run of its own, whose model has no threshold yet, and a short history."""
+    """Return a run of its own, whose model has the threshold of its training alone, and a short history."""
     folder = tmp_path / "runs" / "first é"
     shutil.copytree(model_url, folder / "model")
     spec = json.loads((folder / "model" / "model.json").read_text())
-    (folder / "model" / "model.json").write_text(json.dumps({**spec, "threshold": None}))
+    (folder / "model" / "model.json").write_text(json.dumps({**spec, "threshold": 0.1, "metrics": {"split": "val"}}))
     history = {"epoch": [1, 2], "train_loss": [0.5, 0.4], "val_accuracy": [0.6, None], "notes": ["", ""]}
     storage.write_parquet(str(folder / "history.parquet"), pa.table(history))
     return folder

@@ -28,7 +28,7 @@ from lib.recognition.embedder import Embedder, extraction_settings, find_model, 
 from lib.recognition.embedding import FacesSource, PhotosSource, Source, embed_source, faces_source, photos_source
 from lib.recognition.embedding import model_name as name_of
 from lib.recognition.embeddings_table import read_embeddings
-from lib.recognition.model import keep_threshold
+from lib.recognition.model import keep_threshold, was_evaluated
 from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class EvaluateConfig:
     output: str | None = None
     """Where the report goes. Default: report/ in the model's run, or report/ below --data."""
     keep_threshold: bool = False
-    """Write the best threshold into the model even if it has one already; a model without one always gets it."""
+    """Write the best threshold into a model that was evaluated before; one that was only trained always gets it."""
     detector_weights: str | None = None
     """With --photos: weights of the detector, where the model's faces were not made with a package's."""
     split_seed: int = 0
@@ -281,11 +281,11 @@ def _notes(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unkno
 
 
 def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bool:
-    """Write the threshold into each model folder that has none, or into all; return whether the first has got it."""
+    """Write the threshold into each model not evaluated yet, or into all; return whether the first has got it."""
     kept = False
     for n, each in enumerate(measured):
         is_folder = not each.embedder.url.endswith(".onnx")
-        if is_folder and (each.embedder.threshold is None or config.keep_threshold):
+        if is_folder and (config.keep_threshold or not was_evaluated(each.embedder.url)):
             figures = {name: each.figures[name] for name in KEPT_FIGURES}
             keep_threshold(each.embedder.url, each.figures["threshold"], figures)
             logger.info("threshold %.4f is kept in %s", each.figures["threshold"], each.embedder.url)

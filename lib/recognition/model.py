@@ -40,6 +40,9 @@ CARD_NAME = "README.md"
 
 MIN_IMAGE_SIZE = 32
 
+VALIDATION_SPLIT = "val"
+"""Stands as `split` in the metrics of a model that only training has measured."""
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -308,6 +311,16 @@ def load_model(url: str) -> EmbeddingModel:
     weights_url = join(url, WEIGHTS_NAME)
     load_tensors(model, read_tensors(weights_url), weights_url)
     return model.eval()
+
+
+def was_evaluated(url: str) -> bool:
+    """Return whether the model in the folder `url` has a threshold, and not just the one of training's own validation.
+
+    Raises:
+        UserError: the folder is no model.
+    """
+    spec = ModelSpec.from_json(read_json(join(url, SPEC_NAME)), join(url, SPEC_NAME))
+    return spec.threshold is not None and spec.metrics.get("split") != VALIDATION_SPLIT
 
 
 def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import ray
 
 from lib import storage
-from lib.recognition.model import EmbeddingModel, save_model
+from lib.recognition.model import VALIDATION_SPLIT, EmbeddingModel, save_model
 from lib.training import collective
 from lib.training.checkpoints import Progress
 from lib.training.face_cache import FaceCache
@@ -179,7 +179,7 @@ class RunRecord:
         spec = dataclasses.replace(
             model.spec,
             threshold=figures.metrics.get("threshold"),
-            metrics={"epoch": progress.epoch, "split": "val", **figures.metrics} if figures.metrics else {},
+            metrics={"epoch": progress.epoch, "split": VALIDATION_SPLIT, **figures.metrics} if figures.metrics else {},
             training={
                 "photos": len(self._cache),
                 "identities": len(self._cache.identities),
