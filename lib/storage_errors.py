@@ -133,7 +133,9 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
     if code == "SignatureDoesNotMatch":
         return UserError(f"{what}: the secret does not belong to the access key: correct AWS_SECRET_ACCESS_KEY")
     if isinstance(error, PermissionError):
-        return UserError(f"{what}: {reason}: ask for this right, or correct AWS_ACCESS_KEY_ID or the bucket's name")
+        return UserError(
+            f"{what}: {reason}: ask for this right, or correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the bucket"
+        )
     if is_passing(error):
         return JobError(f"{what}: {reason}: check the storage and AWS_ENDPOINT_URL, and run the same command again")
     if code == "InvalidBucketName" or isinstance(error, ValueError | SSLError):
