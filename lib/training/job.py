@@ -37,6 +37,9 @@ SPEC_NAME = "spec.json"
 """In the folder of the checkpoints: what the model is whose weights they hold."""
 
 WATCH_EVERY_S = 0.25
+FAILURE_LIMIT_S = 60.0
+"""How long the other workers may take to end after one has given the run up."""
+
 LEAVE_LIMIT_S = 600.0
 """How long workers may take to write a checkpoint after they were asked to leave."""
 
@@ -256,7 +259,8 @@ def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
             ended.append(error)
 
     with _stop_signals() as asked:
-        threading.Thread(target=fit, daemon=True).start()
+        fitting = threading.Thread(target=fit, daemon=True)
+        fitting.start()
         is_terminal = sys.stderr.isatty()
         with tqdm(unit="image", disable=not is_terminal, dynamic_ncols=True) as bar:
             leave_until = None
@@ -265,6 +269,8 @@ def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
                 news = ray.get(control.news.remote())
                 _show(news, bar, is_terminal)
                 if news.failure:
+                    # The worker has returned. Leaving Ray while that thread still asks it would crash this process.
+                    fitting.join(FAILURE_LIMIT_S)
                     raise failure_error(news.failure)
                 if ended_in and leave_until is None:
                     logger.info("asked to stop: writing a checkpoint")
