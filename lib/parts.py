@@ -43,10 +43,10 @@ def settle(
             f"{url} holds what another job made, which is never overwritten: choose another folder by {flag}"
         )
     if earlier is not None:
-        differences = _differences(plan, earlier)
-        if not differences:
+        different = differences(plan, earlier)
+        if not different:
             return storage.read_json(success_url) if storage.exists(success_url) else None
-        problem = f"was made otherwise ({'; '.join(differences)})"
+        problem = f"was made otherwise ({'; '.join(different)})"
     else:
         foreign = next(iter(storage.list_files(url)), None)
         if foreign is None:
@@ -152,7 +152,8 @@ def run_parts(
     return num_processed, time.monotonic() - started
 
 
-def _differences(ours: Plan, theirs: Plan) -> list[str]:
+def differences(ours: Plan, theirs: Plan) -> list[str]:
+    """Return each setting in which two plans differ, those of their fingerprints too, with both values."""
     flat_ours = {**ours, **ours["fingerprint"], "fingerprint": None, "id": None}
     flat_theirs = {**theirs, **theirs.get("fingerprint", {}), "fingerprint": None, "id": None, "run_id": None}
     names = sorted(name for name in flat_ours if flat_ours[name] != flat_theirs.get(name))

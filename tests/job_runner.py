@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
 
@@ -124,6 +126,19 @@ def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str]
         finally:
             kill_session(process.pid)
             process.wait()
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a small disk of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[Any] | None = None, timeout_s: float = 120) -> None:

@@ -11,7 +11,17 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.job_runner import RayHead, finish, kill_session, ray_head, run_job, session_processes, start_job, wait_until
+from tests.job_runner import (
+    RayHead,
+    finish,
+    kill_session,
+    mounted,
+    ray_head,
+    run_job,
+    session_processes,
+    start_job,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -80,19 +90,6 @@ def half_done(data: Path, faces: Path, extra: dict[str, str] | None = None) -> I
             yield job
         finally:
             kill_session(job.pid)
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """Mount a small disk of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may mount")
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.mark.parametrize("victim", ["driver and workers", "driver"])

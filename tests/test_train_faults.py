@@ -13,7 +13,17 @@ import pytest
 
 from lib.recognition.model import load_model
 from lib.training import checkpoints
-from tests.job_runner import RayHead, finish, kill_session, ray_head, run_job, session_processes, start_job, wait_until
+from tests.job_runner import (
+    RayHead,
+    finish,
+    kill_session,
+    mounted,
+    ray_head,
+    run_job,
+    session_processes,
+    start_job,
+    wait_until,
+)
 from tests.test_train_job import TIMES, TINY
 from tests.training.learnable_faces import write_faces
 
@@ -127,11 +137,8 @@ def test_a_killed_shard_of_the_store_comes_back_and_is_filled_again(head: RayHea
 def test_a_full_disk_is_told_after_several_tries_and_a_larger_one_goes_on(
     head: RayHead, faces: str, tmp_path: Path
 ) -> None:
-    disk = tmp_path / "a small disk"
-    disk.mkdir()
     # Room for two of the checkpoints of 3.4 MB and the model, not for three.
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], check=True)
-    try:
+    with mounted(tmp_path / "a small disk", "size=9m") as disk:
         full = run_job("train.py", *flags(disk, faces), extra=head.environment, timeout_s=200)
         assert full.status == 1, full.errors
         assert "no checkpoint could be written" in full.last_error or "full" in full.last_error
@@ -142,8 +149,6 @@ def test_a_full_disk_is_told_after_several_tries_and_a_larger_one_goes_on(
         assert done.status == 0, done.errors
         assert [row["epoch"] for row in rows(disk)] == list(range(1, EPOCHS + 1))
         load_model(done.result["model"])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_second_run_of_the_same_name_is_refused_while_the_first_trains(

@@ -4,6 +4,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from lib import storage
+from lib.errors import UserError
+from lib.parts import SUCCESS_NAME
+
 SPLITS = ("train", "val", "test")
 
 ALIGNED = "aligned"
@@ -18,8 +22,6 @@ STATUSES = (ALIGNED, NO_FACE, LOW_SCORE, TOO_SMALL, CORRUPT, TOO_LARGE, MISSING,
 
 FINGERPRINT_KEY = b"conv-facenet.fingerprint"
 """Key in the Parquet schema's metadata under which the fingerprint stands as JSON."""
-
-SUCCESS_NAME = "_SUCCESS"
 
 SCHEMA = pa.schema(
     [
@@ -41,3 +43,16 @@ def faces_table(rows: list[dict[str, Any]], fingerprint_json: str) -> pa.Table:
     """Return the rows (keys as in `SCHEMA`, absent ones null) as a table whose metadata carries the fingerprint."""
     schema = SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint_json.encode()})
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def read_success(faces_url: str) -> dict[str, Any]:
+    """Return what a finished faces table says of itself: run_id, fingerprint, counts.
+
+    Raises:
+        UserError: there is none, or it is not finished.
+    """
+    url = storage.join(faces_url, SUCCESS_NAME)
+    if not storage.exists(url):
+        raise UserError(f"no finished faces at {faces_url} (no {SUCCESS_NAME}): run jobs/preprocess.py first")
+    success: dict[str, Any] = storage.read_json(url)
+    return success

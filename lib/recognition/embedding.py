@@ -169,10 +169,7 @@ def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
     Raises:
         UserError: the table is not there or not finished, or has no photo in these splits.
     """
-    success_url = storage.join(faces_url, SUCCESS_NAME)
-    if not storage.exists(success_url):
-        raise UserError(f"no finished faces at {faces_url} (no {SUCCESS_NAME}): run jobs/preprocess.py first")
-    success = storage.read_json(success_url)
+    success = table.read_success(faces_url)
     wanted = tuple(f"split={split}/" for split in splits)
     names = sorted(name for name in present_files(faces_url) if name.startswith(wanted))
     if not names:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from lib import storage
 from lib.errors import UserError
 from lib.faces.table import FINGERPRINT_KEY
+from lib.faces.table import SCHEMA as FACES_SCHEMA
 from lib.parts import SUCCESS_NAME
 
 MODEL_KEY = b"conv-facenet.model"
@@ -22,15 +23,8 @@ MODEL_KEY = b"conv-facenet.model"
 
 def schema(embedding_dim: int, fingerprint_json: str, model_json: str) -> pa.Schema:
     """Return the schema: `embedding` is null unless the status is `aligned`, the other columns are as in faces."""
-    columns = [
-        pa.field("photo", pa.string(), nullable=False),
-        pa.field("identity", pa.string()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("num_faces", pa.int16()),
-        pa.field("score", pa.float32()),
-        pa.field("box", pa.list_(pa.float32(), 4)),
-        pa.field("embedding", pa.list_(pa.float32(), embedding_dim)),
-    ]
+    columns = [FACES_SCHEMA.field(name) for name in ("photo", "identity", "status", "num_faces", "score", "box")]
+    columns.append(pa.field("embedding", pa.list_(pa.float32(), embedding_dim)))
     metadata = {FINGERPRINT_KEY: fingerprint_json.encode(), MODEL_KEY: model_json.encode()}
     return pa.schema(columns).with_metadata(metadata)
 

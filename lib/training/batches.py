@@ -55,7 +55,6 @@ class EpochPlan:
     config: TrainConfig
     epoch: int
     rank: int
-    num_workers: int
     first_step: int
     num_steps: int
     """Of the whole epoch; those before `first_step` were done earlier."""
@@ -147,7 +146,7 @@ class EpochBatches:
             yield LoadTask(rows=batch, first_draw=step * batch.size)
 
     def _triplet_rows(self) -> Iterator[Ints]:
-        plan, size = self._plan, self._plan.config.anchors_per_step
+        plan, size = self._plan, self._plan.config.anchors_per_step(len(self._index.pairable))
         drawn = draw_triplets(
             self._index, plan.num_steps * size, seed=plan.config.seed, epoch=plan.epoch, rank=plan.rank
         )
@@ -181,7 +180,7 @@ class EpochBatches:
         plan = self._plan
         sampler = IdentityBatchSampler(
             index=self._index,
-            num_people=min(plan.config.batch_size // plan.config.photos_per_person, len(self._index.pairable)),
+            num_people=plan.config.people_per_batch(len(self._index.pairable)),
             num_photos=plan.config.photos_per_person,
             seed=plan.config.seed,
             rank=plan.rank,

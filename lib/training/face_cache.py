@@ -71,7 +71,7 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str) -> str:
         JobError: the disk is full.
     """
     folder = Path(cache_dir)
-    path = folder / _cache_name(_read_success(faces_url), splits)
+    path = folder / _cache_name(table.read_success(faces_url), splits)
     if path.exists():
         return str(path)
     try:
@@ -83,13 +83,6 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str) -> str:
         if not path.exists():
             _build(faces_url, splits, path)
     return str(path)
-
-
-def _read_success(faces_url: str) -> dict[str, object]:
-    url = storage.join(faces_url, table.SUCCESS_NAME)
-    if not storage.exists(url):
-        raise UserError(f"no finished faces at {faces_url} (no {table.SUCCESS_NAME}): run jobs/preprocess.py first")
-    return storage.read_json(url)
 
 
 def _cache_name(success: dict[str, object], splits: Sequence[str]) -> str:
@@ -197,7 +190,7 @@ def read_identities(faces_url: str, splits: Sequence[str]) -> pa.ChunkedArray:
     Raises:
         UserError: the faces folder is absent or not finished.
     """
-    _read_success(faces_url)
+    table.read_success(faces_url)
     urls = [url for split in splits for url in _part_urls(faces_url, split)]
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         parts = pool.map(lambda url: storage.read_parquet(url, ["identity", "status"]), urls)

@@ -17,7 +17,8 @@ import torch
 
 from lib import cluster, storage
 from lib.errors import JobError, JobStopped, UserError
-from lib.faces.table import SUCCESS_NAME
+from lib.faces.table import read_success
+from lib.parts import differences
 from lib.recognition.model import EmbeddingModel, ModelSpec, initial_model
 from lib.training import checkpoints
 from lib.training.checkpoints import Progress
@@ -27,7 +28,7 @@ from lib.training.feature_store import FeatureStore
 from lib.training.history import read_rows
 from lib.training.record import MODEL_FOLDER, run_result
 from lib.training.schedule import first_phase
-from lib.training.settings import TrainConfig, differences
+from lib.training.settings import TrainConfig
 from lib.training.triplets import PhotoIndex
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         JobStopped: asked by a signal, after everything was saved.
     """
     started = time.monotonic()
-    success_url = storage.join(config.faces_url, SUCCESS_NAME)
-    if not storage.exists(success_url):
-        raise UserError(f"no finished faces at {config.faces_url} (no {SUCCESS_NAME}): run jobs/preprocess.py first")
-    success = storage.read_json(success_url)
+    success = read_success(config.faces_url)
     spec = ModelSpec(
         backbone=config.backbone,
         embedding_dim=config.embedding_dim,
@@ -118,7 +116,7 @@ def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelS
     model = initial_model(spec, config.initial_weights())
     storage.check_writable(config.run_url)
     phase = first_phase(config.negatives)
-    progress = Progress(epoch=1, negatives=phase.negatives, phase_first_epoch=1)
+    progress = Progress(epoch=1, negatives=phase.negatives, phase_first_epoch=phase.first_epoch)
     checkpoints.write(config.run_url, progress, checkpoints.prefixed("model", model.state_dict()))
     storage.write_json(storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME), model.spec.to_json())
     storage.write_json(storage.join(config.run_url, CONFIG_NAME), plan)

@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import ray
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib import storage
-from lib.errors import JobError, UserError
+from lib.errors import JobError, JobStopped, UserError
 from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
@@ -56,10 +57,6 @@ Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int32]
 
 
-class StoppedError(Exception):
-    """The run was asked to stop, and everything is saved."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkerJob:
     """What the driver tells every worker."""
@@ -78,18 +75,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     control = connect_control(job.config.run_url)
     if ray.get(control.has_failed.remote()):
         return  # Started again although it cannot go on: the driver is about to say why.
-    kind, message = "", ""
     try:
         Worker(job, control, ray.train.torch.get_device()).run()
-    except UserError as error:
-        kind, message = "user", str(error)
-    except JobError as error:
-        kind, message = "job", str(error)
-    except StoppedError:
-        return
-    if kind:
+    except (UserError, JobError) as error:
         # Not raised: Ray Train would start all workers again. The driver ends the run as soon as it hears of this.
-        ray.get(control.fail.remote(kind, message))
+        ray.get(control.fail.remote("user" if isinstance(error, UserError) else "job", str(error)))
+    except JobStopped:
+        pass  # everything is saved
 
 
 class Worker:
@@ -150,10 +142,7 @@ class Worker:
             )
             self.upkeep = StoreUpkeep(store=store, cache=self.cache, how=self.how)
         self.suspects = SuspectLog()
-        self.anchors_per_step = job.config.anchors_per_step
-        if job.config.batch == "identities":
-            num_people = min(job.config.batch_size // job.config.photos_per_person, len(self.index.pairable))
-            self.anchors_per_step = num_people * job.config.photos_per_person
+        self.anchors_per_step = job.config.anchors_per_step(len(self.index.pairable))
         self.anchors_per_epoch = job.config.triplets_per_epoch or len(self.cache)
         self.last_saved = time.monotonic()
         self._stop_answer: Any = None
@@ -200,7 +189,7 @@ class Worker:
                 None if progress is None else (progress, self._must_leave())
             )
             if is_leaving and not self.progress.finished:
-                raise StoppedError  # all is in the checkpoint just written
+                raise JobStopped  # all is in the checkpoint just written
         if record:
             record.finish(self.progress)
         # Nobody leaves before the record stands: Ray Train ends all workers with the first that fails.
@@ -220,7 +209,6 @@ class Worker:
             config=config,
             epoch=progress.epoch,
             rank=self.rank,
-            num_workers=self.num_workers,
             first_step=first_step,
             num_steps=num_steps,
             negatives=progress.negatives,
@@ -340,17 +328,13 @@ class Worker:
             collective.summed(self.usage.counts_3N),
         )
         if request == LEAVE:
-            raise StoppedError
+            raise JobStopped
 
     def _must_leave(self) -> bool:
-        import ray
-
         return bool(ray.get(self.control.stop_requested.remote()))
 
     def _stop_requested(self) -> bool:
         """Return what the control said when it was last asked, and ask again; the step does not wait for it."""
-        import ray
-
         if self._stop_answer is None:
             self._stop_answer = self.control.stop_requested.remote()
         ready, _ = ray.wait([self._stop_answer], timeout=0)

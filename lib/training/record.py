@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,25 +152,22 @@ class RunRecord:
             "num_corrupt_crops": outcome.num_corrupt,
         }
 
-    def _value(self, row: dict[str, Any]) -> float | None:
+    def _value(self, row: Mapping[str, Any]) -> float | None:
         """Return the figure of `--best-by`, more is better; None where it could not be measured."""
-        key = {"loss": "val_loss_random"}.get(self._config.best_by, self._config.best_by)
-        value = row.get(key)
-        if value is None or not math.isfinite(value):
-            return None
-        return -value if self._config.best_by == "loss" else value
+        if self._config.best_by == "loss":
+            loss = row.get("val_loss_random")
+            return -loss if loss is not None and math.isfinite(loss) else None
+        value: float | None = row.get(self._config.best_by)
+        return value
 
     def _since(self, phase: Phase, key: str) -> list[float]:
         rows = [row for row in self._history.rows if int(row["epoch"] or 0) >= phase.first_epoch]
         return [float(value) for row in rows if isinstance(value := row.get(key), int | float)]
 
     def _is_stuck(self, value: float | None, progress: Progress) -> bool:
-        key = {"loss": "val_loss_random"}.get(self._config.best_by, self._config.best_by)
-        sign = 1 if self._config.best_by == "loss" else -1
-        if not self._config.stop_after or value is None:
-            return False
-        values = [sign * v for v in self._history.values(key)] + [-value]
-        if not has_plateaued(values, patience=self._config.stop_after):
+        values = [*map(self._value, self._history.rows), value]
+        losses = [-value for value in values if value is not None]
+        if not self._config.stop_after or not has_plateaued(losses, patience=self._config.stop_after):
             return False
         self.note(f"no better epoch for {self._config.stop_after}: ended early, the best was {progress.best_epoch}")
         return True

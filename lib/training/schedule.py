@@ -32,7 +32,7 @@ class Phase:
 
 def first_phase(policy: str) -> Phase:
     """Return how training begins under `--negatives`."""
-    return Phase(negatives="random" if policy == "auto" else policy, first_epoch=0)  # type: ignore[arg-type]
+    return Phase(negatives="random" if policy == "auto" else policy, first_epoch=1)  # type: ignore[arg-type]
 
 
 def next_phase(

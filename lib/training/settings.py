@@ -147,7 +147,7 @@ class TrainConfig:
         ):
             if not is_right:
                 raise UserError(f"--{name} is {value!r}: {allowed}")
-        if self.batch_size < self.images_per_anchor * (2 if self.batch == "triplets" else 2 * self.photos_per_person):
+        if self.batch_size < (6 if self.batch == "triplets" else 2 * self.photos_per_person):
             raise UserError(
                 f"--batch-size {self.batch_size} is too small: two triplets (6 images), or two people "
                 f"({2 * self.photos_per_person} images with --photos-per-person {self.photos_per_person}) are needed"
@@ -169,17 +169,15 @@ class TrainConfig:
         except ValueError:
             raise UserError(f"--head is {self.head!r}: widths such as 256,128") from None
 
-    @property
-    def images_per_anchor(self) -> int:
-        """Images that a step reads for each anchor."""
-        return 3 if self.batch == "triplets" else 1
+    def people_per_batch(self, num_pairable: int) -> int:
+        """Return P of `--batch identities`, where so many people have two photos or more."""
+        return min(self.batch_size // self.photos_per_person, num_pairable)
 
-    @property
-    def anchors_per_step(self) -> int:
-        """Anchors of one step of one worker."""
+    def anchors_per_step(self, num_pairable: int) -> int:
+        """Return the anchors of one step of one worker."""
         if self.batch == "triplets":
             return self.batch_size // 3
-        return self.batch_size // self.photos_per_person * self.photos_per_person
+        return self.people_per_batch(num_pairable) * self.photos_per_person
 
     @property
     def faces_url(self) -> str:
@@ -209,13 +207,3 @@ def _is_name(name: str) -> bool:
 
 def _is_range(workers: tuple[int, ...]) -> bool:
     return len(workers) <= 2 and all(n >= 1 for n in workers) and list(workers) == sorted(workers)
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Return each setting in which two configurations differ, with both values."""
-    names = sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
-    return [f"{name}: {_brief(theirs.get(name))} there, {_brief(ours.get(name))} now" for name in names]
-
-
-def _brief(value: Any) -> str:
-    return str(value.get("id", "…")) if isinstance(value, dict) else str(value)

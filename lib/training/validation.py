@@ -86,13 +86,13 @@ class Validation:
         if not finite_V.all():
             return Figures(row={}, loss=math.nan, loss_random=math.nan, variance=math.nan, metrics={})
         variance = float(embeddings_VD.var(axis=0).sum())
-        loss_random, _ = self._triplet_loss(embeddings_VD, self._triplets)
+        loss_random = self._triplet_loss(embeddings_VD, self._triplets)
         if self._config.batch == "identities":
             loss = self._batch_loss(embeddings_VD)
         elif negatives == "random":
             loss = loss_random
         else:
-            loss, _ = self._triplet_loss(embeddings_VD, self._mined(embeddings_VD, negatives))
+            loss = self._triplet_loss(embeddings_VD, self._mined(embeddings_VD, negatives))
         metrics: dict[str, Any] = {}
         if self._pairs is not None:
             distances_P = pair_distances(embeddings_VD, self._pairs.a_P, self._pairs.b_P)
@@ -107,14 +107,14 @@ class Validation:
         }
         return Figures(row=row, loss=loss, loss_random=loss_random, variance=variance, metrics=metrics)
 
-    def _triplet_loss(self, embeddings_VD: Floats, triplets: Triplets) -> tuple[float, float]:
+    def _triplet_loss(self, embeddings_VD: Floats, triplets: Triplets) -> float:
         anchors, positives, negatives = (
             torch.from_numpy(embeddings_VD[rows]) for rows in (triplets.anchors, triplets.positives, triplets.negatives)
         )
         loss = triplet_margin_loss(
             anchors, positives, negatives, margin=self._config.margin, squared=self._config.squared
         )
-        return loss.mean.item(), loss.active_share.item()
+        return loss.mean.item()
 
     def _batch_loss(self, embeddings_VD: Floats) -> float:
         assert self._index is not None
@@ -170,7 +170,7 @@ def _fixed_batches(index: PhotoIndex, config: TrainConfig) -> list[Ints]:
     """Return batches of as many people as a training step has, or as there are."""
     if config.batch != "identities":
         return []
-    num_people = min(config.batch_size // config.photos_per_person, len(index.pairable))
+    num_people = config.people_per_batch(len(index.pairable))
     if num_people < 2:
         return []
     sampler = IdentityBatchSampler(
