@@ -107,6 +107,15 @@ def common_epoch(runs: Sequence[ComparedRun]) -> int:
     return min((int(run.rows[-1]["epoch"]) for run in runs if run.rows), default=0)
 
 
+def rivals_of(winner: ComparedRun, runs: Sequence[ComparedRun]) -> list[ComparedRun]:
+    """Return the other runs whose accuracy lies within the winner's 95 % interval."""
+    if not winner.best or winner.best.get("accuracy") is None:
+        return []
+    lowest = winner.best["accuracy"] - INTERVAL_ERRORS * winner.best["accuracy_std"]
+    others = [run for run in runs if run is not winner and run.state != "failed" and run.best]
+    return [run for run in others if ((run.best or {}).get("accuracy") or 0.0) >= lowest]
+
+
 def setting_effects(runs: Sequence[ComparedRun]) -> list[Effect]:
     """Return what each value of each varied setting did, where at least two values of it have been measured.
 
@@ -157,7 +166,7 @@ def _gains(design_RC: NDArray, accuracy_R: NDArray, setting_C: Sequence[str]) ->
     terms, determined = inverse @ accuracy_R, inverse @ full
     gains: list[float | None] = []
     for place, setting in enumerate(setting_C, start=1):
-        same = np.array([False, *(other == setting for other in setting_C)])
+        same = np.array([False, *(other == setting for other in setting_C)], float)
         contrast = -same / same.sum()
         contrast[place] += 1
         is_told = np.abs(contrast @ determined - contrast).max() < _EPSILON
@@ -169,6 +178,9 @@ def page(title: str, runs: Sequence[ComparedRun], notes: Sequence[str]) -> bytes
     """Return the page that compares the runs."""
     winner = winner_of(runs)
     varied = varied_settings(runs)
+    rivals = rivals_of(winner, runs) if winner else []
+    if rivals:
+        notes = [*notes, f"{len(rivals)} other runs lie within its interval: {', '.join(run.name for run in rivals)}"]
     equal = {name: setting_text(value) for name, value in (runs[0].settings if runs else {}).items()}
     return render(
         "comparison.html.j2",

@@ -174,7 +174,9 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     url, num_epochs = config.url, config.train.epochs
     control = create_control(url)
     by_name = {trial.name: trial for trial in trials}
-    halving = Halving(by_name, num_epochs=num_epochs, min_epochs=config.first_stage, keep_one_in=config.keep_one_in)
+    halving = Halving(
+        by_name, control, num_epochs=num_epochs, min_epochs=config.first_stage, keep_one_in=config.keep_one_in
+    )
     progress = SweepProgress(by_name, control, num_epochs)
     for trial in trials:
         if trial not in todo:

@@ -18,6 +18,7 @@ import numpy as np
 import ray
 import torch
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
@@ -167,7 +168,9 @@ class Halving(ASHAScheduler):
     knows what earlier starts of the sweep have found, and writes down why it stops a trial.
     """
 
-    def __init__(self, trials: Mapping[str, Trial], *, num_epochs: int, min_epochs: int, keep_one_in: int) -> None:
+    def __init__(
+        self, trials: Mapping[str, Trial], sweep: Any, *, num_epochs: int, min_epochs: int, keep_one_in: int
+    ) -> None:
         super().__init__(
             time_attr="epoch",
             metric="value",
@@ -178,6 +181,7 @@ class Halving(ASHAScheduler):
             stop_last_trials=False,
         )
         self._trials = trials
+        self._sweep = sweep
         self._num_epochs = num_epochs
         self._keep_one_in = keep_one_in
 
@@ -195,18 +199,24 @@ class Halving(ASHAScheduler):
             return str(self.CONTINUE)
         decision: str = super().on_trial_result(tune_controller, trial, result)
         if decision == self.STOP:
-            run_url = self._trials[trial.config["trial"]].config.run_url
-            reason = f"not among the best of {self._keep_one_in} after epoch {result['epoch']}: {result['value']:.4f}"
+            name = trial.config["trial"]
+            run_url = self._trials[name].config.run_url
+            reason = (
+                f"{result['value']:.4f} after epoch {result['epoch']} was not in the best 1/{self._keep_one_in} "
+                "of what trials had there so far"
+            )
             write_outcome(run_url, "stopped", reason)
+            self._sweep.tell.remote(line=f"{name} stopped early: {reason}")
             with suppress(ValueError):  # the worker may just have left
                 connect_control(run_url).request_stop.remote()
         return decision
 
 
-class SweepProgress(tune.Callback):
-    """Counts the epochs of all trials, and writes down which of them Tune has given up."""
+class SweepProgress(TrialProgressCallback):
+    """Counts the epochs of all trials, and writes down which of them Tune has given up; Tune's own would print."""
 
     def __init__(self, trials: Mapping[str, Trial], sweep: Any, num_epochs: int) -> None:
+        super().__init__()
         self._trials = trials
         self._sweep = sweep
         self._done = dict.fromkeys(trials, 0)
