@@ -103,8 +103,8 @@ def pareto_front(gain_R: NDArray, thrift_R: NDArray) -> NDArray[np.intp]:
 
 
 def common_epoch(runs: Sequence[ComparedRun]) -> int:
-    """Return the last epoch that every run with a history has reached, 0 where there is none."""
-    return min((int(run.rows[-1]["epoch"]) for run in runs if run.rows), default=0)
+    """Return the last epoch that every run with a history has reached, failed ones left out; 0 where there is none."""
+    return min((int(run.rows[-1]["epoch"]) for run in runs if run.rows and run.state != "failed"), default=0)
 
 
 def rivals_of(winner: ComparedRun, runs: Sequence[ComparedRun]) -> list[ComparedRun]:
@@ -123,6 +123,7 @@ def setting_effects(runs: Sequence[ComparedRun]) -> list[Effect]:
     that only some combinations are made of, and trials that were stopped early, do not tilt them.
     """
     epoch = common_epoch(runs)
+    runs = [run for run in runs if run.state != "failed"]
     accuracies = [_at(run, epoch).get("accuracy") for run in runs]
     measured = [run for run, accuracy in zip(runs, accuracies, strict=True) if accuracy is not None]
     accuracy_R = np.array([accuracy for accuracy in accuracies if accuracy is not None])
@@ -180,7 +181,7 @@ def page(title: str, runs: Sequence[ComparedRun], notes: Sequence[str]) -> bytes
     varied = varied_settings(runs)
     rivals = rivals_of(winner, runs) if winner else []
     if rivals:
-        notes = [*notes, f"{len(rivals)} other runs lie within its interval: {', '.join(run.name for run in rivals)}"]
+        notes = [*notes, f"within its interval lie also {', '.join(run.name for run in rivals)}"]
     equal = {name: setting_text(value) for name, value in (runs[0].settings if runs else {}).items()}
     return render(
         "comparison.html.j2",
@@ -205,7 +206,7 @@ def _figures(run: ComparedRun) -> str:
 
 def _runs_table(runs: Sequence[ComparedRun], varied: Sequence[str], winner: ComparedRun | None) -> Table:
     header = ["run", "state", *(name.replace("_", " ") for name in varied), "epochs", "best epoch"]
-    header += ["accuracy, 95 %", "AUC", "loss, random", "images/s", "parameters", "minutes", ""]
+    header += ["accuracy, 95 %", "AUC", "loss, random", "images/s", "parameters", "minutes", "why it ended"]
     rows = []
     for run in sorted(runs, key=lambda run: (run.value is None, -(run.value or 0.0))):
         best = run.best or {}
@@ -256,7 +257,8 @@ def _effects_tables(runs: Sequence[ComparedRun]) -> list[Table]:
 
 def _plots(runs: Sequence[ComparedRun], winner: ComparedRun | None) -> list[Plot]:
     made = []
-    measured = [run for run in runs if run.best and run.best.get("accuracy") is not None]
+    measured = [run for run in runs if run.best and run.best.get("accuracy") is not None and run.state != "failed"]
+    tags = _tags([run.name for run in runs])
     for title, label, value_of, sign in (
         ("Accuracy against speed", "Images a second while training", lambda run: run.images_per_s, 1),
         ("Accuracy against size", "Parameters", lambda run: run.num_parameters, -1),
@@ -264,7 +266,7 @@ def _plots(runs: Sequence[ComparedRun], winner: ComparedRun | None) -> list[Plot
         shown = [run for run in measured if value_of(run)]
         if not shown:
             continue
-        points = [_point(run, float(value_of(run)), run is winner) for run in shown]
+        points = [_point(run, tags[run.name], float(value_of(run)), run is winner) for run in shown]
         front = pareto_front(np.array([point.y for point in points]), np.array([sign * point.x for point in points]))
         made.append(Plot(name=title, content=plots.front_plot(title, label, points, front.tolist())))
     for title, label, key in (
@@ -293,7 +295,15 @@ def _plots(runs: Sequence[ComparedRun], winner: ComparedRun | None) -> list[Plot
     return made
 
 
-def _point(run: ComparedRun, x: float, is_winner: bool) -> Point:
+def _tags(names: Sequence[str]) -> dict[str, str]:
+    """Return short names for a figure: the numbers that the trials of a sweep begin with, where each has its own."""
+    numbers = [name.partition("-")[0] for name in names]
+    if all(number.isdecimal() for number in numbers) and len(set(numbers)) == len(names):
+        return dict(zip(names, numbers, strict=True))
+    return dict(zip(names, names, strict=True))
+
+
+def _point(run: ComparedRun, tag: str, x: float, is_winner: bool) -> Point:
     best = run.best or {}
     error = 100 * INTERVAL_ERRORS * float(best.get("accuracy_std") or 0.0)
-    return Point(x=x, y=100 * float(best["accuracy"]), y_error=error, name=run.name, is_marked=is_winner)
+    return Point(x=x, y=100 * float(best["accuracy"]), y_error=error, name=tag, is_marked=is_winner)

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
@@ -117,7 +117,10 @@ def front_plot(title: str, x_label: str, points: Sequence[Point], front: Sequenc
         if len(points) <= MAX_NAMES or is_on_front:
             axes.annotate(_short(point.name), (point.x, point.y), xytext=(7, 4), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
-    axes.margins(x=0.25)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15)
     axes.legend(loc="lower left", fontsize="small")
     return _png(figure)
 

@@ -28,7 +28,7 @@ from lib.training.control import create_control
 from lib.training.face_cache import read_identities
 from lib.training.job import cpus_each, watch
 from lib.training.settings import TrainConfig
-from lib.training.sweep_settings import SweepConfig, Trial, plan_trials
+from lib.training.sweep_settings import SWEPT, SweepConfig, Trial, plan_trials
 from lib.training.trial import Halving, SweepProgress, Waiting, run_trial
 from lib.training.triplets import PhotoIndex
 from lib.training.winner import RESULTS_NAME, SWEEP_NAME
@@ -86,12 +86,14 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
 
 def _plan(config: SweepConfig, success: dict[str, Any]) -> dict[str, Any]:
     """Return every setting that decides the result, with what is swept under the names of its flags."""
-    words = ("backbones", "heads", "normalizations", "lrs", "margins", "policies", "candidate_counts")
+    single = {name: value for name, value in config.train.content(success).items() if name not in SWEPT}
     return {
         "job": "sweep",
-        **config.train.content(success),
-        **{name: list(getattr(config, name)) for name in words},
-        **{name: getattr(config, name) for name in ("max_trials", "min_epochs", "keep_one_in")},
+        **single,
+        **{SWEPT[name][0]: values for name, values in config.swept().items()},
+        "max_trials": config.max_trials,
+        "min_epochs": config.first_stage,
+        "keep_one_in": config.keep_one_in,
         "init": config.train.initial_weights(),
     }
 

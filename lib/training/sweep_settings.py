@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
@@ -13,7 +13,7 @@ import tyro
 from lib import storage
 from lib.config import absolute_url
 from lib.errors import UserError
-from lib.training.settings import TrainConfig
+from lib.training.settings import NegativePolicy, TrainConfig
 
 ORIGINAL_LIMIT = 25_000
 """Photos of the original project's experiments."""
@@ -21,11 +21,36 @@ ORIGINAL_LIMIT = 25_000
 Words = tuple[str, ...]
 
 
+def _yes_or_no(word: str) -> bool:
+    if word not in ("yes", "no"):
+        raise ValueError(word)
+    return word == "yes"
+
+
+def _policy(word: str) -> str:
+    allowed = get_args(NegativePolicy)
+    if word not in allowed:
+        raise UserError(f"--policies has {word!r}: allowed are {', '.join(allowed)}")
+    return word
+
+
+SWEPT: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "backbone": ("backbones", str),
+    "head": ("heads", str),
+    "normalize": ("normalizations", _yes_or_no),
+    "lr": ("lrs", float),
+    "margin": ("margins", float),
+    "negatives": ("policies", _policy),
+    "candidates": ("candidate-counts", int),
+}
+"""The settings of a trial, each with the flag that gives its values, and how a word of the flag is read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """Train every combination of these settings, stop the hopeless early, and compare: several values by commas.
 
-    All other flags are those of jobs/train.py and hold for every trial.
+    The sweep lies in sweeps/NAME/ below --data. All other flags are those of jobs/train.py and hold for every trial.
     """
 
     backbones: Words = ()
@@ -94,15 +119,8 @@ class SweepConfig:
         """
         base, standard = self.train, TrainConfig()
         swept: dict[str, list[Any]] = {}
-        for flag, name, words, read in (
-            ("backbones", "backbone", self.backbones, str),
-            ("heads", "head", self.heads, str),
-            ("normalizations", "normalize", self.normalizations, _yes_or_no),
-            ("lrs", "lr", self.lrs, float),
-            ("margins", "margin", self.margins, float),
-            ("policies", "negatives", self.policies, str),
-            ("candidate-counts", "candidates", self.candidate_counts, int),
-        ):
+        for name, (flag, read) in SWEPT.items():
+            words: Words = getattr(self, flag.replace("-", "_"))
             given = words if flag == "heads" else [part for word in words for part in word.split(",")]
             if given and getattr(base, name) != getattr(standard, name):
                 raise UserError(f"--{flag} and --{name} are both given: name all values by --{flag}")
@@ -116,12 +134,6 @@ class SweepConfig:
         if len(swept["candidates"]) > 1 and base.batch != "triplets":
             raise UserError("--candidate-counts are of --batch triplets alone: add that, or leave them out")
         return swept
-
-
-def _yes_or_no(word: str) -> bool:
-    if word not in ("yes", "no"):
-        raise ValueError(word)
-    return word == "yes"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """The page that compares runs: what it computes, and what a browser shows of it."""
 
+import dataclasses
 import itertools
 import os
 import re
@@ -104,9 +105,10 @@ def test_the_front_is_what_brute_force_says() -> None:
 
 
 def test_effects_are_measured_at_the_epoch_that_all_have_reached(runs: list[ComparedRun]) -> None:
-    assert common_epoch(runs) == 2
+    assert common_epoch(runs) == common_epoch([*runs, made_run("failed", [0.5], state="failed")]) == 2
     assert varied_settings(runs) == ["backbone", "lr", "margin"]
-    effects = {(effect.setting, effect.value): effect for effect in setting_effects(runs)}
+    whole = [dataclasses.replace(run, state="finished") for run in runs]
+    effects = {(effect.setting, effect.value): effect for effect in setting_effects(whole)}
     slow = [run.rows[1]["accuracy"] for run in runs if run.settings["lr"] == 1e-3]
     fast = [run.rows[1]["accuracy"] for run in runs if run.settings["lr"] == 3e-4]
     assert effects["lr", "0.001"].accuracy == pytest.approx(np.mean(slow))
