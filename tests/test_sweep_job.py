@@ -22,7 +22,7 @@ from tests.training.learnable_faces import write_faces
 pytestmark = pytest.mark.timeout(400)
 
 STOPPED = 75
-EPOCHS = 6
+EPOCHS = 4
 
 GOOD, FAILING, BETTER, HOPELESS = (
     "001-lr0.001",
@@ -34,7 +34,7 @@ TINY = ["--backbone", "test_convnext", "--init", "none", "--embedding-dim", "16"
 SWEEP = [
     *("--name", "rates é", "--lrs", "1e-3,1e30", "2e-3,1e-9", "--no-normalize", "--warmup-share", "0", *TINY),
     *("--epochs", str(EPOCHS), "--triplets-per-epoch", "480", "--checkpoint-minutes", "0.003", "--at-once", "2"),
-    *("--min-epochs", "2", "--keep-one-in", "2"),
+    *("--min-epochs", "2", "--keep-one-in", "2", "--best-by", "loss"),
 ]
 
 
@@ -74,39 +74,38 @@ def swept(head: RayHead, data: Path) -> Swept:
     folder = data / "sweeps" / "rates é"
     runs = folder / "runs"
 
-    def states() -> dict[str, tuple[str, int]]:
-        """Return state and number of epochs of each trial that has begun."""
-        found = {}
-        for path in sorted(runs.glob("*/config.json")):
-            run = read_run(str(path.parent))
-            found[path.parent.name] = (run.state, len(run.rows))
-        return found
-
-    def half_done() -> list[str]:
-        return [name for name, (state, epochs) in states().items() if state == "unfinished" and epochs]
-
-    def finished() -> list[str]:
-        return [name for name, (state, _) in states().items() if state == "finished"]
+    def trained(*, to_the_end: bool) -> list[str]:
+        """Return the trials that have an epoch, no outcome, and are finished or not."""
+        names = [path.parent.name for path in runs.glob("*/history.parquet")]
+        progress = {name: checkpoints.newest_progress(str(runs / name)) for name in names}
+        return [
+            name
+            for name, of_it in sorted(progress.items())
+            if of_it and of_it.finished == to_the_end and not (runs / name / "outcome.json").exists()
+        ]
 
     def start() -> subprocess.Popen[str]:
         return start_job("sweep.py", *flags(data), extra=head.environment)
 
     with start() as job:
         try:
-            wait_until(lambda: bool(half_done()), job)
+            wait_until(lambda: bool(trained(to_the_end=False)), job, 240)
             os.kill(job.pid, signal.SIGTERM)
             stopped = finish(job, 120)
         finally:
             kill_session(job.pid)
     with start() as job:
         try:
-            wait_until(lambda: bool(finished() and half_done()), job)
+            wait_until(lambda: bool(trained(to_the_end=True) and trained(to_the_end=False)), job, 240)
         finally:
             kill_session(job.pid)
     finished_before = {
-        path: path.stat().st_mtime_ns for name in finished() for path in (runs / name).rglob("*") if path.is_file()
+        path: path.stat().st_mtime_ns
+        for name in trained(to_the_end=True)
+        for path in (runs / name).rglob("*")
+        if path.is_file()
     }
-    interrupted = half_done()
+    interrupted = trained(to_the_end=False)
     compared = run_job("compare.py", "--data", str(data), "--output", str(data / "between"), "rates é")
     assert compared.status == 0, compared.errors
     done = run_job("sweep.py", *flags(data), extra=head.environment)
@@ -142,7 +141,7 @@ def test_each_trial_is_a_run_and_what_became_of_it_is_told(swept: Swept) -> None
     assert result["winner"] in (GOOD, BETTER)
     winner = read_run(result["winner_url"])
     assert winner.state == "finished"
-    assert winner.value == result["accuracy"]
+    assert winner.value == -result["val_loss_random"] == max(-row["val_loss_random"] for row in winner.rows)
     assert (swept.folder / "runs" / result["winner"] / "model" / "model.safetensors").exists()
     failed = read_run(str(swept.folder / "runs" / FAILING))
     assert failed.state == "failed"

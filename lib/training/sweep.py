@@ -170,7 +170,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     os.environ.update(TUNE_SETTINGS)
     from ray import tune
 
-    at_once, resources = trial_resources(config, len(todo))
+    at_once, resources, fits_more = trial_resources(config, len(todo))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     url, num_epochs = config.url, config.train.epochs
@@ -196,7 +196,8 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
                 search_alg=Waiting([trial.name for trial in todo], control),
                 scheduler=halving,
                 num_samples=len(todo),
-                max_concurrent_trials=at_once,
+                # Where resources alone are the limit, more trials wait for those that end, and take their processes.
+                max_concurrent_trials=at_once if fits_more else None,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -214,8 +215,8 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
         raise JobStopped(f"asked by a signal; all is saved in {url}, and the same command goes on from there")
 
 
-def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str, float]]:
-    """Return how many trials run side by side on the connected cluster, and what each of them holds.
+def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str, float], bool]:
+    """Return how many trials run side by side on the connected cluster, what each holds, and whether more would fit.
 
     Raises:
         UserError: the cluster has no GPU, or fewer CPUs than trials.
@@ -238,4 +239,8 @@ def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str
         raise UserError(
             f"--at-once {at_once} needs {at_once} CPUs, and this cluster has {sum(cpus)}: ask for fewer, or add nodes"
         )
-    return at_once, {"CPU": cpus_each(cpus, at_once), **gpus}
+    each = cpus_each(cpus, at_once)
+    room = sum(count // each for count in cpus)
+    if gpus:
+        room = min(room, num_gpus * round(1 / gpus["GPU"]))
+    return at_once, {"CPU": each, **gpus}, room > at_once
