@@ -78,9 +78,10 @@ def winner_of(runs: Sequence[ComparedRun]) -> ComparedRun | None:
 
 
 def varied_settings(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return the settings in which the runs differ."""
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    return [name for name in names if len({setting_text(run.settings.get(name)) for run in runs}) > 1]
+    """Return the settings in which the runs differ, those that have not begun left out."""
+    begun = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in begun for name in settings)
+    return [name for name in names if len({setting_text(settings.get(name)) for settings in begun}) > 1]
 
 
 def setting_text(value: Any) -> str:
@@ -182,7 +183,8 @@ def page(title: str, runs: Sequence[ComparedRun], notes: Sequence[str]) -> bytes
     rivals = rivals_of(winner, runs) if winner else []
     if rivals:
         notes = [*notes, f"within its interval lie also {', '.join(run.name for run in rivals)}"]
-    equal = {name: setting_text(value) for name, value in (runs[0].settings if runs else {}).items()}
+    first = next((run.settings for run in runs if run.settings), {})
+    equal = {name: setting_text(value) for name, value in first.items()}
     return render(
         "comparison.html.j2",
         title=title,

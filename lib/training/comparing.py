@@ -105,7 +105,8 @@ def read_run(url: str) -> ComparedRun:
     """Return what a run's folder says; a run that has not begun has no settings and no rows."""
     config_url = storage.join(url, CONFIG_NAME)
     settings = storage.read_json(config_url) if storage.exists(config_url) else {}
-    settings["fingerprint"] = settings.get("fingerprint", {}).get("id")
+    if settings:
+        settings["fingerprint"] = settings["fingerprint"].get("id")
     rows = read_rows(url)
     outcome = read_outcome(url)
     progress = checkpoints.newest_progress(url)

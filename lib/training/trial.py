@@ -200,15 +200,13 @@ class Halving(ASHAScheduler):
         decision: str = super().on_trial_result(tune_controller, trial, result)
         if decision == self.STOP:
             name = trial.config["trial"]
-            run_url = self._trials[name].config.run_url
-            reason = (
-                f"{result['value']:.4f} after epoch {result['epoch']} was not in the best 1/{self._keep_one_in} "
-                "of what trials had there so far"
-            )
-            write_outcome(run_url, "stopped", reason)
+            config = self._trials[name].config
+            figure = f"{config.best_by} {abs(result['value']):.4f} after epoch {result['epoch']}"
+            reason = f"{figure} was not in the best 1/{self._keep_one_in} of what trials had there so far"
+            write_outcome(config.run_url, "stopped", reason)
             self._sweep.tell.remote(line=f"{name} stopped early: {reason}")
             with suppress(ValueError):  # the worker may just have left
-                connect_control(run_url).request_stop.remote()
+                connect_control(config.run_url).request_stop.remote()
         return decision
 
 

@@ -106,7 +106,7 @@ def test_the_front_is_what_brute_force_says() -> None:
 
 def test_effects_are_measured_at_the_epoch_that_all_have_reached(runs: list[ComparedRun]) -> None:
     assert common_epoch(runs) == common_epoch([*runs, made_run("failed", [0.5], state="failed")]) == 2
-    assert varied_settings(runs) == ["backbone", "lr", "margin"]
+    assert varied_settings([*runs, made_run("not begun", [])]) == ["backbone", "lr", "margin"]
     whole = [dataclasses.replace(run, state="finished") for run in runs]
     effects = {(effect.setting, effect.value): effect for effect in setting_effects(whole)}
     slow = [run.rows[1]["accuracy"] for run in runs if run.settings["lr"] == 1e-3]
