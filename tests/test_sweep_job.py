@@ -1,8 +1,8 @@
 """`jobs/sweep.py` and `jobs/compare.py` as users run them: interrupted, with a trial that fails, and what it leaves."""
 
 import csv
-import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,9 +12,14 @@ from typing import Any
 import openpyxl
 import pyarrow.parquet as pq
 import pytest
+import tyro
 
+from lib.errors import UserError
 from lib.training import checkpoints
 from lib.training.comparing import read_run
+from lib.training.sweep import sweep
+from lib.training.sweep_settings import SweepConfig
+from lib.training.winner import winner_settings
 from tests.job_runner import Finished, RayHead, finish, kill_session, ray_head, run_job, start_job, wait_until
 from tests.training.learnable_faces import write_faces
 
@@ -188,24 +193,27 @@ def test_the_page_shows_the_winner_and_why_others_ended(swept: Swept) -> None:
 
 
 def test_training_takes_the_winners_settings_unless_told_otherwise(swept: Swept, data: Path) -> None:
-    sweep_flags = ["--data", str(data), "--name", "final", "--from-sweep", str(swept.folder), "--dry-run"]
     won = swept.done.result["winner_settings"]["lr"]
-    settings = run_job("train.py", *sweep_flags).result["settings"]
+    told = ["--data", str(data), "--from-sweep", str(swept.folder), "--embedding-dim", "8", "--dry-run"]
+    settings = run_job("train.py", *told).result["settings"]
     assert (settings["lr"], settings["backbone"], settings["normalize"]) == (won, "test_convnext", False)
     assert (settings["epochs"], settings["triplets_per_epoch"], settings["photos_limit"]) == (30, 0, 0)
-    told = run_job("train.py", *sweep_flags, "--lr", "3e-4", "--epochs", "4").result["settings"]
-    assert (told["lr"], told["backbone"], told["epochs"]) == (3e-4, "test_convnext", 4)
-    assert json.loads((swept.folder / "results.json").read_text())["init"] == "none"
-    refused = run_job("train.py", "--data", str(data), "--from-sweep", str(data / "runs"))
-    assert refused.status == 2
-    assert "holds no sweep" in refused.last_error
+    assert settings["embedding_dim"] == 8
+    assert winner_settings(str(swept.folder))["init"] == "none"
+
+
+def test_no_winner_is_taken_from_what_is_no_sweep_or_not_finished(swept: Swept, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no sweep"):
+        winner_settings(str(data / "runs"))
+    (tmp_path / "sweep.json").write_bytes((swept.folder / "sweep.json").read_bytes())
+    with pytest.raises(UserError, match="is not finished and has no winner yet"):
+        winner_settings(str(tmp_path))
 
 
 def test_a_sweep_of_other_settings_is_refused_naming_them(swept: Swept, data: Path) -> None:
-    refused = run_job("sweep.py", *flags(data, "--margin", "0.4"))
-    assert refused.status == 2
-    assert "margins: [0.2] there, [0.4] now" in refused.last_error
-    assert "Traceback" not in refused.errors
+    config = tyro.cli(SweepConfig, args=flags(data, "--margin", "0.4"))
+    with pytest.raises(UserError, match=re.escape("margins: [0.2] there, [0.4] now")):
+        sweep(config)
 
 
 def test_unknown_backbones_are_all_named_before_anything_starts(data: Path) -> None:
