@@ -17,6 +17,8 @@ import tyro
 from lib.errors import UserError
 from lib.training import checkpoints
 from lib.training.comparing import read_run
+from lib.training.job import train
+from lib.training.settings import TrainConfig
 from lib.training.sweep import sweep
 from lib.training.sweep_settings import SweepConfig
 from lib.training.winner import winner_settings
@@ -148,6 +150,16 @@ def test_each_trial_is_a_run_and_what_became_of_it_is_told(swept: Swept) -> None
     assert failed.state == "failed"
     assert "the loss is not finite at step" in failed.reason
     assert f"{FAILING} failed: the loss is not finite" in swept.done.errors
+
+
+def test_a_trial_is_the_run_that_the_training_job_makes_of_its_settings(swept: Swept, data: Path) -> None:
+    settings = SWEEP[SWEEP.index("--no-normalize") : SWEEP.index("--checkpoint-minutes")]
+    place = ["--data", str(swept.folder), "--faces", str(data / "faces"), "--name", swept.done.result["winner"]]
+    rate = str(swept.done.result["winner_settings"]["lr"])
+    config = tyro.cli(
+        TrainConfig, args=[*place, *settings, "--best-by", "loss", "--photos-limit", "25000", "--lr", rate]
+    )
+    assert train(config)["accuracy"] == swept.done.result["accuracy"]  # finished: nothing was trained
 
 
 def test_the_hopeless_trial_is_stopped_early_and_could_go_on(swept: Swept) -> None:

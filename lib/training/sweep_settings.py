@@ -74,7 +74,7 @@ class SweepConfig:
     min_epochs: int = 0
     """No trial is stopped before so many epochs; 0 takes an eighth of --epochs, and --epochs never stops one."""
     keep_one_in: int = 3
-    """At each stage, 3 times as long as the one before, the best of so many trials go on."""
+    """Of the trials that reach the end of a stage the best one in so many goes on, to a stage so many times as long."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(epochs=10, photos_limit=ORIGINAL_LIMIT)
     )
@@ -150,7 +150,7 @@ def plan_trials(config: SweepConfig) -> list[Trial]:
     """Return the trials, always the same ones in the same order for the same flags.
 
     Raises:
-        UserError: settings that cannot be, or backbones that cannot be built, all of them named.
+        UserError: settings that cannot be.
     """
     swept = config.swept()
     combinations = []

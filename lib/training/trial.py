@@ -89,8 +89,8 @@ def _run_here(
 
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
-    num_given = _give_tune(config, 0)  # of an earlier start
     try:
+        num_given = _give_tune(config, 0)  # of an earlier start
         while True:
             worker.join(WATCH_EVERY_S)
             is_alive = worker.is_alive()
