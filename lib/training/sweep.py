@@ -38,7 +38,11 @@ logger = logging.getLogger(__name__)
 CPUS_EACH = 4
 """Of a trial on CPUs, where nothing else is asked for."""
 
-TUNE_SETTINGS = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
 """The runs write their own histories, and the job shows its own progress."""
 
 

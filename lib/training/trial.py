@@ -231,6 +231,10 @@ class SweepProgress(TrialProgressCallback):
         self._done[name] = max(self._done[name], int(result.get("epoch", 0)))
         self._sweep.count.remote(sum(self._done.values()), sum(self._to_do.values()))
 
+    def on_trial_recover(self, *, trial: Any, **_: Any) -> None:
+        """Tell of a process that died."""
+        self._sweep.tell.remote(line=f"{trial.config['trial']}: its process died; another one goes on")
+
     def on_trial_complete(self, *, trial: Any, **_: Any) -> None:
         """Leave out the epochs that a trial does not have."""
         self.end(trial.config["trial"], self._done[trial.config["trial"]])
