@@ -84,16 +84,17 @@ def main() -> None:
         data = drawn(folder / "data", options.identities, options.photos_per_identity)
         run_job("preprocess.py", "--data", str(data))
         flags += ["--cache-dir", str(folder / "cache")]
-        for number in range(options.rounds):
-            seconds["side_by_side"].append(side_by_side(data, rates, f"sweep {number}", flags, options.at_once))
-            seconds["one_after_the_other"].append(one_after_the_other(data, rates, f"single {number}", flags))
-            print({name: [round(value, 1) for value in values] for name, values in seconds.items()}, file=sys.stderr)
         for number in range(3 * options.rounds):
             for kind in cache:
                 folders = [
                     folder / f"{kind} {number} {'' if kind == 'shared' else place}" for place in range(options.at_once)
                 ]
                 cache[kind].append(readers(data / "faces", folders, passes=3))
+        print(cache, file=sys.stderr)
+        for number in range(options.rounds):
+            seconds["side_by_side"].append(side_by_side(data, rates, f"sweep {number}", flags, options.at_once))
+            seconds["one_after_the_other"].append(one_after_the_other(data, rates, f"single {number}", flags))
+            print({name: [round(value, 1) for value in values] for name, values in seconds.items()}, file=sys.stderr)
     ratios = [one / side for side, one in zip(*seconds.values(), strict=True)]
     result = {
         **{f"{name}_trials_per_h": round(3600 * len(rates) / statistics.median(v)) for name, v in seconds.items()},
