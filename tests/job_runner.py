@@ -1,7 +1,9 @@
 """Runs the jobs as users do: a process of its own, its exit status, its last line, its errors, and Ray clusters."""
 
+import io
 import json
 import os
+import runpy
 import secrets
 import signal
 import socket
@@ -10,10 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -89,6 +92,22 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> Finished:
 def run_job(script: str, *arguments: str, extra: Mapping[str, str] | None = None, timeout_s: float = 240) -> Finished:
     """Run a job to its end."""
     return finish(start_job(script, *arguments, extra=extra), timeout_s)
+
+
+def run_here(script: str, *arguments: str, extra: Mapping[str, str] | None = None) -> Finished:
+    """Run a job that ends before it needs Ray in this process: its file and its exit, without starting Python anew."""
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.dict(os.environ, environment(extra), clear=True),
+        mock.patch.object(sys, "argv", [script, *arguments]),
+        redirect_stdout(output),
+        redirect_stderr(errors),
+    ):
+        try:
+            runpy.run_path(str(ROOT / "jobs" / script), run_name="__main__")
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return Finished(status, output.getvalue(), errors.getvalue())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tests.job_runner import (
     kill_session,
     mounted,
     ray_head,
+    run_here,
     run_job,
     session_processes,
     start_job,
@@ -104,7 +105,7 @@ def test_after_kill_9_the_same_command_does_what_is_missing(
             kill_session(job.pid)
         job.wait()
         assert not (faces / "_SUCCESS").exists()
-        refused = run_job("preprocess.py", *flags(data, faces), "--min-face", "40")
+        refused = run_here("preprocess.py", *flags(data, faces), "--min-face", "40")
         assert refused.status == 2
         assert "min_face: 20 there, 40 now" in refused.last_error
 
@@ -150,7 +151,7 @@ def test_a_kill_between_the_last_steps_costs_no_photo(head: RayHead, sample_data
     for num_written in range(4):
         for name in ["card.json", "README.md", "contact_sheet.jpg", "_SUCCESS"][num_written:]:
             (faces / name).unlink()
-        again = run_job("preprocess.py", *flags(sample_data, faces))
+        again = run_here("preprocess.py", *flags(sample_data, faces))
         assert again.status == 0, again.errors
         assert again.result["photos_processed"] == 0
         assert again.result["aligned"] == first.result["aligned"]
@@ -177,7 +178,7 @@ def test_a_full_disk_is_told_in_one_line_and_a_larger_one_goes_on(
 
 def test_a_read_only_disk_is_refused_before_anything_starts(sample_data: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "read only", "size=1m,ro") as disk:
-        refused = run_job("preprocess.py", *flags(sample_data, disk / "faces"))
+        refused = run_here("preprocess.py", *flags(sample_data, disk / "faces"))
     assert refused.status == 2
     assert "Read-only file system" in refused.last_error
     assert str(tmp_path / "read only") in refused.last_error

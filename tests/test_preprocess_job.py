@@ -17,7 +17,7 @@ from PIL import Image
 
 from lib.faces import table
 from lib.faces.splits import split_of
-from tests.job_runner import ROOT, Finished, environment, run_job
+from tests.job_runner import ROOT, Finished, environment, run_here, run_job
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -137,7 +137,7 @@ def test_card_sheet_and_success_say_the_same(data: Path, first_run: Finished) ->
 
 def test_a_second_run_does_nothing(data: Path, first_run: Finished) -> None:
     before = {p: p.stat().st_mtime_ns for p in (data / "faces").rglob("*")}
-    again = run_job("preprocess.py", "--data", str(data))
+    again = run_here("preprocess.py", "--data", str(data))
     assert again.status == 0
     assert again.result["photos_processed"] == 0
     assert again.result["aligned"] == first_run.result["aligned"]
@@ -146,7 +146,7 @@ def test_a_second_run_does_nothing(data: Path, first_run: Finished) -> None:
 
 def test_other_settings_over_a_table_are_refused_by_name(data: Path, first_run: Finished) -> None:
     assert first_run.status == 0
-    refused = run_job("preprocess.py", "--data", str(data), "--image-size", "112", "--split-seed", "3")
+    refused = run_here("preprocess.py", "--data", str(data), "--image-size", "112", "--split-seed", "3")
     assert refused.status == 2
     assert "image_size: 240 there, 112 now" in refused.last_error
     assert "split_seed: 0 there, 3 now" in refused.last_error
@@ -158,14 +158,14 @@ def test_other_photos_of_the_same_names_are_refused(data: Path, first_run: Finis
     shutil.copytree(data / "photos", tmp_path / "smaller ones")
     picture = cv2.imread(str(tmp_path / "smaller ones" / "flat.jpg"))
     cv2.imwrite(str(tmp_path / "smaller ones" / "flat.jpg"), picture[::2, ::2])
-    others = run_job("preprocess.py", "--data", str(data), "--photos", str(tmp_path / "smaller ones"))
+    others = run_here("preprocess.py", "--data", str(data), "--photos", str(tmp_path / "smaller ones"))
     assert others.status == 2
     assert "photo_bytes: " in others.last_error
 
 
 def test_a_limit_that_decides_what_is_refused_is_part_of_the_plan(data: Path, first_run: Finished) -> None:
     assert first_run.status == 0
-    refused = run_job("preprocess.py", "--data", str(data), "--max-megapixels", "0.1")
+    refused = run_here("preprocess.py", "--data", str(data), "--max-megapixels", "0.1")
     assert refused.status == 2
     assert "max_megapixels: 100.0 there, 0.1 now" in refused.last_error
 
@@ -232,7 +232,7 @@ def test_all_faces_of_photos_without_identities(sample_data: Path, tmp_path: Pat
 
 
 def test_dry_run_writes_nothing(sample_data: Path, tmp_path: Path) -> None:
-    done = run_job("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path / "out"), "--dry-run")
+    done = run_here("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path / "out"), "--dry-run")
     assert done.status == 0
     assert done.result["photos"] > 0
     assert not (tmp_path / "out").exists()
@@ -269,7 +269,7 @@ def test_what_cannot_start_says_so_in_one_line(
     tmp_path: Path, identities: str | None, flags: list[str], said: str
 ) -> None:
     _photo_folder(tmp_path, identities)
-    refused = run_job("preprocess.py", "--data", str(tmp_path), *flags)
+    refused = run_here("preprocess.py", "--data", str(tmp_path), *flags)
     assert refused.status == 2, refused.errors
     assert said in refused.last_error
     assert refused.last_error.startswith("error: ")
@@ -279,7 +279,7 @@ def test_what_cannot_start_says_so_in_one_line(
 
 @pytest.mark.parametrize("flags", [["--no-such-flag", "1"], ["--image-size", "large"]])
 def test_a_flag_that_is_not_understood_is_named(tmp_path: Path, flags: list[str]) -> None:
-    refused = run_job("preprocess.py", "--data", str(tmp_path), *flags)
+    refused = run_here("preprocess.py", "--data", str(tmp_path), *flags)
     assert refused.status == 2
     assert flags[0] in refused.errors
     assert "Traceback" not in refused.errors
@@ -288,7 +288,7 @@ def test_a_flag_that_is_not_understood_is_named(tmp_path: Path, flags: list[str]
 @pytest.mark.parametrize("folder", ["photos", "photos/faces", "photos/../photos/faces/"])
 def test_faces_among_the_photos_are_refused(tmp_path: Path, folder: str) -> None:
     _photo_folder(tmp_path, "a b.jpg 1\n")
-    refused = run_job("preprocess.py", "--data", str(tmp_path), "--faces", str(tmp_path / folder))
+    refused = run_here("preprocess.py", "--data", str(tmp_path), "--faces", str(tmp_path / folder))
     assert refused.status == 2
     assert "lies in --photos" in refused.last_error
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a b.jpg"]
@@ -305,14 +305,14 @@ def test_a_ray_address_where_nobody_answers_is_told_soon(tmp_path: Path, address
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    refused = run_job("preprocess.py", "--data", str(tmp_path))
+    refused = run_here("preprocess.py", "--data", str(tmp_path))
     assert refused.status == 2
     assert "holds no photos" in refused.last_error
 
 
 def test_a_foreign_folder_is_never_overwritten(sample_data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep me")
-    refused = run_job("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path), "--overwrite")
+    refused = run_here("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path), "--overwrite")
     assert refused.status == 2
     assert "mine.txt" in refused.last_error
     assert (tmp_path / "mine.txt").read_text() == "keep me"

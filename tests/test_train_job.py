@@ -15,7 +15,7 @@ from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import made_pairs
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
 from lib.training.face_cache import FaceCache, build_cache
-from tests.job_runner import RayHead, ray_head, run_job
+from tests.job_runner import RayHead, ray_head, run_here, run_job
 from tests.training.learnable_faces import write_faces
 
 pytestmark = pytest.mark.timeout(300)
@@ -108,7 +108,7 @@ def test_every_use_of_a_photo_is_counted(run: dict[str, Any], data: Path) -> Non
 
 def test_a_finished_run_is_left_alone(run: dict[str, Any], head: RayHead, data: Path) -> None:
     arguments = flags(data, "first", "--epochs", "6", "--batch-size", "48", "--triplets-per-epoch", "960")
-    again = run_job("train.py", *arguments)  # without a cluster: there is nothing to do
+    again = run_here("train.py", *arguments)  # without a cluster: there is nothing to do
     assert again.status == 0, again.errors
     assert again.result["accuracy"] == run["accuracy"]
     assert "nothing to do" in again.errors
@@ -116,7 +116,7 @@ def test_a_finished_run_is_left_alone(run: dict[str, Any], head: RayHead, data: 
 
 def test_another_configuration_is_refused_naming_what_differs(run: dict[str, Any], data: Path) -> None:
     arguments = flags(data, "first", "--epochs", "6", "--batch-size", "48", "--triplets-per-epoch", "960")
-    refused = run_job("train.py", *arguments, "--margin", "0.3")
+    refused = run_here("train.py", *arguments, "--margin", "0.3")
     assert refused.status == 2
     assert "margin: 0.2 there, 0.3 now" in refused.last_error
     assert "Traceback" not in refused.errors
@@ -172,7 +172,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(head: RayHead
 
 
 def test_a_dry_run_starts_nothing_and_says_what_it_would_do(data: Path) -> None:
-    done = run_job("train.py", *flags(data, "dry", "--dry-run"))
+    done = run_here("train.py", *flags(data, "dry", "--dry-run"))
     assert done.status == 0, done.errors
     assert done.result["photos"] == 192
     assert not (data / "runs" / "dry").exists()
@@ -205,7 +205,7 @@ def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp
 def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(
     data: Path, arguments: list[str], words: str
 ) -> None:
-    refused = run_job("train.py", *flags(data, "refused"), *arguments)
+    refused = run_here("train.py", *flags(data, "refused"), *arguments)
     assert refused.status == 2, refused.errors
     assert words in refused.last_error
     assert "Traceback" not in refused.errors
@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(
 )
 def test_faces_without_triplets_are_refused(tmp_path: Path, people: dict[str, int], photos: int, words: str) -> None:
     write_faces(tmp_path / "faces", people=people, photos=photos)
-    refused = run_job("train.py", *flags(tmp_path, "few"))
+    refused = run_here("train.py", *flags(tmp_path, "few"))
     assert refused.status == 2
     assert words in refused.last_error
 
@@ -233,7 +233,7 @@ def test_weights_that_do_not_fit_are_named(data: Path, tmp_path: Path) -> None:
     spec = ModelSpec(backbone="test_efficientnet", embedding_dim=16, image_size=40)
     save_model(EmbeddingModel(spec), str(tmp_path / "model"))
     weights = tmp_path / "model" / "model.safetensors"
-    refused = run_job("train.py", *flags(data, "misfit"), "--init", str(weights))
+    refused = run_here("train.py", *flags(data, "misfit"), "--init", str(weights))
     assert refused.status == 2
     assert "does not fit" in refused.last_error
     assert json.loads((tmp_path / "model" / "model.json").read_text())["backbone"] == "test_efficientnet"

@@ -27,7 +27,7 @@ _STRIDES = (8, 16, 32)
 _ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 _VARIANCE_CENTRE, _VARIANCE_SIZE = 0.1, 0.2
 _MEAN_BGR = (104.0, 117.0, 123.0)
-_SIZE_STEP = _STRIDES[-1]
+_FINE_STEP, _COARSE_STEP = 64, 128
 _FINE_FROM = 640
 
 Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -132,8 +132,9 @@ def load_detector(name: str, weights_url: str | None = None, *, use_gpu: bool = 
         network = _torch_network(weights, use_gpu=use_gpu)
     else:
         network = _cuda_network(weights) if use_gpu else _openvino_network(weights)
-    num_anchors = len(_anchors(_SIZE_STEP, _SIZE_STEP))
-    shapes = [output.shape for output in network(np.zeros((1, _SIZE_STEP, _SIZE_STEP, 3), np.uint8))]
+    side = _STRIDES[-1]
+    num_anchors = len(_anchors(side, side))
+    shapes = [output.shape for output in network(np.zeros((1, side, side, 3), np.uint8))]
     if shapes != [(1, num_anchors, 4), (1, num_anchors, 2), (1, num_anchors, 10)]:
         raise UserError(f"--detector-weights {weights_url} is another network than RetinaFace MobileNet-0.25")
     return RetinaFace(network, sha256(weights))
@@ -279,11 +280,12 @@ def _torch_state(weights: bytes) -> dict[str, Any]:
 def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     """Return height and width of the canvas that holds pictures of these shapes.
 
-    A runtime compiles anew for each size, once in a process, for the time of two pictures. Photos that were shrunk to
-    the long side differ along one side alone; smaller ones along both, so theirs are rounded up more coarsely.
+    A runtime compiles anew for each size, once in a process, for the time of two pictures: few sizes cost less than
+    the black around the pictures. Photos that were shrunk to the long side differ along one side alone; smaller ones
+    along both, so theirs are rounded up more coarsely.
     """
     height, width = (max(shape[i] for shape in shapes) for i in (0, 1))
-    step = _SIZE_STEP if max(height, width) >= _FINE_FROM else 2 * _SIZE_STEP
+    step = _FINE_STEP if max(height, width) >= _FINE_FROM else _COARSE_STEP
     return -(-height // step) * step, -(-width // step) * step
 
 

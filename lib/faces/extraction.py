@@ -15,7 +15,7 @@ from lib.faces.alignment import EYES, Alignment, align
 from lib.faces.detection import DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised whenever the same photo with the same settings would give another crop."""
 
 POLICIES = ("prominent", "all")
