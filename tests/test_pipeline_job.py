@@ -11,7 +11,7 @@ from lib.faces.preprocessing import PreprocessConfig
 from lib.recognition.model import load_model
 from lib.training.pipeline import PipelineConfig, pipeline_defaults
 from lib.training.settings import TrainConfig
-from tests.job_runner import kill_session, run_job, start_job, wait_until
+from tests.job_runner import kill_session, run_here, run_job, start_job, wait_until
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -43,7 +43,7 @@ def test_it_goes_on_after_a_kill_and_ends_with_the_figures_of_the_report(
     assert Path(result["report"]).exists()
     assert result["accuracy"] == result["evaluate"]["accuracy"] > 0
     assert load_model(result["model"]).spec.metrics["accuracy"] == result["accuracy"]
-    planned = run_job("pipeline.py", *flags, "--dry-run").result
+    planned = run_here("pipeline.py", *flags, "--dry-run").result
     assert planned["preprocess"]["dry_run"]
     assert planned["evaluate"]["dry_run"]
 
