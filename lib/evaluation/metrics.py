@@ -113,8 +113,8 @@ class KFoldAccuracy:
     """Whether each pair was judged rightly by its fold's threshold."""
 
 
-def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[np.integer]) -> KFoldAccuracy:
-    """Return the accuracy of LFW's protocol (Huang et al. 2007, Labeled Faces in the Wild, section on View 2).
+def check_folds(same_P: BoolArray, fold_P: NDArray[np.integer]) -> None:
+    """Refuse folds that no threshold can be chosen on, which is known before anything is embedded.
 
     Raises:
         UserError: fewer than two folds, a fold with pairs of one kind only.
@@ -128,6 +128,17 @@ def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[n
     if len(one_kind):
         named = ", ".join(map(str, one_kind))
         raise UserError(f"fold {named} holds pairs of one kind only: every fold needs both same and different pairs")
+
+
+def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[np.integer]) -> KFoldAccuracy:
+    """Return the accuracy of LFW's protocol (Huang et al. 2007, Labeled Faces in the Wild, section on View 2).
+
+    Raises:
+        UserError: as `check_folds` does.
+    """
+    check_folds(same_P, fold_P)
+    labels_F, index_P = np.unique(fold_P, return_inverse=True)
+    num_folds = len(labels_F)
     order_P = np.argsort(distances_P)
     sorted_P, same_sorted_P, index_sorted_P = distances_P[order_P], same_P[order_P], index_P[order_P]
     threshold_F = np.empty(num_folds)

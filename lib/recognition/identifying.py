@@ -25,7 +25,7 @@ from lib.faces.extraction import POLICIES
 from lib.faces.images import to_jpeg
 from lib.recognition.crops import read_crops
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
-from lib.recognition.embedding import embed_source, faces_source, model_name, photos_source
+from lib.recognition.embedding import check_source, embed_source, faces_source, model_name, photos_source
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
 from lib.recognition.gallery import Search, nearest
 from lib.recognition.onnx_model import OnnxInput
@@ -94,6 +94,10 @@ class IdentifyConfig:
             raise UserError(f"--top is {self.top}: allowed are 1 to 1000")
         if self.faces_policy not in POLICIES:
             raise UserError(f"--faces-policy is {self.faces_policy!r}: allowed are {', '.join(POLICIES)}")
+        if self.threshold is not None and not 0 <= self.threshold < np.inf:
+            raise UserError(f"--threshold is {self.threshold}: a Euclidean distance, 0 or more")
+        if self.gpus < 0:
+            raise UserError(f"--gpus is {self.gpus}: 0 or more")
 
 
 def identify(config: IdentifyConfig) -> dict[str, Any]:
@@ -118,6 +122,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
     result |= {"gallery_identities": num_people, "threshold": threshold}
     if config.dry_run:
+        check_source(source, embedder, strict=config.strict)
         return {**result, "dry_run": True, "photos": len(source.manifest)}
 
     storage.check_writable(output)
