@@ -98,8 +98,8 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     with (tmp_path / "out é" / "matches.csv").open() as file:
         assert [row["photo"] for row in csv.DictReader(file)] == [row["photo"] for row in rows]
     sheet = cv2.imread(str(tmp_path / "out é" / "matches.jpg"))
-    assert sheet.shape == (14 * 156, 6 * 120, 3)
-    tiles = sheet[: 14 * 156].reshape(14, 156, 6, 120, 3)[:, :116]
+    assert sheet.shape == (18 + 14 * 156, 6 * 120, 3)
+    tiles = sheet[18:].reshape(14, 156, 6, 120, 3)[:, :116]
     assert (tiles.std(axis=(1, 3, 4)) > 10).all()  # a picture in every place
 
 

@@ -157,7 +157,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     notes = _notes(photos, pairs, measured, num_unknown)
     metrics = {
         **{name: measured[0].figures[name] for name in KEPT_FIGURES},
-        "pairs": config.pairs and storage.redacted(config.pairs),
+        "pairs": config.pairs and storage.redacted(absolute_url(config.pairs, "--pairs")),
         "seed": config.seed,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": notes,
