@@ -7,6 +7,7 @@ Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ from lib.errors import UserError
 from lib.faces.alignment import ARCFACE, EYES
 from lib.recognition.model import resized_crops
 from lib.storage import read_bytes
+
+logger = logging.getLogger(__name__)
 
 METADATA_KEY = "conv-facenet"
 """Key in the file's metadata under which a model of this project stands as JSON: see `lib.recognition.exporting`."""
@@ -177,9 +180,14 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
         providers.insert(0, "CUDAExecutionProvider")
     try:
         # Without its own second try, which says on standard output that it tries.
-        return onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
+        session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
+        # Names that are no UTF-8 come to light when they are asked for.
+        ends = [(each.name, each.shape, each.type) for each in (*session.get_inputs(), *session.get_outputs())]
+        about = session.get_modelmeta().custom_metadata_map
     except _REFUSED as error:
         raise UserError(f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}") from error
+    logger.debug("%s: %s, %s", url, ends, about)
+    return session
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
