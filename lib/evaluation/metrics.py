@@ -8,10 +8,11 @@ B probes of one chunk, G gallery photos; `*` stands for any leading dimensions.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
 
 from lib.errors import UserError
 from lib.evaluation.pairs import Pairs
@@ -180,7 +181,7 @@ def roc_curve(distances_P: FloatArray, same_P: BoolArray) -> RocCurve:
     order_P = np.argsort(distances_P)
     sorted_P, same_P = distances_P[order_P], same_P[order_P]
     cut_T = _curve_cuts(sorted_P, same_P)
-    far_T, tar_T = _far_and_tar(np.ones(len(same_P)), same_P, cut_T)
+    far_T, tar_T = _far_and_tar(np.ones(len(same_P)), _runs(same_P, cut_T))
     return RocCurve(
         threshold_T=np.concatenate([[-np.inf], sorted_P[cut_T[1:] - 1]]),
         far_T=far_T,
@@ -204,14 +205,29 @@ def _curve_cuts(sorted_P: FloatArray, same_P: BoolArray) -> NDArray[np.int64]:
     return np.concatenate([[0], run_ends[:-1][~straight_on], run_ends[-1:]])
 
 
-def _far_and_tar(weights_XP: FloatArray, same_P: BoolArray, cut_T: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
-    """Return FAR and TAR, [*, T], at the cuts; pairs and weights [*, P] in rising order of distance."""
+class _Runs(NamedTuple):
+    """Runs of pairs of one kind in rising order of distance, U of them, and the cuts T among their ends."""
+
+    start_U: NDArray[np.int64]
+    same_U: BoolArray
+    cut_T: NDArray[np.int64]
+    """Runs before each corner of the curve: not one for each run, for ties of both kinds cannot be parted."""
+
+
+def _runs(same_P: BoolArray, cut_T: NDArray[np.int64]) -> _Runs:
+    start_U = np.union1d(cut_T[:-1], np.flatnonzero(same_P[1:] != same_P[:-1]) + 1)
+    return _Runs(start_U, same_P[start_U], np.searchsorted(start_U, cut_T))
+
+
+def _far_and_tar(weights_XP: FloatArray, runs: _Runs) -> tuple[FloatArray, FloatArray]:
+    """Return FAR and TAR, [*, T], at the cuts; weights [*, P] in rising order of distance."""
+    sum_XU = np.add.reduceat(weights_XP, runs.start_U, axis=-1)
     rates = []
-    for kind_P in (~same_P, same_P):
-        called_same_XT = np.zeros((*weights_XP.shape[:-1], len(cut_T)))
-        np.cumsum(np.add.reduceat(weights_XP * kind_P, cut_T[:-1], axis=-1), axis=-1, out=called_same_XT[..., 1:])
+    for kind_U in (~runs.same_U, runs.same_U):
+        called_same_XU = np.zeros((*weights_XP.shape[:-1], len(kind_U) + 1))
+        np.cumsum(sum_XU * kind_U, axis=-1, out=called_same_XU[..., 1:])
         with np.errstate(invalid="ignore"):  # a resample without one kind: NaN, left out of the interval
-            rates.append(called_same_XT / called_same_XT[..., -1:])
+            rates.append(called_same_XU[..., runs.cut_T] / called_same_XU[..., -1:])
     return rates[0], rates[1]
 
 
@@ -264,23 +280,32 @@ def bootstrap_intervals(
     right_P = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P).right_P
     order_P = np.argsort(distances_P)
     same_P = pairs.same_P[order_P]
-    cut_T = _curve_cuts(distances_P[order_P], same_P)
+    runs = _runs(same_P, _curve_cuts(distances_P[order_P], same_P))
     codes_N = np.unique(np.asarray(identity_N), return_inverse=True)[1]
     num_people, person_2P = _renumbered(codes_N[np.stack([pairs.a_P[order_P], pairs.b_P[order_P]])])
+    # A pair of one person takes its second factor from a column of ones.
+    person_2P[1] = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])
     # Each fold counts alike, as in the mean over folds.
     _, index_P, size_F = np.unique(pairs.fold_P[order_P], return_inverse=True, return_counts=True)
     share_P = 1 / size_F[index_P]
-    right_share_P = share_P * right_P[order_P]
+    share_2P = np.stack([share_P * right_P[order_P], share_P])
     fars = supported_fars(int(np.count_nonzero(~same_P)))
 
     rng = np.random.default_rng(seed)
     step = max(1, CHUNK_ELEMENTS // 4 // len(order_P))
+    # Used again for each chunk: fresh memory of this size costs more than what is done with it.
+    buffer_2RP = np.empty((2, min(step, num_resamples), len(order_P)))
     figures: dict[str, list[FloatArray]] = {}
-    for start in range(0, num_resamples, step):
-        weights_RP = _resampled_weights(rng, min(step, num_resamples - start), num_people, person_2P)
-        far_RT, tar_RT = _far_and_tar(weights_RP, same_P, cut_T)
+    # Shown only where it takes long, as with a million pairs.
+    for start in tqdm(
+        range(0, num_resamples, step), desc="intervals", unit="step", delay=2, mininterval=2, leave=False
+    ):
+        out_2RP = buffer_2RP[:, : num_resamples - start]
+        weights_RP = _resampled_weights(rng, num_people, person_2P, out_2RP)
+        far_RT, tar_RT = _far_and_tar(weights_RP, runs)
+        right_R, all_R = np.inner(share_2P, weights_RP)
         with np.errstate(invalid="ignore"):  # a resample without any of the pairs: NaN
-            accuracy_R = (weights_RP @ right_share_P) / (weights_RP @ share_P)
+            accuracy_R = right_R / all_R
         chunk = {"accuracy": accuracy_R, "auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
         chunk |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
         for name, values_R in chunk.items():
@@ -291,17 +316,23 @@ def bootstrap_intervals(
 
 
 def _resampled_weights(
-    rng: np.random.Generator, num_resamples: int, num_people: int, person_2P: NDArray[np.int64]
+    rng: np.random.Generator, num_people: int, person_2P: NDArray[np.int64], out_2RP: FloatArray
 ) -> FloatArray:
-    """Draw as many people as there are, with replacement, and return how often each pair then stands, [R, P]."""
+    """Draw as many people as there are, with replacement, and return how often each pair then stands, [R, P].
+
+    The person numbered `num_people` stands for the same person again, and counts once. The result is a part of
+    `out_2RP`.
+    """
+    num_resamples = out_2RP.shape[1]
     drawn_RI = (
         rng.integers(num_people, size=(num_resamples, num_people)) + num_people * np.arange(num_resamples)[:, None]
     )
     times_RI = np.bincount(drawn_RI.ravel(), minlength=drawn_RI.size).reshape(drawn_RI.shape).astype(np.float64)
-    # A pair of one person takes its second factor from a column of ones.
-    padded_RI = np.pad(times_RI, ((0, 0), (0, 1)), constant_values=1)
-    second_P = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])
-    return times_RI.take(person_2P[0], axis=1) * padded_RI.take(second_P, axis=1)
+    times_RI = np.pad(times_RI, ((0, 0), (0, 1)), constant_values=1)
+    for person_P, factor_RP in zip(person_2P, out_2RP, strict=True):
+        # With another mode, NumPy would go through a buffer of its own.
+        np.take(times_RI, person_P, axis=1, out=factor_RP, mode="clip")
+    return np.multiply(out_2RP[0], out_2RP[1], out=out_2RP[0])
 
 
 def _renumbered(codes: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
