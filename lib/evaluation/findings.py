@@ -15,7 +15,8 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from lib.errors import UserError
-from lib.evaluation.metrics import CHUNK_ELEMENTS, KFoldAccuracy, auc, roc_curve
+from lib.evaluation.curves import auc, roc_curve
+from lib.evaluation.metrics import CHUNK_ELEMENTS, KFoldAccuracy
 from lib.evaluation.pairs import Pairs
 from lib.storage import read_bytes
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from lib.evaluation.metrics import RocCurve, auc, eer
+from lib.evaluation.curves import RocCurve, auc, eer
 
 COLORS = ("#1f77b4", "#d62728")
 """Of the models."""

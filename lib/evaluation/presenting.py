@@ -8,9 +8,9 @@ import pyarrow as pa
 
 from lib import storage
 from lib.evaluation import plots
+from lib.evaluation.curves import roc_curve
 from lib.evaluation.findings import DUPLICATE, WRONG_LABEL, Finding, Suspect, suspects, worst_pairs
 from lib.evaluation.measuring import Measured, Photos
-from lib.evaluation.metrics import roc_curve
 from lib.evaluation.pairs import Pairs
 from lib.evaluation.report import (
     DASH,

@@ -13,7 +13,7 @@ import cv2
 import jinja2
 import numpy as np
 
-from lib.evaluation.metrics import FARS, far_key
+from lib.evaluation.curves import FARS, far_key
 from lib.faces.images import to_jpeg
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")

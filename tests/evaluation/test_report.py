@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from lib.evaluation.metrics import roc_curve, verification_report
+from lib.evaluation.curves import roc_curve
+from lib.evaluation.metrics import verification_report
 from lib.evaluation.pairs import made_pairs
 from lib.evaluation.plots import det_plot, histogram_plot, history_plot, roc_plot
 from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, html
