@@ -148,6 +148,19 @@ def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str]
 
 
 @contextmanager
+def connected(head: RayHead) -> Iterator[RayHead]:
+    """Connect this process to a cluster: what jobs call runs there, without the start of a process for each."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address=head.environment["RAY_ADDRESS"], log_to_driver=False)
+    try:
+        yield head
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """Mount a small disk of its own."""
     if os.geteuid() != 0:

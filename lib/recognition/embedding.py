@@ -238,8 +238,7 @@ def embed_source(
     started = time.monotonic()
     model = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
     plan = {"job": "embed", "model": embedder.digest, **source.plan()}
-    next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or embed --photos"
-    differences = check_fingerprint(plan["fingerprint"], embedder, strict=strict, next_step=next_step)
+    differences = check_source(source, embedder, strict=strict)
     items = source.items()
     num_all = sum(num_rows for _, _, num_rows in items)
     result: dict[str, Any] = {"job": "embed", "embeddings": output}
@@ -284,6 +283,13 @@ def embed_source(
     }
 
 
+def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
+    """Return in what the faces of a source differ from those the model was trained on, see `check_fingerprint`."""
+    made = source.fingerprint if isinstance(source, FacesSource) else fingerprint(source.settings)
+    next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
+    return check_fingerprint(made, embedder, strict=strict, next_step=next_step)
+
+
 def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
     """Return where the photos are and how their faces are made; None for faces that are cut out already."""
     return (source.url, source.settings) if isinstance(source, PhotosSource) else None
@@ -292,7 +298,7 @@ def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
 def model_name(model_url: str) -> str:
     """Return what a model is called: its run's folder, else its own folder or file."""
     names = model_url.rstrip("/").split("/")
-    return names[-2] if names[-1] == "model" and len(names) > 1 else names[-1].removesuffix(".onnx")
+    return names[-2] if names[-1] in ("model", "model.onnx") and len(names) > 1 else names[-1].removesuffix(".onnx")
 
 
 class EmbedWorker:
