@@ -4,6 +4,7 @@
 from lib.config import run_job
 from lib.training.job import train
 from lib.training.settings import TrainConfig
+from lib.training.winner import train_defaults
 
 if __name__ == "__main__":
-    run_job(TrainConfig, train, description=__doc__ or "")
+    run_job(TrainConfig, train, description=__doc__ or "", defaults=train_defaults)

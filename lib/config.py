@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -49,15 +49,26 @@ def absolute_url(url: str, flag: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100
 
 
-def run_job(config_type: type[Config], job: Callable[[Config], Mapping[str, Any]], *, description: str) -> NoReturn:
+def run_job(
+    config_type: type[Config],
+    job: Callable[[Config], Mapping[str, Any]],
+    *,
+    description: str,
+    defaults: Callable[[Sequence[str]], Config] | None = None,
+) -> NoReturn:
     """Parse the flags, run the job, print its result as one line of JSON and exit.
+
+    `defaults` may look at the flags and return the configuration whose values hold where no flag says otherwise.
 
     Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure, 75 when it was stopped
     from outside and has saved everything.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        config = tyro.cli(config_type, description=description)
+        if defaults is None:
+            config = tyro.cli(config_type, description=description)
+        else:
+            config = tyro.cli(config_type, description=description, default=defaults(sys.argv[1:]))
         # The result alone goes to standard output; Ray would print there what its nodes say.
         with redirect_stdout(sys.stderr):
             result = job(config)

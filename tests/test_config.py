@@ -1,6 +1,6 @@
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,29 @@ def test_flags_that_cannot_be_parsed_are_the_users_mistake(
     assert captured.out == ""
     assert flags[0].lstrip("-") in captured.err
     assert "Traceback" not in captured.err
+
+
+def test_defaults_that_follow_from_a_flag_give_way_to_other_flags(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def defaults(flags: Sequence[str]) -> Config:
+        return Config(photos="from the flags", image_size=112) if "--dry-run" in flags else Config()
+
+    for flags, expected in (
+        (["--dry-run"], ("from the flags", 112)),
+        (["--dry-run", "--image-size", "240"], ("from the flags", 240)),
+        ([], ("photos", 240)),
+    ):
+        monkeypatch.setattr(sys, "argv", ["jobs/job.py", *flags])
+        with pytest.raises(SystemExit) as ended:
+            run_job(
+                Config,
+                lambda config: {"photos": config.photos, "image_size": config.image_size},
+                description="",
+                defaults=defaults,
+            )
+        assert ended.value.code == 0
+        assert tuple(json.loads(capsys.readouterr().out).values()) == expected
 
 
 def test_help_tells_what_the_job_and_each_flag_is_for(

@@ -5,23 +5,43 @@ Shapes: P pairs, T points of a curve.
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from lib.evaluation.curves import RocCurve, auc, eer
 
-COLORS = ("#1f77b4", "#d62728")
-"""Of the models."""
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+"""Of the models of a report, or of what else is few."""
+MANY_COLORS = tuple(matplotlib.colormaps["tab20"](n) for n in range(20))
+"""Of the runs of a comparison."""
 SAME_COLOR, DIFFERENT_COLOR = "#0072b2", "#e69f00"
 """Of the kinds of pairs, for colour-blind eyes too."""
 DPI = 110
 RATE_TICKS = (0.0001, 0.001, 0.01, 0.05, 0.2, 0.5, 0.8)
 NUM_BINS = 60
+MAX_NAMES = 20
+"""Lines or points of a figure that are named in it."""
+MAX_NAME = 28
+"""Letters of a name in a figure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A run in a figure of two of its properties."""
+
+    x: float
+    y: float
+    y_error: float
+    """Half of the interval that is drawn."""
+    name: str
+    is_marked: bool = False
 
 
 def roc_plot(curves: Mapping[str, RocCurve]) -> bytes:
@@ -83,6 +103,82 @@ def history_plot(
         axes.plot(epochs, [np.nan if value is None else value for value in values], marker=".", label=name)
     axes.legend(fontsize="small")
     return _png(figure)
+
+
+def front_plot(title: str, x_label: str, points: Sequence[Point], front: Sequence[int]) -> bytes:
+    """Return accuracy in percent, with its interval, over a cost on a logarithmic axis; `front` is joined by a line."""
+    figure, axes = _figure(x_label, "Validation accuracy, %", title)
+    axes.plot(
+        [points[n].x for n in front], [points[n].y for n in front], color="black", linewidth=1.2, label="Pareto front"
+    )
+    for n, point in enumerate(points):
+        color = MANY_COLORS[n % len(MANY_COLORS)]
+        is_on_front = n in front
+        axes.errorbar(
+            point.x,
+            point.y,
+            yerr=point.y_error,
+            fmt="*" if point.is_marked else "o",
+            markersize=14 if point.is_marked else 7,
+            markeredgecolor="black" if is_on_front else color,
+            color=color,
+            ecolor=color,
+            elinewidth=1,
+            capsize=3,
+            zorder=3 if is_on_front else 2,
+        )
+        if len(points) <= MAX_NAMES or is_on_front:
+            axes.annotate(_short(point.name), (point.x, point.y), xytext=(7, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.15)
+    axes.legend(loc="lower left", fontsize="small")
+    return _png(figure)
+
+
+def curves_plot(title: str, y_label: str, lines: Mapping[str, Sequence[tuple[int, float]]], highlighted: str) -> bytes:
+    """Return a figure of many runs over their epochs, given as (epoch, value)."""
+    figure, axes = _figure("Epoch", y_label, title)
+    for n, (name, values) in enumerate(lines.items()):
+        epochs, figures = [epoch for epoch, _ in values], [value for _, value in values]
+        is_named = len(lines) <= MAX_NAMES or name == highlighted
+        axes.plot(
+            epochs,
+            figures,
+            marker=".",
+            color=MANY_COLORS[n % len(MANY_COLORS)],
+            linewidth=2.5 if name == highlighted else 1,
+            label=_short(name) if is_named and values else None,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7)
+    return _png(figure)
+
+
+def settings_plot(title: str, y_label: str, groups: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Return the value of each run over the values of each setting, with their means."""
+    figure, axes = _figure("", y_label, title)
+    places: list[int] = []
+    labels: list[str] = []
+    place = 0
+    for n, (setting, values) in enumerate(groups.items()):
+        for value, figures in values.items():
+            color = COLORS[n % len(COLORS)]
+            axes.plot([place] * len(figures), figures, "o", color=color, alpha=0.5, markersize=5)
+            axes.plot([place - 0.3, place + 0.3], [np.mean(figures)] * 2, color=color, linewidth=2.5)
+            places.append(place)
+            labels.append(f"{setting}\n{_short(value)}")
+            place += 1
+        place += 1
+    axes.set_xticks(places, labels, rotation=30 if len(places) <= 6 else 75, ha="right", fontsize=7)
+    return _png(figure)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
 def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:

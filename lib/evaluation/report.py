@@ -16,7 +16,7 @@ import numpy as np
 from lib.evaluation.curves import FARS, far_key
 from lib.faces.images import to_jpeg
 
-_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_TEMPLATES = Path(__file__).parent
 _THUMBNAIL, _THUMBNAIL_QUALITY = 120, 85
 
 DASH = "\N{EN DASH}"
@@ -82,11 +82,21 @@ class Report:
 
 
 def html(report: Report) -> bytes:
-    """Return the page; every text in it is escaped, for names of photos and people are anybody's."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    """Return the page."""
+    shown = {part.name: getattr(report, part.name) for part in dataclasses.fields(report)}
+    return render("report.html.j2", **shown, figures=_figures(report.models))
+
+
+def render(template: str, **shown: Any) -> bytes:
+    """Return a page of this folder; every text in it is escaped, for names of photos and people are anybody's."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     environment.globals.update(png=_png, jpeg=_jpeg, percent=percent)
-    parts = {part.name: getattr(report, part.name) for part in dataclasses.fields(report)}
-    page = environment.from_string(_TEMPLATE.read_text()).render(parts, figures=_figures(report.models))
+    page = environment.get_template(template).render(shown)
     # Names may hold halves of surrogate pairs, from bytes that are no UTF-8.
     return page.encode("utf-8", "backslashreplace")
 

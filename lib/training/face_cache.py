@@ -59,19 +59,21 @@ _READ_FLAGS = {
 """OpenCV names no reduced RGB; its bits for the scale alone stand in the grey names."""
 
 
-def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str) -> str:
+def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos_limit: int = 0) -> str:
     """Return the path of the cache file of these splits, after making it where it is not there yet.
+
+    With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most.
 
     Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
     file under the final name. Caches of other faces are left alone.
 
     Raises:
-        UserError: the faces folder is absent or not finished, no photo of these splits is aligned, or `cache_dir`
-            cannot be written to.
+        UserError: the faces folder is absent or not finished, no photo of these splits is aligned, the limit leaves
+            nobody, or `cache_dir` cannot be written to.
         JobError: the disk is full.
     """
     folder = Path(cache_dir)
-    path = folder / _cache_name(table.read_success(faces_url), splits)
+    path = folder / _cache_name(table.read_success(faces_url), splits, photos_limit)
     if path.exists():
         return str(path)
     try:
@@ -81,12 +83,12 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str) -> str:
         raise UserError(f"--cache-dir {cache_dir!r} cannot be written to ({error}): choose another folder") from error
     with lock_file, _locked(lock_file.fileno(), path):
         if not path.exists():
-            _build(faces_url, splits, path)
+            _build(faces_url, splits, path, photos_limit)
     return str(path)
 
 
-def _cache_name(success: dict[str, object], splits: Sequence[str]) -> str:
-    content = json.dumps([FORMAT_VERSION, success], sort_keys=True)
+def _cache_name(success: dict[str, object], splits: Sequence[str], photos_limit: int) -> str:
+    content = json.dumps([FORMAT_VERSION, success, *([photos_limit] if photos_limit else [])], sort_keys=True)
     return f"faces-{'-'.join(splits)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
 
 
@@ -101,10 +103,15 @@ def _locked(descriptor: int, path: Path) -> Iterator[None]:
     yield
 
 
-def _build(faces_url: str, splits: Sequence[str], path: Path) -> None:
+def _build(faces_url: str, splits: Sequence[str], path: Path, photos_limit: int) -> None:
     urls = [url for split in splits for url in _part_urls(faces_url, split)]
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         num_bytes_needed = sum(pool.map(_num_bytes, urls))
+    kept = None
+    if photos_limit:
+        everybody = read_identities(faces_url, splits)
+        kept = limited_identities(everybody, photos_limit)
+        num_bytes_needed = num_bytes_needed * min(photos_limit, len(everybody)) // max(len(everybody), 1)
     others = [other for other in path.parent.glob("faces-*.arrow") if other != path]
     if others:
         logger.info("%s holds caches of other faces or splits: %s", path.parent, ", ".join(o.name for o in others))
@@ -113,7 +120,7 @@ def _build(faces_url: str, splits: Sequence[str], path: Path) -> None:
         raise _disk_full(path.parent, num_bytes_needed)
     temporary = path.with_suffix(".unfinished")
     try:
-        num_rows = _copy(urls, temporary)
+        num_rows = _copy(urls, temporary, kept)
         if num_rows:
             temporary.replace(path)
     except OSError as error:
@@ -150,12 +157,12 @@ def _num_bytes(url: str) -> int:
         return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
 
 
-def _copy(urls: Sequence[str], path: Path) -> int:
-    """Write the aligned faces of the files one after the other and return how many there are."""
+def _copy(urls: Sequence[str], path: Path, kept: pa.Array | None) -> int:
+    """Write the aligned faces of the people `kept` (None: of all), file after file; return how many there are."""
     num_rows = 0
     with path.open("wb") as sink:
         with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
-            for batch in _equal_batches(urls):
+            for batch in _equal_batches(urls, kept):
                 writer.write_batch(batch)
                 num_rows += len(batch)
         sink.flush()
@@ -163,7 +170,7 @@ def _copy(urls: Sequence[str], path: Path) -> int:
     return num_rows
 
 
-def _equal_batches(urls: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _equal_batches(urls: Sequence[str], kept_people: pa.Array | None) -> Iterator[pa.RecordBatch]:
     """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter."""
     pending: list[pa.RecordBatch] = []
     num_pending = 0
@@ -171,6 +178,8 @@ def _equal_batches(urls: Sequence[str]) -> Iterator[pa.RecordBatch]:
         with storage.open_parquet(url) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status"]):
                 kept = batch.filter(_usable(batch)).select(CACHE_SCHEMA.names)
+                if kept_people is not None:
+                    kept = kept.filter(pc.is_in(kept["identity"], value_set=kept_people))
                 # A crop that is not there is met, counted and named like one that cannot be decoded.
                 kept = kept.set_column(2, "crop", kept["crop"].fill_null(b""))
                 pending.append(kept.cast(CACHE_SCHEMA))
@@ -184,18 +193,46 @@ def _equal_batches(urls: Sequence[str]) -> Iterator[pa.RecordBatch]:
         yield pa.concat_batches(pending)
 
 
-def read_identities(faces_url: str, splits: Sequence[str]) -> pa.ChunkedArray:
-    """Return the identity of each row that a cache of these splits holds, in its order, without reading the crops.
+def read_identities(faces_url: str, splits: Sequence[str], *, photos_limit: int = 0) -> pa.ChunkedArray:
+    """Return the identity of each row that such a cache holds, in its order, without reading the crops.
 
     Raises:
-        UserError: the faces folder is absent or not finished.
+        UserError: the faces folder is absent or not finished, or the limit leaves nobody.
     """
     table.read_success(faces_url)
     urls = [url for split in splits for url in _part_urls(faces_url, split)]
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         parts = pool.map(lambda url: storage.read_parquet(url, ["identity", "status"]), urls)
         names = [part.filter(_usable(part))["identity"] for part in parts]
-    return pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
+    identities = pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
+    if not photos_limit:
+        return identities
+    return identities.filter(pc.is_in(identities, value_set=limited_identities(identities, photos_limit)))
+
+
+def limited_identities(identities: pa.ChunkedArray, photos_limit: int) -> pa.Array:
+    """Return the people of a subset of at most so many photos, where `identities` has a name a photo.
+
+    They come in the order of a hash of their names until the next one would be too many, so that a subset does not
+    depend on the order of the photos, and a larger limit holds all people of a smaller one.
+
+    Raises:
+        UserError: fewer than two people would be left.
+    """
+    people = sorted(pc.value_counts(identities).to_pylist(), key=lambda each: _hash(each["values"]))
+    num_photos = np.cumsum([each["counts"] for each in people])
+    num_kept = int(np.searchsorted(num_photos, photos_limit, side="right"))
+    if num_kept < min(2, len(people)):
+        raise UserError(
+            f"--photos-limit {photos_limit} leaves {num_kept} of {len(people)} people: two or more have to stay, "
+            "so raise it"
+        )
+    return pa.array([each["values"] for each in people[:num_kept]], pa.string())
+
+
+def _hash(identity: str) -> bytes:
+    # Another hash than that which chose the split: who is in it has low values of that one.
+    return hashlib.blake2b(f"limit\0{identity}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
 def _usable(rows: pa.Table | pa.RecordBatch) -> pa.Array | pa.ChunkedArray:

@@ -77,10 +77,7 @@ class History:
         now = datetime.now().astimezone()
         original: Row = {name: plain.get(key) for name, key in ORIGINAL_COLUMNS.items()}
         self.rows.append({**plain, **original, "Date": now.strftime("%Y-%m-%d"), "Time": now.strftime("%H:%M:%S")})
-        # Parquet first: it is what a resumed run reads, and the others are written from it.
-        storage.write_parquet(storage.join(self._run_url, "history.parquet"), _table(self.rows))
-        storage.write_bytes(storage.join(self._run_url, "history.csv"), _csv(self.rows))
-        storage.write_bytes(storage.join(self._run_url, "history.xlsx"), _excel(self.rows))
+        write_history(self._run_url, self.rows)
         self._write_events(plain)
 
     def values(self, key: str) -> list[float]:
@@ -98,6 +95,14 @@ class History:
                 storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
 
 
+def write_history(url: str, rows: Sequence[Row]) -> None:
+    """Write rows as Parquet, CSV and Excel into a folder; a column `run` that they may have comes first."""
+    # Parquet first: it is what a resumed run reads, and the others are written from it.
+    storage.write_parquet(storage.join(url, "history.parquet"), _table(rows))
+    storage.write_bytes(storage.join(url, "history.csv"), _csv(rows))
+    storage.write_bytes(storage.join(url, "history.xlsx"), _excel(rows))
+
+
 def read_rows(run_url: str) -> list[Row]:
     """Return the rows of a run's history, none where it has not begun."""
     url = storage.join(run_url, "history.parquet")
@@ -107,7 +112,8 @@ def read_rows(run_url: str) -> list[Row]:
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Return every key of every row in the order in which they first come, the original's columns first."""
     ours = [name for row in rows for name in row]
-    return list(dict.fromkeys(["epoch", *ORIGINAL_COLUMNS, "Date", "Time", *ours]))
+    leading = ["run"] if "run" in ours else []
+    return list(dict.fromkeys([*leading, "epoch", *ORIGINAL_COLUMNS, "Date", "Time", *ours]))
 
 
 def _table(rows: Sequence[Row]) -> pa.Table:

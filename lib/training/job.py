@@ -6,7 +6,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +45,12 @@ LEAVE_LIMIT_S = 600.0
 """How long workers may take to write a checkpoint after they were asked to leave."""
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a model and return what the last line of the job says.
+Workers = Callable[[TrainConfig, ModelSpec, np.ndarray], dict[str, Any] | None]
+"""Trains the model of a run on photos with these labels, and returns what it made, None where it was asked to leave."""
+
+
+def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]:
+    """Train a model, on the workers of Ray Train unless told otherwise, and return what the last line of the job says.
 
     Raises:
         UserError: something about the input, the flags or the cluster; JobError: storage or workers failed for good;
@@ -67,7 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if progress is not None and progress.finished:
         logger.info("%s is finished: nothing to do", config.run_url)
         return _result(config, run_result(read_rows(config.run_url), progress), started)
-    identities = read_identities(config.faces_url, ["train"])
+    identities = read_identities(config.faces_url, ["train"], photos_limit=config.photos_limit)
     labels_N = pc.index_in(identities, identities.unique().sort()).to_numpy().astype(np.int32)
     index = PhotoIndex(labels_N)
     if config.dry_run:
@@ -77,7 +81,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return {"job": "train", "dry_run": True, "run": config.run_url, **counts, "settings": plan}
     spec = _begin(config, plan, spec) if progress is None else _earlier_spec(config)
     with cluster.connected():
-        result = _run_workers(config, spec, labels_N)
+        result = (workers or _run_workers)(config, spec, labels_N)
+    if result is None:
+        raise JobStopped(
+            f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
+        )
     return _result(config, result, started)
 
 
@@ -128,8 +136,9 @@ def _earlier_spec(config: TrainConfig) -> ModelSpec:
     return ModelSpec.from_json(storage.read_json(url), url)
 
 
-def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> dict[str, Any]:
+def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> dict[str, Any] | None:
     """Start store and workers, and watch them until the end."""
+    import ray
     import ray.train
     from ray.train import LoggingConfig
     from ray.train.torch import TorchConfig
@@ -138,14 +147,11 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
 
     resources = worker_resources(config)
     control = create_control(config.run_url)
-    num_shards = 0
-    if config.negatives != "random":
-        store = FeatureStore.create(config.run_url, labels_N, dim=config.embedding_dim)
-        num_shards = store.num_shards
+    store = create_store(config, labels_N)
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = _trainer_class()(
             train_worker,
-            train_loop_config={"job": WorkerJob(config=config, spec=spec, num_shards=num_shards)},
+            train_loop_config={"job": WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0)},
             # Arrays of the CPU travel by gloo also where gradients travel by nccl.
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
@@ -163,12 +169,15 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
             ),
         )
         logger.info("training %s on %s", config.backbone, resources.text)
-        result = _watch(trainer, control)
-    if result is None:
-        raise JobStopped(
-            f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
-        )
-    return result
+        watch(trainer.fit, control, unit="image")
+    return ray.get(control.result.remote())
+
+
+def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_shards: int | None = None) -> FeatureStore | None:
+    """Start the feature store of a run, by default a shard a node, where its policy of negatives asks one."""
+    if config.negatives == "random":
+        return None
+    return FeatureStore.create(config.run_url, labels_N, dim=config.embedding_dim, num_shards=num_shards)
 
 
 def _trainer_class() -> Any:
@@ -220,7 +229,7 @@ def worker_resources(config: TrainConfig) -> WorkerResources:
     else:
         if int(sum(ray.cluster_resources().get(name, 0) for name in ("GPU",))):
             logger.warning("this cluster has GPUs: --use-gpu trains on them")
-        num_cpus = _cpus_each(places, least)
+        num_cpus = cpus_each(places, least)
     num_cpus = max(1, num_cpus)
     most = config.workers[-1] if config.workers else least
     return WorkerResources(
@@ -231,47 +240,47 @@ def worker_resources(config: TrainConfig) -> WorkerResources:
     )
 
 
-def _cpus_each(cpus_of_nodes: list[int], num_workers: int) -> int:
+def cpus_each(cpus_of_nodes: list[int], num_workers: int) -> int:
     """Return the most CPUs that each of so many workers can have on these nodes."""
     return next(
         each for each in range(max(cpus_of_nodes), 0, -1) if sum(cpus // each for cpus in cpus_of_nodes) >= num_workers
     )
 
 
-def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
-    """Show how far the workers are until they end; return the result, None where they were asked to leave.
+def watch(work: Callable[[], Any], control: Any, *, unit: str) -> bool:
+    """Do the work on a thread, and show how far it is until it ends; return whether it was asked to leave early.
 
     Raises:
-        UserError, JobError: what a worker gave up with, or Ray Train after the last restart.
+        UserError, JobError: what a worker gave up with, or Ray after the last restart.
     """
     import ray
     from tqdm import tqdm
 
     ended: list[BaseException | None] = []
+    leave_until: float | None = None
 
-    def fit() -> None:
+    def run() -> None:
         try:
-            trainer.fit()
+            work()
             ended.append(None)
         except BaseException as error:  # noqa: BLE001 - raised again below, on the main thread
             ended.append(error)
 
     with _stop_signals() as asked:
-        fitting = threading.Thread(target=fit, daemon=True)
-        fitting.start()
+        working = threading.Thread(target=run, daemon=True)
+        working.start()
         is_terminal = sys.stderr.isatty()
-        with tqdm(unit="image", disable=not is_terminal, dynamic_ncols=True) as bar:
-            leave_until = None
+        with tqdm(unit=unit, disable=not is_terminal, dynamic_ncols=True) as bar:
             while not ended:
                 ended_in = asked.wait(WATCH_EVERY_S)
                 news = ray.get(control.news.remote())
                 _show(news, bar, is_terminal)
                 if news.failure:
                     # The worker has returned. Leaving Ray while that thread still asks it would crash this process.
-                    fitting.join(FAILURE_LIMIT_S)
+                    working.join(FAILURE_LIMIT_S)
                     raise failure_error(news.failure)
                 if ended_in and leave_until is None:
-                    logger.info("asked to stop: writing a checkpoint")
+                    logger.info("asked to stop: saving everything")
                     control.request_stop.remote()
                     leave_until = time.monotonic() + LEAVE_LIMIT_S
                 if leave_until is not None:
@@ -286,7 +295,7 @@ def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
         raise failure_error(news.failure)
     if ended[0] is not None:
         raise JobError(f"the workers failed too often: {_reason(ended[0])}") from ended[0]
-    return ray.get(control.result.remote())
+    return leave_until is not None
 
 
 def _show(news: Any, bar: Any, is_terminal: bool) -> None:

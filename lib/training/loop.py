@@ -71,12 +71,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Train until the end of the run, or until asked to leave; Ray Train calls this on every worker."""
     import ray.train.torch
 
-    job: WorkerJob = settings["job"]
+    work(settings["job"], ray.train.torch.get_device())
+
+
+def work(job: WorkerJob, device: torch.device) -> None:
+    """Do the part of this process, on its own or beside others in torch's process group."""
     control = connect_control(job.config.run_url)
     if ray.get(control.has_failed.remote()):
         return  # Started again although it cannot go on: the driver is about to say why.
     try:
-        Worker(job, control, ray.train.torch.get_device()).run()
+        Worker(job, control, device).run()
     except (UserError, JobError) as error:
         # Not raised: Ray Train would start all workers again. The driver ends the run as soon as it hears of this.
         ray.get(control.fail.remote("user" if isinstance(error, UserError) else "job", str(error)))
@@ -113,7 +117,8 @@ class Worker:
 
         self._tell(status="reading the faces")
         cache_dir = job.config.cache_dir or str(Path(tempfile.gettempdir()) / "conv-facenet")
-        self.cache = FaceCache(build_cache(job.config.faces_url, ["train"], cache_dir))
+        limit = job.config.photos_limit
+        self.cache = FaceCache(build_cache(job.config.faces_url, ["train"], cache_dir, photos_limit=limit))
         try:
             val_cache = FaceCache(build_cache(job.config.faces_url, ["val"], cache_dir))
         except UserError:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from lib.training.triplets import UsageCounter
 from lib.training.validation import Figures
 
 MODEL_FOLDER = "model"
+OUTCOME_NAME = "outcome.json"
+
+Ending = Literal["stopped", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ class RunRecord:
         config, figures = self._config, outcome.figures
         self._usage.counts_3N = outcome.usage_3N
         row = self._row(progress, outcome)
-        value = self._value(row)
+        value = figure_of(row, config.best_by)
         is_best = value is not None and (progress.best is None or value > progress.best)
         if is_best:
             progress = dataclasses.replace(progress, best=value, best_epoch=progress.epoch)
@@ -152,20 +155,12 @@ class RunRecord:
             "num_corrupt_crops": outcome.num_corrupt,
         }
 
-    def _value(self, row: Mapping[str, Any]) -> float | None:
-        """Return the figure of `--best-by`, more is better; None where it could not be measured."""
-        if self._config.best_by == "loss":
-            loss = row.get("val_loss_random")
-            return -loss if loss is not None and math.isfinite(loss) else None
-        value: float | None = row.get(self._config.best_by)
-        return value
-
     def _since(self, phase: Phase, key: str) -> list[float]:
         rows = [row for row in self._history.rows if int(row["epoch"] or 0) >= phase.first_epoch]
         return [float(value) for row in rows if isinstance(value := row.get(key), int | float)]
 
     def _is_stuck(self, value: float | None, progress: Progress) -> bool:
-        values = [*map(self._value, self._history.rows), value]
+        values = [*(figure_of(row, self._config.best_by) for row in self._history.rows), value]
         losses = [-value for value in values if value is not None]
         if not self._config.stop_after or not has_plateaued(losses, patience=self._config.stop_after):
             return False
@@ -202,6 +197,15 @@ class RunRecord:
             storage.write_parquet(storage.join(self._config.run_url, "suspects.parquet"), table)
 
 
+def figure_of(row: Mapping[str, Any], best_by: str) -> float | None:
+    """Return the figure of `--best-by` of an epoch, more is better; None where it could not be measured."""
+    if best_by == "loss":
+        loss = row.get("val_loss_random")
+        return -loss if loss is not None and math.isfinite(loss) else None
+    value: float | None = row.get(best_by)
+    return value
+
+
 def run_result(rows: list[dict[str, Any]], progress: Progress) -> dict[str, Any]:
     """Return what the job's last line says of a run."""
     best = next((row for row in rows if row["epoch"] == progress.best_epoch), rows[-1] if rows else {})
@@ -215,6 +219,25 @@ def run_result(rows: list[dict[str, Any]], progress: Progress) -> dict[str, Any]
         "train_seconds": round(seconds, 1),
         "images_per_s": round(images / seconds, 1) if seconds else None,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Why a run ended before its last epoch."""
+
+    ending: Ending
+    reason: str
+
+
+def read_outcome(run_url: str) -> Outcome | None:
+    """Return why a run ended early, None where it did not, or has been taken up since."""
+    url = storage.join(run_url, OUTCOME_NAME)
+    return Outcome(**storage.read_json(url)) if storage.exists(url) else None
+
+
+def write_outcome(run_url: str, ending: Ending, reason: str) -> None:
+    """Note why a run ended early."""
+    storage.write_json(storage.join(run_url, OUTCOME_NAME), {"ending": ending, "reason": reason})
 
 
 def _line(row: dict[str, Any], config: TrainConfig) -> str:

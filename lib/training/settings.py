@@ -15,7 +15,7 @@ NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
 FREE_SETTINGS = (
     *("data", "faces", "name", "init", "workers", "use_gpu", "cache_dir", "loader_threads"),
-    *("checkpoint_minutes", "max_failures", "dry_run"),
+    *("checkpoint_minutes", "max_failures", "dry_run", "from_sweep"),
 )
 """What may differ when a run goes on: where it computes and reads, but not what it computes."""
 
@@ -30,6 +30,10 @@ class TrainConfig:
     """The faces table that preprocess made. Default: faces/ below --data."""
     name: str = "default"
     """Name of the run; it lives in runs/NAME/ below --data."""
+    from_sweep: str = ""
+    """A sweep's folder: the winner's settings take the place of the defaults; flags beside it count more."""
+    photos_limit: int = 0
+    """Train on whole people, chosen by a hash of their names, of so many photos at most; 0 takes all."""
 
     backbone: str = "convnext_tiny"
     """Any timm model."""
@@ -121,6 +125,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value, allowed, is_right in (
             ("name", self.name, "a name without / and not beginning with a dot", _is_name(self.name)),
+            ("photos-limit", self.photos_limit, "1 or more, or 0", self.photos_limit >= 0),
             ("embedding-dim", self.embedding_dim, "1 or more", self.embedding_dim >= 1),
             ("candidates", self.candidates, "1 or more", self.candidates >= 1),
             ("ceiling", self.ceiling, "above 0, at most 1", self.ceiling is None or 0 < self.ceiling <= 1),

@@ -1,9 +1,6 @@
 """The report as a reader gets it: complete in one file, safe whatever photos are called, and looked at in a browser."""
 
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import cv2
@@ -15,6 +12,7 @@ from lib.evaluation.metrics import verification_report
 from lib.evaluation.pairs import made_pairs
 from lib.evaluation.plots import det_plot, histogram_plot, history_plot, roc_plot
 from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, html
+from tests.browser import screenshot
 
 MAGENTA, BLUE = (255, 0, 255), (0x1F, 0x77, 0xB4)
 HOSTILE = "<script>alert(1)</script>'\"&\udcff"
@@ -85,30 +83,7 @@ def test_the_figures_stand_in_the_page(report: Report) -> None:
 
 
 def test_a_browser_shows_plots_and_pictures(report: Report, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        assert not os.environ.get("BROWSER_REQUIRED"), "the report must be looked at, but there is no chromium"
-        pytest.skip("no chromium to look at the report with: apt-get install chromium")
-    (tmp_path / "a report é.html").write_bytes(html(report))
-    picture = tmp_path / "screen.png"
-    subprocess.run(
-        [
-            *(
-                browser,
-                "--headless",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--hide-scrollbars",
-                "--force-device-scale-factor=1",
-            ),
-            *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--window-size=1150,3600", f"--screenshot={picture}", (tmp_path / "a report é.html").as_uri()),
-        ],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    pixels = cv2.cvtColor(cv2.imread(str(picture)), cv2.COLOR_BGR2RGB).astype(int)
+    pixels = screenshot(html(report), tmp_path, height=3600)
     assert pixels.shape == (3600, 1150, 3)
     num_magenta = int((np.abs(pixels - MAGENTA).max(axis=2) < 25).sum())
     assert num_magenta == pytest.approx(3 * 120 * 120, rel=0.02)  # three pictures of one size

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,8 @@ from lib import storage
 from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.training import face_cache
-from lib.training.face_cache import FaceCache, build_cache, decode_jpeg
+from lib.training.face_cache import FaceCache, build_cache, decode_jpeg, limited_identities, read_identities
+from tests.training.learnable_faces import write_faces as write_many
 
 SIZE = 24
 
@@ -252,6 +254,25 @@ def test_a_builder_killed_at_its_end_leaves_nothing_and_the_waiting_one_takes_ov
     assert "made" in err
     assert len(FaceCache(out.rstrip("\n"))) == 4
     assert not list(Path(cache_dir).glob("*.unfinished"))
+
+
+def test_a_limit_keeps_whole_people_by_a_hash_and_a_larger_one_keeps_them_too(tmp_path, cache_dir):
+    people = {"train": 20, "val": 2}
+    url = write_many(str(tmp_path / "many"), people=people, photos=5)
+    kept = {}
+    for limit in (10, 33, 60, 1000):
+        cache = FaceCache(build_cache(url, ["train"], cache_dir, photos_limit=limit))
+        assert len(cache) == min(limit // 5, 20) * 5  # five photos of each, so that a limit is met but for the rest
+        assert read_identities(url, ["train"], photos_limit=limit).to_pylist() == [
+            cache.identities[label] for label in cache.labels_N
+        ]
+        kept[limit] = set(cache.identities)
+    assert kept[10] < kept[33] < kept[60] < kept[1000]
+    names = pa.chunked_array([[f"person {n}" for n in (7, 3, 5, 1)]])
+    chosen = limited_identities(names, 2).to_pylist()
+    assert chosen == limited_identities(pa.chunked_array([names.to_pylist()[::-1]]), 2).to_pylist()
+    with pytest.raises(UserError, match="--photos-limit 9 leaves 1 of 20 people"):
+        build_cache(url, ["train"], cache_dir, photos_limit=9)
 
 
 def test_threads_read_at_once(faces, cache_dir):

@@ -1,0 +1,8 @@
+#!/usr/bin/env python3
+"""Choose backbone and settings by measurement: every combination trained, compared; started again it goes on."""
+
+from lib.config import run_job
+from lib.training.sweep import SweepConfig, sweep
+
+if __name__ == "__main__":
+    run_job(SweepConfig, sweep, description=__doc__ or "")

@@ -1,0 +1,311 @@
+"""Runs side by side: which settings are worth what, and at which cost; one HTML file, as the report of an evaluation.
+
+Shapes: R runs, C columns of a design matrix.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.evaluation import plots
+from lib.evaluation.plots import Point
+from lib.evaluation.report import DASH, Plot, Table, number, percent, render
+
+State = Literal["finished", "stopped", "failed", "unfinished"]
+STATE_TEXT: Mapping[State, str] = {
+    "finished": "finished",
+    "stopped": "stopped early",
+    "failed": "FAILED",
+    "unfinished": "going on, or interrupted",
+}
+
+INTERVAL_ERRORS = 1.96
+"""Standard errors on each side of a 95 % interval."""
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """What a run's folder says of it."""
+
+    name: str
+    url: str
+    state: State
+    reason: str
+    """Why it was stopped or has failed."""
+    settings: Mapping[str, Any]
+    """Every setting that decides the result, and which faces it was trained on."""
+    rows: Sequence[Mapping[str, Any]]
+    """Of its history, an epoch each."""
+    best: Mapping[str, Any] | None
+    """The row of the best epoch, by the figure that the run was told to judge by."""
+    value: float | None
+    """That figure, more is better."""
+    num_parameters: int | None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images a second of training, the median of its epochs."""
+        rates = [float(row["images_per_s"]) for row in self.rows if row.get("images_per_s")]
+        return float(np.median(rates)) if rates else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effect:
+    """What a value of a setting did on average."""
+
+    setting: str
+    value: str
+    num_runs: int
+    accuracy: float
+    """Mean at the epoch that all have reached."""
+    gain: float | None
+    """Over the mean of the setting's values, all other settings equal; None where the runs cannot tell."""
+    best_accuracy: float
+    """Mean of the best epochs."""
+    images_per_s: float | None
+
+
+def winner_of(runs: Sequence[ComparedRun]) -> ComparedRun | None:
+    """Return the run of the highest value that has not failed; of equal ones the first."""
+    judged = [run for run in runs if run.value is not None and run.state != "failed"]
+    return max(judged, key=lambda run: run.value or 0.0, default=None)
+
+
+def varied_settings(runs: Sequence[ComparedRun]) -> list[str]:
+    """Return the settings in which the runs differ, those that have not begun left out."""
+    begun = [run.settings for run in runs if run.settings]
+    names = dict.fromkeys(name for settings in begun for name in settings)
+    return [name for name in names if len({setting_text(settings.get(name)) for settings in begun}) > 1]
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting as text."""
+    if value is None or value == "":
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def pareto_front(gain_R: NDArray, thrift_R: NDArray) -> NDArray[np.intp]:
+    """Return which of the runs no other one beats in both without being worse in either; more is better in both.
+
+    They come with falling thrift.
+    """
+    order_R = np.lexsort((-gain_R, -thrift_R))
+    best_before_R = np.maximum.accumulate(np.concatenate([[-np.inf], gain_R[order_R][:-1]]))
+    return order_R[gain_R[order_R] > best_before_R]
+
+
+def common_epoch(runs: Sequence[ComparedRun]) -> int:
+    """Return the last epoch that every run with a history has reached, failed ones left out; 0 where there is none."""
+    return min((int(run.rows[-1]["epoch"]) for run in runs if run.rows and run.state != "failed"), default=0)
+
+
+def rivals_of(winner: ComparedRun, runs: Sequence[ComparedRun]) -> list[ComparedRun]:
+    """Return the other runs whose accuracy lies within the winner's 95 % interval."""
+    if not winner.best or winner.best.get("accuracy") is None:
+        return []
+    lowest = winner.best["accuracy"] - INTERVAL_ERRORS * winner.best["accuracy_std"]
+    others = [run for run in runs if run is not winner and run.state != "failed" and run.best]
+    return [run for run in others if ((run.best or {}).get("accuracy") or 0.0) >= lowest]
+
+
+def setting_effects(runs: Sequence[ComparedRun]) -> list[Effect]:
+    """Return what each value of each varied setting did, where at least two values of it have been measured.
+
+    Gains come from a least-squares fit of the accuracies at the common epoch by a sum of one term a setting: so runs
+    that only some combinations are made of, and trials that were stopped early, do not tilt them.
+    """
+    epoch = common_epoch(runs)
+    runs = [run for run in runs if run.state != "failed"]
+    accuracies = [_at(run, epoch).get("accuracy") for run in runs]
+    measured = [run for run, accuracy in zip(runs, accuracies, strict=True) if accuracy is not None]
+    accuracy_R = np.array([accuracy for accuracy in accuracies if accuracy is not None])
+    columns = [
+        (setting, value)
+        for setting in varied_settings(measured)
+        for value in dict.fromkeys(setting_text(run.settings.get(setting)) for run in measured)
+    ]
+    if not columns:
+        return []
+    design_RC = np.array(
+        [[setting_text(run.settings.get(setting)) == value for setting, value in columns] for run in measured], float
+    )
+    gains = _gains(design_RC, accuracy_R, [setting for setting, _ in columns])
+    effects = []
+    for (setting, value), gain, member_R in zip(columns, gains, design_RC.T == 1, strict=True):
+        members = [run for run, is_member in zip(measured, member_R, strict=True) if is_member]
+        rates = [run.images_per_s for run in members if run.images_per_s]
+        effects.append(
+            Effect(
+                setting=setting,
+                value=value,
+                num_runs=len(members),
+                accuracy=float(accuracy_R[member_R].mean()),
+                gain=gain,
+                best_accuracy=float(np.mean([run.best["accuracy"] for run in members if run.best])),
+                images_per_s=float(np.mean(rates)) if rates else None,
+            )
+        )
+    return effects
+
+
+def _at(run: ComparedRun, epoch: int) -> Mapping[str, Any]:
+    return next((row for row in run.rows if row["epoch"] == epoch), {})
+
+
+def _gains(design_RC: NDArray, accuracy_R: NDArray, setting_C: Sequence[str]) -> list[float | None]:
+    """Return each column's term over the mean of its setting's terms, None where other terms would do as well."""
+    full = np.column_stack([np.ones(len(design_RC)), design_RC])
+    inverse = np.linalg.pinv(full)
+    terms, determined = inverse @ accuracy_R, inverse @ full
+    gains: list[float | None] = []
+    for place, setting in enumerate(setting_C, start=1):
+        same = np.array([False, *(other == setting for other in setting_C)], float)
+        contrast = -same / same.sum()
+        contrast[place] += 1
+        is_told = np.abs(contrast @ determined - contrast).max() < _EPSILON
+        gains.append(float(contrast @ terms) if is_told else None)
+    return gains
+
+
+def page(title: str, runs: Sequence[ComparedRun], notes: Sequence[str]) -> bytes:
+    """Return the page that compares the runs."""
+    winner = winner_of(runs)
+    varied = varied_settings(runs)
+    rivals = rivals_of(winner, runs) if winner else []
+    if rivals:
+        notes = [*notes, f"within its interval lie also {', '.join(run.name for run in rivals)}"]
+    first = next((run.settings for run in runs if run.settings), {})
+    equal = {name: setting_text(value) for name, value in first.items()}
+    return render(
+        "comparison.html.j2",
+        title=title,
+        runs=runs,
+        winner=winner,
+        winner_text=_figures(winner) if winner else "",
+        winner_settings={name: setting_text(winner.settings.get(name)) for name in varied} if winner else {},
+        notes=notes,
+        plots=_plots(runs, winner),
+        tables=[_runs_table(runs, varied, winner), *_effects_tables(runs)],
+        equal={name: text for name, text in equal.items() if name not in (*varied, "fingerprint")},
+    )
+
+
+def _figures(run: ComparedRun) -> str:
+    accuracy = run.best.get("accuracy") if run.best else None
+    if not run.best or accuracy is None:
+        return f"{run.value:.4f}"
+    return f"{percent(accuracy)} ± {percent(INTERVAL_ERRORS * run.best['accuracy_std'])}"
+
+
+def _runs_table(runs: Sequence[ComparedRun], varied: Sequence[str], winner: ComparedRun | None) -> Table:
+    header = ["run", "state", *(name.replace("_", " ") for name in varied), "epochs", "best epoch"]
+    header += ["accuracy, 95 %", "AUC", "loss, random", "images/s", "parameters", "minutes", "why it ended"]
+    rows = []
+    for run in sorted(runs, key=lambda run: (run.value is None, -(run.value or 0.0))):
+        best = run.best or {}
+        rate = run.images_per_s
+        rows.append(
+            [
+                run.name + (" (winner)" if run is winner else ""),
+                STATE_TEXT[run.state],
+                *(setting_text(run.settings.get(name)) for name in varied),
+                str(len(run.rows)),
+                number(best.get("epoch")),
+                _figures(run) if best.get("accuracy") is not None else DASH,
+                number(best.get("auc")),
+                number(best.get("val_loss_random")),
+                DASH if rate is None else f"{rate:.1f}",
+                number(run.num_parameters),
+                f"{sum(float(row.get('time_min') or 0) for row in run.rows):.1f}",
+                run.reason,
+            ]
+        )
+    text = "The best first. Images a second while training, with all that ran beside it; minutes of its epochs."
+    return Table(title="Runs and settings", text=text, header=header, rows=rows)
+
+
+def _effects_tables(runs: Sequence[ComparedRun]) -> list[Table]:
+    effects = setting_effects(runs)
+    if not effects:
+        return []
+    text = (
+        f"Accuracy after epoch {common_epoch(runs)}, the last that all runs have reached. Gain: over the mean of the "
+        "setting's values, all other settings equal, in points; a dash where the runs cannot tell them apart."
+    )
+    rows = [
+        [
+            effect.setting.replace("_", " "),
+            effect.value,
+            str(effect.num_runs),
+            percent(effect.accuracy),
+            DASH if effect.gain is None else f"{100 * effect.gain:+.2f}",
+            percent(effect.best_accuracy),
+            DASH if effect.images_per_s is None else f"{effect.images_per_s:.1f}",
+        ]
+        for effect in effects
+    ]
+    header = ["setting", "value", "runs", "mean accuracy", "gain", "mean of best epochs", "images/s"]
+    return [Table(title="What each setting did on average", text=text, header=header, rows=rows)]
+
+
+def _plots(runs: Sequence[ComparedRun], winner: ComparedRun | None) -> list[Plot]:
+    made = []
+    measured = [run for run in runs if run.best and run.best.get("accuracy") is not None and run.state != "failed"]
+    tags = _tags([run.name for run in runs])
+    for title, label, value_of, sign in (
+        ("Accuracy against speed", "Images a second while training", lambda run: run.images_per_s, 1),
+        ("Accuracy against size", "Parameters", lambda run: run.num_parameters, -1),
+    ):
+        shown = [run for run in measured if value_of(run)]
+        if not shown:
+            continue
+        points = [_point(run, tags[run.name], float(value_of(run)), run is winner) for run in shown]
+        front = pareto_front(np.array([point.y for point in points]), np.array([sign * point.x for point in points]))
+        made.append(Plot(name=title, content=plots.front_plot(title, label, points, front.tolist())))
+    for title, label, key in (
+        ("Curves: accuracy", "Validation accuracy, %", "accuracy"),
+        ("Curves: loss", "Validation loss, random negatives", "val_loss_random"),
+        ("Curves: training loss", "Training loss", "train_loss"),
+    ):
+        scale = 100 if key == "accuracy" else 1
+        lines = {
+            run.name: [(int(row["epoch"]), scale * row[key]) for row in run.rows if row.get(key) is not None]
+            for run in runs
+        }
+        if any(lines.values()):
+            highlighted = winner.name if winner else ""
+            made.append(Plot(name=title, content=plots.curves_plot(title, label, lines, highlighted)))
+    groups: dict[str, dict[str, list[float]]] = {}
+    for setting in varied_settings(measured):
+        for run in measured:
+            value = setting_text(run.settings.get(setting))
+            groups.setdefault(setting.replace("_", " "), {}).setdefault(value, []).append(
+                100 * float((run.best or {})["accuracy"])
+            )
+    if groups:
+        title = "Best accuracy by setting"
+        made.append(Plot(name=title, content=plots.settings_plot(title, "Validation accuracy, %", groups)))
+    return made
+
+
+def _tags(names: Sequence[str]) -> dict[str, str]:
+    """Return short names for a figure: the numbers that the trials of a sweep begin with, where each has its own."""
+    numbers = [name.partition("-")[0] for name in names]
+    if all(number.isdecimal() for number in numbers) and len(set(numbers)) == len(names):
+        return dict(zip(names, numbers, strict=True))
+    return dict(zip(names, names, strict=True))
+
+
+def _point(run: ComparedRun, tag: str, x: float, is_winner: bool) -> Point:
+    best = run.best or {}
+    error = 100 * INTERVAL_ERRORS * float(best.get("accuracy_std") or 0.0)
+    return Point(x=x, y=100 * float(best["accuracy"]), y_error=error, name=tag, is_marked=is_winner)

@@ -1,0 +1,200 @@
+"""Run folders in, one page and one history of all their epochs out; also of runs that are still going."""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from lib import storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import UserError
+from lib.evaluation.comparison import (
+    STATE_TEXT,
+    ComparedRun,
+    State,
+    page,
+    setting_text,
+    varied_settings,
+    winner_of,
+)
+from lib.recognition.model import EmbeddingModel, ModelSpec
+from lib.training import checkpoints
+from lib.training.history import Row, read_rows, write_history
+from lib.training.job import CONFIG_NAME, SPEC_NAME
+from lib.training.record import figure_of, read_outcome
+from lib.training.winner import SWEEP_NAME
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "report.html"
+
+JUDGED_ON = ("faces_run_id", "seed", "val_photos", "val_pairs")
+"""Settings that decide who the validation people are and which pairs of their photos are compared."""
+
+FIGURES = ("accuracy", "accuracy_std", "auc", "val_loss_random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare runs of jobs/train.py, or the trials of sweeps, also while they go on."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Folders of runs or of sweeps, or their names below --data. Default: every run in runs/ below --data."""
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    output: str | None = None
+    """Where the page and the histories go. Default: comparison/ below --data."""
+    dry_run: bool = False
+    """Name the runs, write nothing."""
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Write the page that compares the runs, and the history of all their epochs."""
+    started = time.monotonic()
+    data = absolute_url(config.data, "--data")
+    output = storage.join(data, "comparison") if config.output is None else absolute_url(config.output, "--output")
+    urls = [url for given in config.runs for url in _run_urls(data, given)] if config.runs else _runs_in(data)
+    if not urls:
+        raise UserError(f"no run lies in {storage.join(data, 'runs')}: name runs, or train some with jobs/train.py")
+    urls = list(dict.fromkeys(urls))
+    if config.dry_run:
+        logger.info("%d runs would be compared into %s", len(urls), output)
+        return {"job": "compare", "dry_run": True, "runs": urls, "output": output}
+    storage.check_writable(output)
+    runs = _distinct([read_run(url) for url in urls])
+    result = write_comparison(output, " and ".join(config.runs) or data, runs)
+    return {"job": "compare", **result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _run_urls(data: str, given: str) -> list[str]:
+    """Return the runs that a word of the command line names.
+
+    Raises:
+        UserError: no run and no sweep is there.
+    """
+    places = [absolute_url(given, "RUN"), storage.join(data, "runs", given), storage.join(data, "sweeps", given)]
+    for url in places:
+        if storage.exists(storage.join(url, SWEEP_NAME)):
+            return trial_urls(url)
+        if storage.exists(storage.join(url, CONFIG_NAME)):
+            return [url]
+    raise UserError(
+        f"{given!r} is neither a run nor a sweep, nor the name of one below {data}: name folders that hold "
+        f"{CONFIG_NAME} or {SWEEP_NAME}, such as {storage.join(data, 'runs', 'default')}"
+    )
+
+
+def trial_urls(sweep_url: str) -> list[str]:
+    """Return the runs of a sweep, those that have not begun too, in their order."""
+    names = storage.read_json(storage.join(sweep_url, SWEEP_NAME))["runs"]
+    return [storage.join(sweep_url, "runs", name) for name in names]
+
+
+def _runs_in(data: str) -> list[str]:
+    runs = storage.join(data, "runs")
+    found = (info.path for info in storage.list_files(runs, suffix=f"/{CONFIG_NAME}"))
+    return [storage.join(runs, path.removesuffix(f"/{CONFIG_NAME}")) for path in found if path.count("/") == 1]
+
+
+def read_run(url: str) -> ComparedRun:
+    """Return what a run's folder says; a run that has not begun has no settings and no rows."""
+    config_url = storage.join(url, CONFIG_NAME)
+    settings = storage.read_json(config_url) if storage.exists(config_url) else {}
+    if settings:
+        settings["fingerprint"] = settings["fingerprint"].get("id")
+    rows = read_rows(url)
+    outcome = read_outcome(url)
+    progress = checkpoints.newest_progress(url)
+    state: State = "finished" if progress is not None and progress.finished else "unfinished"
+    if outcome is not None and state != "finished":
+        state = outcome.ending
+    values = [figure_of(row, settings.get("best_by", "accuracy")) for row in rows]
+    judged = [(value, row) for value, row in zip(values, rows, strict=True) if value is not None]
+    value, best = max(judged, key=lambda each: each[0], default=(None, None))
+    return ComparedRun(
+        name=url.rstrip("/").rpartition("/")[2],
+        url=url,
+        state=state,
+        reason=outcome.reason if outcome is not None and state == outcome.ending else "",
+        settings=settings,
+        rows=rows,
+        best=best,
+        value=value,
+        num_parameters=_num_parameters(url),
+    )
+
+
+def _num_parameters(url: str) -> int | None:
+    spec_url = storage.join(url, checkpoints.FOLDER, SPEC_NAME)
+    if not storage.exists(spec_url):
+        return None
+    spec = ModelSpec.from_json(storage.read_json(spec_url), spec_url)
+    try:
+        return _count(spec.backbone, spec.image_size, spec.layer_widths)
+    except UserError as error:
+        logger.warning("the parameters of %s cannot be counted: %s", url, error)
+        return None
+
+
+@functools.cache
+def _count(backbone: str, image_size: int, layer_widths: tuple[int, ...]) -> int:
+    spec = ModelSpec(backbone=backbone, image_size=image_size, head=layer_widths, embedding_dim=layer_widths[-1])
+    return sum(parameter.numel() for parameter in EmbeddingModel(spec).parameters())
+
+
+def _distinct(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
+    """Call runs of one name, such as trials of two sweeps, by more of their folders."""
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else dataclasses.replace(run, name="/".join(run.url.split("/")[-3:]))
+        for run in runs
+    ]
+
+
+def write_comparison(output: str, title: str, runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    """Write the page and the histories into a folder; return counts, the winner and its figures."""
+    notes = [f"{run.name} failed: {run.reason}" for run in runs if run.state == "failed"]
+    judged = {tuple(setting_text(run.settings.get(name)) for name in JUDGED_ON) for run in runs if run.rows}
+    if len(judged) > 1:
+        notes.append(
+            "these runs were not judged on the same pairs of photos (other faces, seed or number of pairs): "
+            "small differences of accuracy mean nothing"
+        )
+    for note in notes:
+        logger.warning("%s", note)
+    write_history(output, history_of(runs))
+    storage.write_bytes(storage.join(output, REPORT_NAME), page(title, runs, notes))
+    winner = winner_of(runs)
+    figures = {name: (winner.best or {}).get(name) for name in FIGURES} if winner else {}
+    return {
+        "report": storage.join(output, REPORT_NAME),
+        "runs": len(runs),
+        **{state: sum(run.state == state for run in runs) for state in STATE_TEXT},
+        "winner": winner and winner.name,
+        "winner_url": winner and winner.url,
+        "winner_settings": {name: winner.settings.get(name) for name in varied_settings(runs)} if winner else {},
+        **figures,
+    }
+
+
+def history_of(runs: Sequence[ComparedRun]) -> list[Row]:
+    """Return all epochs of all runs; the notes begin with the settings in which the runs differ.
+
+    A run that ended early says so in its last epoch, one that has no epoch in a row of its own.
+    """
+    varied = varied_settings(runs)
+    rows: list[Row] = []
+    for run in runs:
+        about = ", ".join(f"{name}={setting_text(run.settings.get(name))}" for name in varied)
+        ending = f"{STATE_TEXT[run.state]}: {run.reason}" if run.reason else ""
+        for place, row in enumerate(run.rows or [{"epoch": None}], start=1):
+            is_last = place == max(len(run.rows), 1)
+            told = [about, row.get("notes"), ending if is_last else ""]
+            notes = "; ".join(str(note) for note in told if note)
+            rows.append({"run": run.name, **row, "Notes": notes or None})
+    return rows

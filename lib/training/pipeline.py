@@ -1,0 +1,98 @@
+"""Photos in, a report on a trained model out: three jobs one after the other, each going on where it was."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib import cluster, storage
+from lib.config import absolute_url, default_data_url
+from lib.errors import UserError
+from lib.evaluation.evaluating import KEPT_FIGURES, EvaluateConfig, evaluate
+from lib.faces.preprocessing import PreprocessConfig, preprocess
+from lib.parts import SUCCESS_NAME
+from lib.recognition.model import SPEC_NAME
+from lib.training.job import train
+from lib.training.record import MODEL_FOLDER
+from lib.training.settings import TrainConfig
+from lib.training.winner import train_defaults
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """Preprocess, train and evaluate in one go; the flags of each job follow its name, such as --train.epochs."""
+
+    data: str = field(default_factory=default_data_url)
+    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    dry_run: bool = False
+    """Check what can be checked before the first photo is looked at, print the plans, do nothing."""
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("preprocess", "train", "evaluate"):
+            part = getattr(self, name)
+            if part.data != default_data_url() or part.dry_run:
+                raise UserError(f"--{name}.data and --{name}.dry-run: say --data and --dry-run once, for all three")
+        if self.train.faces is not None or self.evaluate.faces is not None:
+            raise UserError("--train.faces and --evaluate.faces: say --preprocess.faces, which the others take up")
+        if self.evaluate.model:
+            raise UserError("--evaluate.model: the model is the one that is trained; jobs/evaluate.py compares others")
+
+    def parts(self) -> tuple[PreprocessConfig, TrainConfig, EvaluateConfig]:
+        """Return the configurations of the three jobs, each taking up what the one before has made."""
+        shared: dict[str, Any] = {"data": absolute_url(self.data, "--data"), "dry_run": self.dry_run}
+        first = dataclasses.replace(self.preprocess, **shared)
+        then = dataclasses.replace(self.train, **shared, faces=first.faces_url)
+        faces = None if self.evaluate.photos is not None else first.faces_url
+        last = dataclasses.replace(self.evaluate, **shared, faces=faces, model=(then.run_url,))
+        return first, then, last
+
+
+def pipeline_defaults(flags: Sequence[str]) -> PipelineConfig:
+    """Return what holds where no flag says otherwise: the winner's settings after `--train.from-sweep`."""
+    own = [f"--{flag.removeprefix('--train.')}" if flag.startswith("--train.") else flag for flag in flags]
+    return PipelineConfig(train=train_defaults(own))
+
+
+def pipeline(config: PipelineConfig) -> dict[str, Any]:
+    """Run the three jobs and return what each made, with the figures of the report."""
+    started = time.monotonic()
+    first, then, last = config.parts()
+    if config.dry_run:
+        return {"job": "pipeline", "dry_run": True, **_plans(first, then, last)}
+    with cluster.connected():
+        made: dict[str, Any] = {}
+        for number, (name, job) in enumerate(
+            (
+                ("preprocess", lambda: preprocess(first)),
+                ("train", lambda: train(then)),
+                ("evaluate", lambda: evaluate(last)),
+            ),
+            start=1,
+        ):
+            logger.info("%d of 3: %s", number, name)
+            made[name] = job()
+    return {
+        "job": "pipeline",
+        "model": made["train"]["model"],
+        "report": made["evaluate"]["report"],
+        **{name: made["evaluate"][name] for name in KEPT_FIGURES},
+        **made,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _plans(first: PreprocessConfig, then: TrainConfig, last: EvaluateConfig) -> dict[str, Any]:
+    """Return the plans of the jobs whose input is there already."""
+    plans = {"preprocess": preprocess(first)}
+    if storage.exists(storage.join(first.faces_url, SUCCESS_NAME)):
+        plans["train"] = train(then)
+    if storage.exists(storage.join(then.run_url, MODEL_FOLDER, SPEC_NAME)):
+        plans["evaluate"] = evaluate(last)
+    return plans

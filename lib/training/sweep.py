@@ -1,0 +1,250 @@
+"""Choose settings by measurement: every combination is a run of its own, side by side under Ray Tune.
+
+A sweep is a folder with the runs of its trials in runs/, as `--data` has them. These runs say what is done: a sweep
+that is started again trains what has no end yet, and Tune learns from their histories what it needs to compare with.
+"""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from lib import cluster, storage
+from lib.errors import JobError, JobStopped, UserError
+from lib.evaluation.comparison import ComparedRun
+from lib.evaluation.pairs import made_pairs
+from lib.faces.table import read_success
+from lib.parts import differences
+from lib.recognition.model import EmbeddingModel, ModelSpec
+from lib.recognition.weights import INIT_NAMES
+from lib.training.comparing import read_run, write_comparison
+from lib.training.control import create_control
+from lib.training.face_cache import read_identities
+from lib.training.job import cpus_each, watch
+from lib.training.settings import TrainConfig
+from lib.training.sweep_settings import SWEPT, SweepConfig, Trial, plan_trials
+from lib.training.trial import Halving, SweepProgress, Waiting, run_trial
+from lib.training.triplets import PhotoIndex
+from lib.training.winner import RESULTS_NAME, SWEEP_NAME
+
+logger = logging.getLogger(__name__)
+
+CPUS_EACH = 4
+"""Of a trial on CPUs, where nothing else is asked for."""
+
+TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+"""The runs write their own histories, and the job shows its own progress."""
+
+
+def sweep(config: SweepConfig) -> dict[str, Any]:
+    """Train the trials that have no end yet, compare all, and return the winner.
+
+    Raises:
+        UserError: the flags, the faces or the folder; JobError: no trial came to anything; JobStopped: by a signal.
+    """
+    started = time.monotonic()
+    success = read_success(config.train.faces_url)
+    trials = plan_trials(config)
+    plan = _plan(config, success)
+    _settle(config.url, plan)
+    _check_models(trials, int(success["fingerprint"]["image_size"]))
+    counts = _check_faces(config.train)
+    names = [trial.name for trial in trials]
+    if config.train.dry_run:
+        logger.info("%d trials of %d epochs on %d photos", len(trials), config.train.epochs, counts["photos"])
+        return {"job": "sweep", "dry_run": True, "sweep": config.url, "trials": names, **counts}
+    storage.check_writable(config.url)
+    storage.write_json(storage.join(config.url, SWEEP_NAME), {**plan, "runs": names})
+    runs = {trial.name: read_run(trial.config.run_url) for trial in trials}
+    todo = _todo(trials, runs)
+    if len(todo) < len(trials):
+        logger.info("%d of %d trials are done", len(trials) - len(todo), len(trials))
+    if todo:
+        with cluster.connected():
+            _run(config, trials, todo, runs)
+    result = write_comparison(config.url, config.train.name, [read_run(trial.config.run_url) for trial in trials])
+    seconds = time.monotonic() - started
+    result = {
+        "job": "sweep",
+        "sweep": config.url,
+        "trials": len(trials),
+        **{name: value for name, value in result.items() if name != "runs"},
+        "trials_run": len(todo),
+        "seconds": round(seconds, 1),
+    }
+    if result["winner"] is None:
+        raise JobError(f"no trial has a figure to be chosen by: {result['report']} says why of each")
+    storage.write_json(storage.join(config.url, RESULTS_NAME), {**result, "init": config.train.initial_weights()})
+    return result
+
+
+def _plan(config: SweepConfig, success: dict[str, Any]) -> dict[str, Any]:
+    """Return every setting that decides the result, with what is swept under the names of its flags."""
+    single = {name: value for name, value in config.train.content(success).items() if name not in SWEPT}
+    return {
+        "job": "sweep",
+        **single,
+        **{SWEPT[name][0]: values for name, values in config.swept().items()},
+        "max_trials": config.max_trials,
+        "min_epochs": config.first_stage,
+        "keep_one_in": config.keep_one_in,
+        "init": config.train.initial_weights(),
+    }
+
+
+def _settle(url: str, plan: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds a sweep of other settings, or something else."""
+    plan_url = storage.join(url, SWEEP_NAME)
+    if not storage.exists(plan_url):
+        foreign = next(iter(storage.list_files(url)), None)
+        if foreign is not None:
+            raise UserError(f"{url} holds files but no {SWEEP_NAME}, such as {foreign.path}: choose another --name")
+        return
+    if different := differences(plan, storage.read_json(plan_url)):
+        raise UserError(
+            f"{url} is a sweep of other settings ({'; '.join(different)}): choose another --name, or go back to those"
+        )
+
+
+def _check_models(trials: Sequence[Trial], crop_size: int) -> None:
+    """Build every backbone once.
+
+    Raises:
+        UserError: those that cannot be built, all of them named; weights that are not there.
+    """
+    config = trials[0].config
+    if config.init not in INIT_NAMES and not storage.exists(config.init):
+        raise UserError(f"--init {config.init} is not there: correct the path, or take one of {', '.join(INIT_NAMES)}")
+    problems = []
+    for backbone in dict.fromkeys(trial.config.backbone for trial in trials):
+        try:
+            EmbeddingModel(ModelSpec(backbone=backbone, image_size=config.image_size or crop_size))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _check_faces(config: TrainConfig) -> dict[str, int]:
+    """Return how much there is to train on.
+
+    Raises:
+        UserError: too little to train on, or too few validation people to choose by.
+    """
+    identities = read_identities(config.faces_url, ["train"], photos_limit=config.photos_limit)
+    people = identities.unique().sort()
+    index = PhotoIndex(pc.index_in(identities, people).to_numpy().astype(np.int32))
+    if config.best_by != "loss":
+        judges = read_identities(config.faces_url, ["val"]).to_pylist()
+        try:
+            made_pairs([str(n) for n in range(len(judges))], judges, num_pairs=config.val_pairs, seed=config.seed)
+        except UserError as error:
+            raise UserError(
+                f"the validation people of {config.faces_url} cannot tell which trial is the best: {error}"
+            ) from None
+    return {"photos": len(identities), "identities": len(people), "pairable": len(index.pairable)}
+
+
+def _todo(trials: Sequence[Trial], runs: dict[str, ComparedRun]) -> list[Trial]:
+    """Return the trials that have no end: first those that have begun, last those that have failed before."""
+
+    def urgency(trial: Trial) -> tuple[bool, bool]:
+        run = runs[trial.name]
+        return run.state == "failed", not run.rows
+
+    return sorted((trial for trial in trials if runs[trial.name].state in ("unfinished", "failed")), key=urgency)
+
+
+def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], runs: dict[str, ComparedRun]) -> None:
+    """Train the trials under Ray Tune.
+
+    Raises:
+        UserError: the cluster cannot hold them; JobError: Tune gave up; JobStopped: by a signal.
+    """
+    os.environ.update(TUNE_SETTINGS)
+    from ray import tune
+
+    at_once, resources, fits_more = trial_resources(config, len(todo))
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    url, num_epochs = config.url, config.train.epochs
+    control = create_control(url)
+    by_name = {trial.name: trial for trial in trials}
+    halving = Halving(
+        by_name, control, num_epochs=num_epochs, min_epochs=config.first_stage, keep_one_in=config.keep_one_in
+    )
+    progress = SweepProgress(by_name, control, num_epochs)
+    for trial in trials:
+        if trial not in todo:
+            halving.learn(trial.name, runs[trial.name].rows, config.train.best_by)
+            progress.end(trial.name, len(runs[trial.name].rows))
+
+    def one_trial(settings: dict[str, str]) -> None:
+        run_trial(by_name[settings["trial"]], url, int(resources["CPU"]))
+
+    logger.info("%d trials, %d at once with %s each", len(todo), at_once, resources)
+    with tempfile.TemporaryDirectory(prefix="ray-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(one_trial, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=Waiting([trial.name for trial in todo], control),
+                scheduler=halving,
+                num_samples=len(todo),
+                # Where resources alone are the limit, more trials wait for those that end, and take their processes.
+                max_concurrent_trials=at_once if fits_more else None,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            # The runs keep their own checkpoints: Tune has only its own notes, on this node.
+            run_config=tune.RunConfig(
+                name="sweep",
+                storage_path=folder,
+                verbose=0,
+                callbacks=[progress],
+                failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+            ),
+        )
+        was_stopped = watch(tuner.fit, control, unit="epoch")
+    if was_stopped and any(read_run(trial.config.run_url).state == "unfinished" for trial in todo):
+        raise JobStopped(f"asked by a signal; all is saved in {url}, and the same command goes on from there")
+
+
+def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str, float], bool]:
+    """Return how many trials run side by side on the connected cluster, what each holds, and whether more would fit.
+
+    Raises:
+        UserError: the cluster has no GPU, or fewer CPUs than trials.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    gpus: dict[str, float] = {}
+    if config.train.use_gpu:
+        nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
+        num_gpus = sum(int(node["GPU"]) for node in nodes)
+        if not num_gpus:
+            raise UserError("--use-gpu, but no node of this cluster has a GPU: leave it out, or add nodes")
+        at_once = min(config.at_once or num_gpus, num_trials)
+        gpus = {"GPU": 1 / math.ceil(at_once / num_gpus)}
+    cpus = [int(node["CPU"]) for node in nodes]
+    if not config.train.use_gpu:
+        at_once = min(config.at_once or max(1, sum(count // CPUS_EACH for count in cpus)), num_trials)
+    if at_once > sum(cpus):
+        raise UserError(
+            f"--at-once {at_once} needs {at_once} CPUs, and this cluster has {sum(cpus)}: ask for fewer, or add nodes"
+        )
+    each = cpus_each(cpus, at_once)
+    room = sum(count // each for count in cpus)
+    if gpus:
+        room = min(room, num_gpus * round(1 / gpus["GPU"]))
+    return at_once, {"CPU": each, **gpus}, room > at_once

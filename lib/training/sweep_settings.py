@@ -1,0 +1,197 @@
+"""The flags of a sweep, and the trials that follow from them: always the same ones in the same order."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_args
+
+import numpy as np
+import tyro
+
+from lib import storage
+from lib.config import absolute_url
+from lib.errors import UserError
+from lib.training.settings import NegativePolicy, TrainConfig
+
+ORIGINAL_LIMIT = 25_000
+"""Photos of the original project's experiments."""
+
+Words = tuple[str, ...]
+
+
+def _yes_or_no(word: str) -> bool:
+    if word not in ("yes", "no"):
+        raise ValueError(word)
+    return word == "yes"
+
+
+def _policy(word: str) -> str:
+    allowed = get_args(NegativePolicy)
+    if word not in allowed:
+        raise UserError(f"--policies has {word!r}: allowed are {', '.join(allowed)}")
+    return word
+
+
+SWEPT: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "backbone": ("backbones", str),
+    "head": ("heads", str),
+    "normalize": ("normalizations", _yes_or_no),
+    "lr": ("lrs", float),
+    "margin": ("margins", float),
+    "negatives": ("policies", _policy),
+    "candidates": ("candidate-counts", int),
+}
+"""The settings of a trial, each with the flag that gives its values, and how a word of the flag is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Train every combination of these settings, stop the hopeless early, and compare: several values by commas.
+
+    The sweep lies in sweeps/NAME/ below --data. All other flags are those of jobs/train.py and hold for every trial.
+    """
+
+    backbones: Words = ()
+    """timm models, such as convnext_tiny,efficientnet_b1. Default: --backbone."""
+    heads: Words = ()
+    """Widths of the layers up to the embedding, each head a word: 128 256,128. Default: --head and --embedding-dim."""
+    normalizations: Words = ()
+    """yes, no, or both: embeddings of length 1, or the head's raw vectors. Default: --normalize."""
+    lrs: Words = ()
+    """Learning rates. Default: --lr."""
+    margins: Words = ()
+    """Margins. Default: --margin."""
+    policies: Words = ()
+    """Policies of negatives. Default: --negatives."""
+    candidate_counts: Words = ()
+    """Numbers of candidates, of --batch triplets. Default: --candidates."""
+    max_trials: int = 0
+    """Draw so many of the combinations by --seed; 0 trains all."""
+    at_once: int = 0
+    """Trials side by side. Default: one a GPU, or one for every 4 CPUs; more share GPUs, and CPUs more evenly."""
+    min_epochs: int = 0
+    """No trial is stopped before so many epochs; 0 takes an eighth of --epochs, and --epochs never stops one."""
+    keep_one_in: int = 3
+    """Of the trials that reach the end of a stage the best one in so many goes on, to a stage so many times as long."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: TrainConfig(epochs=10, photos_limit=ORIGINAL_LIMIT)
+    )
+
+    def __post_init__(self) -> None:
+        for name, value, allowed, is_right in (
+            ("max-trials", self.max_trials, "1 or more, or 0", self.max_trials >= 0),
+            ("at-once", self.at_once, "1 or more, or 0", self.at_once >= 0),
+            ("min-epochs", self.min_epochs, f"0 to --epochs {self.train.epochs}", self.is_in_budget),
+            ("keep-one-in", self.keep_one_in, "2 or more", self.keep_one_in >= 2),
+            ("workers", self.train.workers, "1: a trial has one worker, and trials run side by side", self.is_single),
+            ("from-sweep", self.train.from_sweep, "for jobs/train.py alone", not self.train.from_sweep),
+        ):
+            if not is_right:
+                raise UserError(f"--{name} is {value!r}: {allowed}")
+
+    @property
+    def is_single(self) -> bool:
+        """Whether a trial has one worker."""
+        return self.train.workers in ((), (1,), (1, 1))
+
+    @property
+    def is_in_budget(self) -> bool:
+        """Whether the first stage ends within a trial."""
+        return 0 <= self.min_epochs <= self.train.epochs
+
+    @property
+    def first_stage(self) -> int:
+        """Epochs that every trial has."""
+        return self.min_epochs or max(1, self.train.epochs // 8)
+
+    @property
+    def url(self) -> str:
+        """Where the sweep lies."""
+        return storage.join(absolute_url(self.train.data, "--data"), "sweeps", self.train.name)
+
+    def swept(self) -> dict[str, list[Any]]:
+        """Return the values of each setting of a trial, by the names of `TrainConfig`.
+
+        Raises:
+            UserError: a value that is none, or a setting that is given once for all and once to be swept.
+        """
+        base, standard = self.train, TrainConfig()
+        swept: dict[str, list[Any]] = {}
+        for name, (flag, read) in SWEPT.items():
+            words: Words = getattr(self, flag.replace("-", "_"))
+            given = words if flag == "heads" else [part for word in words for part in word.split(",")]
+            if given and getattr(base, name) != getattr(standard, name):
+                raise UserError(f"--{flag} and --{name} are both given: name all values by --{flag}")
+            try:
+                values = [read(word.strip()) for word in given if word.strip()] or [getattr(base, name)]
+            except ValueError:
+                raise UserError(f"--{flag} is {','.join(given)}: values such as {getattr(standard, name)}") from None
+            swept[name] = list(dict.fromkeys(values))
+        if self.heads and base.embedding_dim != standard.embedding_dim:
+            raise UserError("--heads and --embedding-dim are both given: the last width of a head is the embedding's")
+        if len(swept["candidates"]) > 1 and base.batch != "triplets":
+            raise UserError("--candidate-counts are of --batch triplets alone: add that, or leave them out")
+        return swept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run of a sweep."""
+
+    name: str
+    config: TrainConfig
+    settings: Mapping[str, Any]
+    """In what it differs from others, by the names of its flags."""
+
+
+def plan_trials(config: SweepConfig) -> list[Trial]:
+    """Return the trials, always the same ones in the same order for the same flags.
+
+    Raises:
+        UserError: settings that cannot be.
+    """
+    swept = config.swept()
+    combinations = []
+    for values in itertools.product(*swept.values()):
+        settings = dict(zip(swept, values, strict=True))
+        if settings["negatives"] in ("random", "exact"):
+            settings["candidates"] = swept["candidates"][0]  # which is not looked at
+        if settings not in combinations:
+            combinations.append(settings)
+    if 0 < config.max_trials < len(combinations):
+        rng = np.random.default_rng(config.train.seed)
+        drawn = rng.choice(len(combinations), config.max_trials, replace=False)
+        combinations = [combinations[n] for n in sorted(drawn)]
+    varied = [name for name, values in swept.items() if len(values) > 1]
+    trials = []
+    for n, settings in enumerate(combinations, start=1):
+        told = {name: settings[name] for name in varied}
+        last_width = str(settings["head"]).rpartition(",")[2]
+        dim = int(last_width) if config.heads and last_width.isdecimal() else config.train.embedding_dim
+        trials.append(
+            Trial(
+                name=_trial_name(n, told),
+                settings=told,
+                config=dataclasses.replace(
+                    config.train,
+                    **settings,
+                    embedding_dim=dim,
+                    data=config.url,
+                    faces=config.train.faces_url,
+                    name=_trial_name(n, told),
+                    init=config.train.initial_weights(),
+                    workers=(1,),
+                ),
+            )
+        )
+    return trials
+
+
+def _trial_name(number: int, settings: dict[str, Any]) -> str:
+    labels = {"lr": "lr", "margin": "margin", "candidates": "of", "head": "head"}
+    words = [f"{labels.get(name, '')}{value}" for name, value in settings.items() if name != "normalize"]
+    if "normalize" in settings:
+        words.append("normalized" if settings["normalize"] else "raw")
+    return re.sub(r"[^\w.,-]+", "_", "-".join([f"{number:03d}", *words]))[:100]
