@@ -1,6 +1,7 @@
 """The driver of a run: checks everything that can be checked before a GPU is held, starts the workers, watches them."""
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -9,13 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 
 from lib import cluster, storage
+from lib.config import EXIT_FAILURE, EXIT_STOPPED, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import read_success
 from lib.parts import differences
@@ -43,6 +45,9 @@ FAILURE_LIMIT_S = 60.0
 
 LEAVE_LIMIT_S = 600.0
 """How long workers may take to write a checkpoint after they were asked to leave."""
+
+TOO_FEW_LIMIT_S = 10.0
+"""How long too few nodes for the workers are borne where lost ones do not come back."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
             ),
         )
         logger.info("training %s on %s", config.backbone, resources.text)
-        result = _watch(trainer, control)
+        result = _watch(trainer, control, resources)
     if result is None:
         raise JobStopped(
             f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
@@ -196,6 +201,11 @@ class WorkerResources:
     each: dict[str, float]
     text: str
 
+    def fit(self, nodes: list[dict[str, float]]) -> bool:
+        """Return whether nodes with these resources hold the fewest workers that the run goes on with."""
+        least = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        return least <= sum(min(int(node.get(kind, 0) // n) for kind, n in self.each.items()) for node in nodes)
+
 
 def worker_resources(config: TrainConfig) -> WorkerResources:
     """Return the workers that the flags ask for and the connected cluster has.
@@ -205,7 +215,7 @@ def worker_resources(config: TrainConfig) -> WorkerResources:
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = [node for node in cluster.node_resources() if node.get("CPU", 0) >= 1]
     kind = "GPU" if config.use_gpu else "CPU"
     places = [int(node.get(kind, 0)) for node in nodes]
     total = sum(places)
@@ -238,7 +248,7 @@ def _cpus_each(cpus_of_nodes: list[int], num_workers: int) -> int:
     )
 
 
-def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
+def _watch(trainer: Any, control: Any, resources: WorkerResources) -> dict[str, Any] | None:
     """Show how far the workers are until they end; return the result, None where they were asked to leave.
 
     Raises:
@@ -262,6 +272,7 @@ def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
         is_terminal = sys.stderr.isatty()
         with tqdm(unit="image", disable=not is_terminal, dynamic_ncols=True) as bar:
             leave_until = None
+            fitted_at = time.monotonic()
             while not ended:
                 ended_in = asked.wait(WATCH_EVERY_S)
                 news = ray.get(control.news.remote())
@@ -277,9 +288,13 @@ def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
                 if leave_until is not None:
                     time.sleep(WATCH_EVERY_S)
                     if time.monotonic() > leave_until:
-                        raise JobError(
-                            "the workers did not leave in time: the same command goes on from the last epoch"
-                        )
+                        message = "the workers did not leave in time: the same command goes on from the last epoch"
+                        _abandon(f"failed: {message}", EXIT_FAILURE)
+                if not cluster.nodes_are_fixed() or resources.fit(cluster.node_resources()):
+                    fitted_at = time.monotonic()
+                elif time.monotonic() - fitted_at > TOO_FEW_LIMIT_S:
+                    message = f"nodes are lost, too few are left for {resources.text}; on new ones the same command"
+                    _abandon(f"stopped: {message} goes on from the last checkpoint", EXIT_STOPPED)
             _show(ray.get(control.news.remote()), bar, is_terminal)
     news = ray.get(control.news.remote())
     if news.failure:
@@ -287,6 +302,15 @@ def _watch(trainer: Any, control: Any) -> dict[str, Any] | None:
     if ended[0] is not None:
         raise JobError(f"the workers failed too often: {_reason(ended[0])}") from ended[0]
     return ray.get(control.result.remote())
+
+
+def _abandon(message: str, status: int) -> NoReturn:
+    """End this process although Ray's trainer waits in its thread: leaving Ray in an orderly way would then crash.
+
+    Ray ends what a driver leaves that is gone.
+    """
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _show(news: Any, bar: Any, is_terminal: bool) -> None:
@@ -314,10 +338,9 @@ def _stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    kinds = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(kind, lambda *_: asked.set()) for kind in kinds]
+    before = [signal.signal(kind, lambda *_: asked.set()) for kind in STOP_SIGNALS]
     try:
         yield asked
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(kind, handler)
