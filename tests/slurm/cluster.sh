@@ -109,7 +109,16 @@ start_host() {
             mkdir -p "$2/project" && mount --bind "$3" "$2/project"
             mount -t tmpfs -o size=2g,mode=1777 tmpfs /tmp
             [ -d "$3" ] || { mkdir -p "$3" && mount --bind "$2/project" "$3"; }
-            [ ! -f "$2/on-boot.sh" ] || . "$2/on-boot.sh"
+            # A root file system for containers: the programs of this machine, without what a container brings itself.
+            mkdir -p "$2"/image/{dev,proc,sys,tmp,run}
+            for folder in /*; do
+                case $folder in /dev | /proc | /sys | /tmp | /run) continue ;; esac
+                if [ -L "$folder" ]; then
+                    ln -sfn "$(readlink "$folder")" "$2/image$folder"
+                elif [ -d "$folder" ]; then
+                    mkdir -p "$2/image$folder" && mount --rbind "$folder" "$2/image$folder"
+                fi
+            done
             SLURM_CONF=$2/slurm.conf exec slurmd -D -N "$1"' bash "$name" "$FOLDER" "$PROJECT" \
         < /dev/null >> "log/$name.out" 2>&1 &
     echo $! > "pid/$name.pid"
