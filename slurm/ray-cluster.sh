@@ -117,8 +117,7 @@ run_job() { # returns the job's exit status
                 tail -n 3 "$output/${nodes[i]}" >&2
                 if [ "${nodes[i]}" = "$head" ]; then
                     end_job
-                    wait "${steps[i]}" # 75: Slurm has ended it, as it does before it takes nodes away
-                    return $(($? == 75 ? 75 : 1))
+                    return 1
                 fi
             fi
         done
@@ -138,11 +137,11 @@ end_job() {
 }
 
 keep_ray_logs() {
-    local i
+    local i copies=()
     for i in "${!nodes[@]}"; do
         kill -0 "${steps[i]}" 2> /dev/null || continue
         mkdir -p "$logs/${nodes[i]}"
-        on_node "${nodes[i]}" cp -r "$job_folder/session_latest/logs/." "$logs/${nodes[i]}" &
+        on_node "${nodes[i]}" cp -r "$job_folder/session_latest/logs/." "$logs/${nodes[i]}" > "$output/copying" 2>&1 &
         copies+=($!)
     done
     wait "${copies[@]}"
@@ -167,6 +166,8 @@ if await_ray && [ -z "$asked" ]; then
     export RAY_ADDRESS=$head_ip:$port FIXED_NODES=1
     run_job "$@"
     status=$?
+    # Slurm may have asked Ray alone to end, as it does before it takes the nodes away.
+    if ((status != 0 && status != 2)) && grep -qx "asked to end" "$output/$head"; then status=75; fi
 fi
 case $status in 0 | 2 | 75) ;; *) [ -n "$asked" ] || keep_ray_logs ;; esac
 end_ray

@@ -7,7 +7,8 @@ role=$1 head_ip=$2 port=$3 num_cpus=$4 memory_mb=$5
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray/$SLURMD_NODENAME
 
 asked=
-trap 'asked=yes' TERM INT # Slurm sends it to every process of the step, so to Ray's too
+# Slurm sends it to every process of the step, so to Ray's too.
+trap '[ -n "$asked" ] || echo "asked to end"; asked=yes' TERM INT
 
 # The address by which this node reaches the head, and that network's name: a host name may mean the loopback, and torch
 # and NCCL would otherwise choose a network by themselves.
@@ -59,10 +60,6 @@ ray=$!
 while kill -0 $ray 2> /dev/null; do wait $ray; done # a signal interrupts wait
 wait $ray
 status=$?
-if [ -z "$asked" ]; then
-    mkdir -p "$logs" && cp -r "$job_folder/session_latest/logs/." "$logs"
-else
-    status=75
-fi
+if [ -z "$asked" ]; then mkdir -p "$logs" && cp -r "$job_folder/session_latest/logs/." "$logs"; fi
 rm -rf "$job_folder"
 exit $status

@@ -61,7 +61,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1,preempt_send_user_signal
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 DefMemPerCPU=500
 KillWait=10
 MinJobAge=3600

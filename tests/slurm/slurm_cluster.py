@@ -69,8 +69,7 @@ class SlurmCluster:
 
     def wait(self, job_id: int, timeout_s: float = 240) -> dict[str, str]:
         """Wait for the end of a job, and return what Slurm says of it then."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self.wait_until(lambda: self.job(job_id)["JobState"] in ended, job_id, timeout_s)
+        self.wait_until(lambda: self._has_ended(job_id), job_id, timeout_s)
         return self.job(job_id)
 
     def wait_for_line(self, job_id: int, pattern: str, timeout_s: float = 240) -> None:
@@ -81,8 +80,12 @@ class SlurmCluster:
         """Wait until something is so; where it never comes to that, the job's log is told."""
         deadline = time.monotonic() + timeout_s
         while not is_so():
-            assert time.monotonic() < deadline, f"it never came to that:\n{self.job(job_id)}\n{self.log(job_id)}"
-            time.sleep(0.2)
+            is_over = time.monotonic() > deadline or (self._has_ended(job_id) and not is_so())
+            assert not is_over, f"it never came to that:\n{self.job(job_id)}\n{self.log(job_id)}"
+            time.sleep(0.3)
+
+    def _has_ended(self, job_id: int) -> bool:
+        return self.job(job_id)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
     def processes(self, host: str) -> list[str]:
         """Return the names of the processes on a host that do not belong to the host itself."""

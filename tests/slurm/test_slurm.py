@@ -16,6 +16,7 @@ import pytest
 
 from lib.faces.sample import SampleConfig, make_sample
 from lib.training import checkpoints
+from tests.job_runner import wait_until
 from tests.s3_server import S3Server
 from tests.slurm.slurm_cluster import SlurmCluster, why_impossible
 from tests.test_train_faults import same_but_times
@@ -104,8 +105,9 @@ def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(cluster: S
     """One that more important work pushes away, and that is asked by hand later, has the history of one left alone."""
     calm, disturbed = cluster.folder / "calm", cluster.folder / "disturbed"
     where = [*SMALL, "--nodes=1", "--exclusive"]
-    undisturbed_job = cluster.submit(*where, "-w", "node4", "slurm/train.sh", *training(calm, faces, "--deterministic"))
-    job = cluster.submit(*where, "-w", "node3", "slurm/train.sh", *training(disturbed, faces, "--deterministic"))
+    alone = ["--deterministic", "--no-use-gpu"]  # the nodes' GPUs come with --exclusive
+    undisturbed_job = cluster.submit(*where, "-w", "node4", "slurm/train.sh", *training(calm, faces, *alone))
+    job = cluster.submit(*where, "-w", "node3", "slurm/train.sh", *training(disturbed, faces, *alone))
     cluster.wait_until(lambda: is_within_an_epoch(disturbed), job, 240)
     urgent = cluster.submit("-p", "urgent", "-w", "node3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
@@ -130,7 +132,7 @@ def test_a_cancelled_job_leaves_no_process_and_no_file(cluster: SlurmCluster, fa
     cluster.login("scancel", str(job))
     assert cluster.wait(job)["JobState"] == "CANCELLED"
     for host in ("node3", "node4"):
-        cluster.wait_until(lambda host=host: not cluster.processes(host), job, 60)
+        wait_until(lambda host=host: not cluster.processes(host), timeout_s=60)
         assert cluster.files_in_tmp(host) == []
 
 
@@ -213,7 +215,7 @@ def test_two_jobs_share_nodes(cluster: SlurmCluster, chain: dict[str, int]) -> N
     assert max(evaluate["StartTime"], embed["StartTime"]) < min(evaluate["EndTime"], embed["EndTime"])
 
 
-def test_nothing_is_left_on_the_nodes(cluster: SlurmCluster, chain: dict[str, int]) -> None:
+def test_nothing_is_left_on_the_nodes(cluster: SlurmCluster) -> None:
     for host in ("node1", "node2", "node3", "node4"):
-        cluster.wait_until(lambda host=host: not cluster.processes(host), chain["embed"], 60)
+        wait_until(lambda host=host: not cluster.processes(host), timeout_s=60)
         assert cluster.files_in_tmp(host) == []
