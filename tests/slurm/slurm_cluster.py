@@ -67,12 +67,12 @@ class SlurmCluster:
         """Return what a job has printed so far."""
         return "".join(path.read_text() for path in (self.project / "logs").glob(f"*-{job_id}.out"))
 
-    def wait(self, job_id: int, timeout_s: float = 240) -> dict[str, str]:
+    def wait(self, job_id: int, timeout_s: float = 400) -> dict[str, str]:
         """Wait for the end of a job, and return what Slurm says of it then."""
         self.wait_until(lambda: self._has_ended(job_id), job_id, timeout_s)
         return self.job(job_id)
 
-    def wait_for_line(self, job_id: int, pattern: str, timeout_s: float = 240) -> None:
+    def wait_for_line(self, job_id: int, pattern: str, timeout_s: float = 400) -> None:
         """Wait until a job's log holds a match of the pattern."""
         self.wait_until(lambda: re.search(pattern, self.log(job_id)) is not None, job_id, timeout_s)
 
@@ -89,13 +89,13 @@ class SlurmCluster:
 
     def processes(self, host: str) -> list[str]:
         """Return the names of the processes on a host that do not belong to the host itself."""
-        pids = self._pids(host)
+        pids = self.host_pids(host)
         names = [Path(f"/proc/{pid}/comm") for pid in pids]
         return [name for path in names if path.exists() and (name := path.read_text().strip()) not in OF_HOST]
 
     def files_in_tmp(self, host: str) -> list[str]:
         """Return what lies in the host's own /tmp."""
-        return [path.name for path in Path(f"/proc/{self._pids(host)[-1]}/root/tmp").iterdir()]
+        return [path.name for path in Path(f"/proc/{self.host_pids(host)[-1]}/root/tmp").iterdir()]
 
     def cut_power(self, host: str) -> None:
         """Kill slurmd and everything else on a host at once."""
@@ -117,7 +117,8 @@ class SlurmCluster:
         assert name in names
         return name
 
-    def _pids(self, host: str) -> list[int]:
+    def host_pids(self, host: str) -> list[int]:
+        """Return the ids of all processes on a host, by this machine's numbers."""
         listed = subprocess.run(
             ["ip", "netns", "pids", self._network(host)], check=True, capture_output=True, text=True
         )

@@ -22,7 +22,7 @@ from tests.slurm.slurm_cluster import SlurmCluster, why_impossible
 from tests.test_train_faults import same_but_times
 from tests.training.learnable_faces import write_faces
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 TINY = ["--backbone", "test_convnext", "--init", "none", "--embedding-dim", "16", "--lr", "2e-3", "--val-pairs", "400"]
 RUN = "it's a “run”"
@@ -108,7 +108,7 @@ def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(cluster: S
     alone = ["--deterministic", "--no-use-gpu"]  # the nodes' GPUs come with --exclusive
     undisturbed_job = cluster.submit(*where, "-w", "node4", "slurm/train.sh", *training(calm, faces, *alone))
     job = cluster.submit(*where, "-w", "node3", "slurm/train.sh", *training(disturbed, faces, *alone))
-    cluster.wait_until(lambda: is_within_an_epoch(disturbed), job, 240)
+    cluster.wait_until(lambda: is_within_an_epoch(disturbed), job, 400)
     urgent = cluster.submit("-p", "urgent", "-w", "node3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
     cluster.wait_for_line(job, r"start 1 of job \d+(.|\n)*going on from the checkpoint of epoch \d, step")
@@ -125,7 +125,7 @@ def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(cluster: S
 def test_a_cancelled_job_leaves_no_process_and_no_file(cluster: SlurmCluster, faces: str) -> None:
     folder = cluster.folder / "cancelled"
     job = cluster.submit(*SMALL, "-w", "node3,node4", "slurm/train.sh", *training(folder, faces))
-    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 240)
+    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 400)
     for host in ("node3", "node4"):
         assert {"raylet", "ray::RayTrainWor"} <= set(cluster.processes(host))
         assert f"ray-{job}" in cluster.files_in_tmp(host)
@@ -165,7 +165,7 @@ def test_a_node_that_dies_costs_no_epoch(cluster: SlurmCluster, faces: str) -> N
     folder = cluster.folder / "lost"
     flags = training(folder, faces, "--workers", "1", "2", "--batch", "triplets", "--negatives", "hard")
     job = cluster.submit(*SMALL, "-w", "node3,node4", "slurm/train.sh", *flags)
-    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 240)
+    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 400)
     cluster.cut_power("node4")
     try:
         assert result(cluster, job)["epochs"] == EPOCHS
