@@ -134,6 +134,7 @@ end_job() {
         sleep 0.5
     done
     kill -KILL $driver 2> /dev/null
+    wait $driver 2> /dev/null # quietly: bash would say that it was killed
 }
 
 keep_ray_logs() {

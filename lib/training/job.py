@@ -287,14 +287,7 @@ def _watch(trainer: Any, control: Any, resources: WorkerResources) -> dict[str, 
                     leave_until = time.monotonic() + LEAVE_LIMIT_S
                 if leave_until is not None:
                     time.sleep(WATCH_EVERY_S)
-                    if time.monotonic() > leave_until:
-                        message = "the workers did not leave in time: the same command goes on from the last epoch"
-                        _abandon(f"failed: {message}", EXIT_FAILURE)
-                if not cluster.nodes_are_fixed() or resources.fit(cluster.node_resources()):
-                    fitted_at = time.monotonic()
-                elif time.monotonic() - fitted_at > TOO_FEW_LIMIT_S:
-                    message = f"nodes are lost, too few are left for {resources.text}; on new ones the same command"
-                    _abandon(f"stopped: {message} goes on from the last checkpoint", EXIT_STOPPED)
+                fitted_at = _check_limits(leave_until, fitted_at, resources)
             _show(ray.get(control.news.remote()), bar, is_terminal)
     news = ray.get(control.news.remote())
     if news.failure:
@@ -302,6 +295,24 @@ def _watch(trainer: Any, control: Any, resources: WorkerResources) -> dict[str, 
     if ended[0] is not None:
         raise JobError(f"the workers failed too often: {_reason(ended[0])}") from ended[0]
     return ray.get(control.result.remote())
+
+
+def _check_limits(leave_until: float | None, fitted_at: float, resources: WorkerResources) -> float:
+    """Return when the cluster last had the nodes that the run needs; end this process where waiting is of no more use."""
+    now = time.monotonic()
+    if leave_until is not None and now > leave_until:
+        _abandon(
+            "failed: the workers did not leave in time: the same command goes on from the last epoch", EXIT_FAILURE
+        )
+    if not cluster.nodes_are_fixed() or resources.fit(cluster.node_resources()):
+        return now
+    if now - fitted_at > TOO_FEW_LIMIT_S:
+        _abandon(
+            f"stopped: nodes are lost, too few are left for {resources.text}; on new ones the same command goes on from "
+            "the last checkpoint",
+            EXIT_STOPPED,
+        )
+    return fitted_at
 
 
 def _abandon(message: str, status: int) -> NoReturn:

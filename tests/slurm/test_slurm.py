@@ -104,10 +104,9 @@ def test_wrong_arguments_end_a_job_with_2_and_one_line_in_its_log(cluster: Slurm
 def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(cluster: SlurmCluster, faces: str) -> None:
     """One that more important work pushes away, and that is asked by hand later, has the history of one left alone."""
     calm, disturbed = cluster.folder / "calm", cluster.folder / "disturbed"
-    where = [*SMALL, "--nodes=1", "--exclusive"]
-    alone = ["--deterministic", "--no-use-gpu"]  # the nodes' GPUs come with --exclusive
-    undisturbed_job = cluster.submit(*where, "-w", "node4", "slurm/train.sh", *training(calm, faces, *alone))
-    job = cluster.submit(*where, "-w", "node3", "slurm/train.sh", *training(disturbed, faces, *alone))
+    where = [*SMALL, "--nodes=1"]
+    undisturbed_job = cluster.submit(*where, "-w", "node4", "slurm/train.sh", *training(calm, faces, "--deterministic"))
+    job = cluster.submit(*where, "-w", "node3", "slurm/train.sh", *training(disturbed, faces, "--deterministic"))
     cluster.wait_until(lambda: is_within_an_epoch(disturbed), job, 400)
     urgent = cluster.submit("-p", "urgent", "-w", "node3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
