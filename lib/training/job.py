@@ -298,7 +298,7 @@ def _watch(trainer: Any, control: Any, resources: WorkerResources) -> dict[str, 
 
 
 def _check_limits(leave_until: float | None, fitted_at: float, resources: WorkerResources) -> float:
-    """Return when the cluster last had the nodes that the run needs; end this process where waiting is of no more use."""
+    """Return when the cluster last had the nodes that the run needs; end this process where waiting is of no use."""
     now = time.monotonic()
     if leave_until is not None and now > leave_until:
         _abandon(
@@ -308,8 +308,8 @@ def _check_limits(leave_until: float | None, fitted_at: float, resources: Worker
         return now
     if now - fitted_at > TOO_FEW_LIMIT_S:
         _abandon(
-            f"stopped: nodes are lost, too few are left for {resources.text}; on new ones the same command goes on from "
-            "the last checkpoint",
+            f"stopped: nodes are lost, too few are left for {resources.text}; on new ones the same command goes on "
+            "from the last checkpoint",
             EXIT_STOPPED,
         )
     return fitted_at
