@@ -54,12 +54,10 @@ find_head_ip() { # the address Slurm itself uses, as a number: a node's own name
 }
 
 start_ray() {
-    local i role memory_mb
+    local i memory_mb
     for i in "${!nodes[@]}"; do
-        role=worker
-        [ "${nodes[i]}" != "$head" ] || role="head"
         memory_mb=$((mem_per_node ? mem_per_node : mem_per_cpu * num_cpus[i]))
-        on_node "${nodes[i]}" bash slurm/ray-node.sh $role "$head_ip" $port "${num_cpus[i]}" $memory_mb \
+        on_node "${nodes[i]}" bash slurm/ray-node.sh "$head" "$head_ip" $port "${num_cpus[i]}" $memory_mb \
             > "$output/${nodes[i]}" 2>&1 &
         steps+=($!)
     done

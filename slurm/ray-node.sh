@@ -1,9 +1,9 @@
 #!/bin/bash
-# Ray on one node, until it is asked to end:  ray-node.sh head|worker IP_OF_HEAD PORT NUM_CPUS MEMORY_MB
+# Ray on one node, until it is asked to end:  ray-node.sh HEAD IP_OF_HEAD PORT NUM_CPUS MEMORY_MB
 # ray-cluster.sh starts it as a step of the job on each node. "Ray runtime started" on standard output says that it runs.
 set -u
 . slurm/environment.sh
-role=$1 head_ip=$2 port=$3 num_cpus=$4 memory_mb=$5
+head=$1 head_ip=$2 port=$3 num_cpus=$4 memory_mb=$5
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray/$SLURMD_NODENAME
 
 asked=
@@ -26,10 +26,24 @@ for _, name in socket.if_nameindex():
         print(ip, name)
 '
 
-wait_for_head() { # until its port answers
-    until (exec 3<> "/dev/tcp/$head_ip/$port") 2> /dev/null; do
+head_answers() { (exec 3<> "/dev/tcp/$head_ip/$port") 2> /dev/null; }
+
+wait_for_head() {
+    until head_answers; do
         [ -z "$asked" ] || exit 0
         sleep 0.2
+    done
+}
+
+requeue_without_head() { # if the head's host has died: the batch script died with it, and Slurm lets the job run on
+    local hosts
+    while [ -z "$asked" ]; do
+        hosts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *NodeList=//p')
+        if [ -n "$hosts" ] && ! scontrol show hostnames "$hosts" | grep -qx "$head"; then
+            scontrol requeue "$SLURM_JOB_ID"
+            return
+        fi
+        sleep 5
     done
 }
 
@@ -47,7 +61,7 @@ if ((memory_mb)); then
     objects_mb=$((memory_mb * 3 / 10 < room_mb * 9 / 10 ? memory_mb * 3 / 10 : room_mb * 9 / 10))
     options+=(--object-store-memory=$((objects_mb << 20)) --memory=$(((memory_mb - objects_mb) << 20)))
 fi
-if [ "$role" = head ]; then
+if [ "$SLURMD_NODENAME" = "$head" ]; then
     (umask 077 && echo "$RAY_AUTH_TOKEN" > "$job_folder/token")
     options+=(--head --port="$port" --ray-client-server-port=$((port + 1)))
     options+=(--include-dashboard=true --dashboard-host="$ip" --dashboard-port=$((port + 2)))
@@ -62,4 +76,5 @@ wait $ray
 status=$?
 if [ -z "$asked" ]; then mkdir -p "$logs" && cp -r "$job_folder/session_latest/logs/." "$logs"; fi
 rm -rf "$job_folder"
+if [ -z "$asked" ] && ! head_answers; then requeue_without_head; fi
 exit $status
