@@ -34,8 +34,9 @@ enter_container() { # sets the arrays above; folders are mounted at their own pa
         done
         inside+=("$CONTAINER" -- "${prefix[@]}")
     elif srun --help | grep -q -e --container-image; then
-        printf -v folder '%s,' "${mounts[@]/%//}" /tmp
-        step_options=("--container-image=$CONTAINER" "--container-workdir=$PWD" "--container-mounts=${folder%,}")
+        local pairs=/tmp:/tmp
+        for folder in "${mounts[@]}"; do pairs+=,$folder:$folder; done
+        step_options=("--container-image=$CONTAINER" "--container-workdir=$PWD" "--container-mounts=$pairs")
         step_prefix=("${prefix[@]}" IN_CONTAINER=1)
     else
         usage_error "CONTAINER is '$CONTAINER': an Apptainer image (*.sif), a folder with a root file system for" \

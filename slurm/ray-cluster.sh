@@ -24,7 +24,7 @@ done
 port=$((20000 + SLURM_JOB_ID % 4000 * 3))
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray
 start_limit_s=${RAY_START_LIMIT_S:-300}
-output=$(mktemp -d -p "${NODE_SCRATCH:-/tmp}") # what the steps print
+output=$(mktemp -d "$job_folder-output.XXXXXX") # what the steps print
 mem_per_node=${SLURM_MEM_PER_NODE:-0} mem_per_cpu=${SLURM_MEM_PER_CPU:-0}
 # Steps would take these as wishes of their own.
 unset "${!SLURM_MEM_PER@}" "${!SLURM_GPUS_PER@}" SLURM_GPUS SLURM_NTASKS SLURM_NPROCS "${!SLURM_NTASKS_PER@}" \

@@ -31,7 +31,7 @@ def test_a_launcher_asks_slurm_for_what_the_others_ask_for(job: str) -> None:
     """Two nodes with one Ray each, one log, and notice before the end, after which the job is queued again."""
     script = (ROOT / "slurm" / f"{job}.sh").read_text()
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", script, re.MULTILINE))
-    resources = {"nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "4", "mem-per-cpu": "2G"}
+    resources = {"nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "4"}
     log = {"job-name": job, "output": "logs/%x-%j.out", "open-mode": "append"}
     assert asked == resources | log | {"requeue": "", "no-kill": "", "signal": "B:USR1@120"}
     assert script.startswith("#!/bin/bash\n")

@@ -62,7 +62,7 @@ SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,bf_interval=1
-DefMemPerCPU=500
+DefMemPerCPU=1500
 KillWait=10
 MinJobAge=3600
 ReturnToService=2

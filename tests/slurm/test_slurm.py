@@ -37,7 +37,7 @@ def cluster() -> Iterator[SlurmCluster]:
         assert not os.environ.get("CI"), problem
         pytest.skip(problem)
     with ExitStack() as stack:
-        cluster = SlurmCluster(num_hosts=4)
+        cluster = SlurmCluster(num_hosts=6)
         stack.callback(cluster.close)
         yield cluster
 
@@ -70,10 +70,25 @@ def chain(cluster: SlurmCluster, data: Path) -> dict[str, int]:
     return ids
 
 
+@pytest.fixture(scope="module", autouse=True)
+def beheaded(cluster: SlurmCluster, faces: str, chain: dict[str, int]) -> int:
+    """Start a training whose first host, with the batch script on it, dies: it takes a minute until Slurm gives up."""
+    folder = cluster.folder / "beheaded"
+    job = cluster.submit(*SMALL, "-w", "node5,node6", "slurm/train.sh", *training(folder, faces))
+    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 400)
+    cluster.cut_power("node5")
+    return job
+
+
 def training(folder: Path, faces: str, *more: str) -> list[str]:
     """Return flags of a run of some seconds an epoch."""
     flags = ["--data", str(folder), "--faces", faces, *TINY, "--epochs", str(EPOCHS), "--triplets-per-epoch", "960"]
     return [*flags, "--checkpoint-minutes", "0.003", *more]
+
+
+def is_within_an_epoch(folder: Path) -> bool:
+    progress = checkpoints.newest_progress(str(folder / "runs" / "default"))
+    return progress is not None and progress.epoch > 1 and progress.anchors_done > 0
 
 
 def history(folder: Path, name: str = "default") -> list[dict[str, Any]]:
@@ -86,11 +101,6 @@ def result(cluster: SlurmCluster, job: int) -> dict[str, Any]:
     log = cluster.log(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
     return json.loads(log.splitlines()[-1])
-
-
-def is_within_an_epoch(folder: Path) -> bool:
-    progress = checkpoints.newest_progress(str(folder / "runs" / "default"))
-    return progress is not None and progress.epoch > 1 and progress.anchors_done > 0
 
 
 def test_wrong_arguments_end_a_job_with_2_and_one_line_in_its_log(cluster: SlurmCluster, data: Path) -> None:
@@ -177,6 +187,14 @@ def test_a_node_that_dies_costs_no_epoch(cluster: SlurmCluster, faces: str) -> N
     assert "Ray has ended on node4" in cluster.log(job)
 
 
+def test_a_job_whose_first_node_dies_goes_back_into_the_queue(cluster: SlurmCluster, beheaded: int) -> None:
+    """Slurm would let it run on until its time limit, with nobody to watch it."""
+    cluster.wait_until(lambda: cluster.job(beheaded)["Restarts"] == "1", beheaded, 400)
+    cluster.boot("node5")
+    assert result(cluster, beheaded)["epochs"] == EPOCHS
+    assert [row["epoch"] for row in history(cluster.folder / "beheaded")] == list(range(1, EPOCHS + 1))
+
+
 def test_both_nodes_work_on_s3_in_a_container(cluster: SlurmCluster, request: pytest.FixtureRequest) -> None:
     """In Charliecloud, on a folder that holds this machine's own programs; the S3 server is on the login host."""
     server = S3Server("10.77.0.1", within=[str(cluster.folder / "login")])
@@ -215,6 +233,7 @@ def test_two_jobs_share_nodes(cluster: SlurmCluster, chain: dict[str, int]) -> N
 
 
 def test_nothing_is_left_on_the_nodes(cluster: SlurmCluster) -> None:
-    for host in ("node1", "node2", "node3", "node4"):
+    for number in range(1, 7):
+        host = f"node{number}"
         wait_until(lambda host=host: not cluster.processes(host), timeout_s=60)
         assert cluster.files_in_tmp(host) == []
