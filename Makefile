@@ -50,7 +50,7 @@ endif
 test: $(VENV)/.development
 	@$(BIN)/python -m pytest $(TESTS)
 
-# The launchers on a real Slurm cluster; as root it installs Slurm where that is missing. Prints what is slow.
+# The launchers on a real Slurm cluster; root alone can start one, and installs Slurm where it is missing.
 test-slurm: $(VENV)/.development
 	@$(BIN)/python -m pytest -m slurm --durations=20 --durations-min=5 tests/slurm
 

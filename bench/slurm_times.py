@@ -29,7 +29,9 @@ def pin(cluster: SlurmCluster, host: int) -> None:
     """Keep a host, and all that will run on it, to one core."""
     pid = (cluster.folder / "pid" / f"node{host}.pid").read_text().strip()
     for each in [pid, *cluster.host_pids(f"node{host}")]:
-        subprocess.run(["taskset", "-cp", str((host - 1) % (os.cpu_count() or 1)), str(each)], check=True)
+        subprocess.run(
+            ["taskset", "-cp", str((host - 1) % (os.cpu_count() or 1)), str(each)], check=True, capture_output=True
+        )
 
 
 def result(cluster: SlurmCluster, job: int) -> dict[str, Any]:
@@ -57,14 +59,23 @@ def until(is_so: Callable[[], bool]) -> float:
     return time.perf_counter() - began
 
 
-def training_times(cluster: SlurmCluster, data: Path, name: str) -> dict[str, float]:
+def training_times(cluster: SlurmCluster, data: Path, faces: Path) -> dict[str, float]:
     """Train on two nodes, ask the job to leave once, and return the seconds of each wait."""
-    flags = ["--data", str(data), "--name", name, "--backbone", "test_convnext", "--init", "none"]
-    flags += ["--epochs", "1000", "--triplets-per-epoch", "4000", "--checkpoint-minutes", "0.0001"]
+    flags = ["--data", str(data), "--faces", str(faces), "--backbone", "test_convnext", "--init", "none"]
+    flags += [
+        "--image-size",
+        "112",
+        "--epochs",
+        "1000",
+        "--triplets-per-epoch",
+        "4000",
+        "--checkpoint-minutes",
+        "0.0001",
+    ]
     job = cluster.submit("--nodes=2", *ONE_CPU, "slurm/train.sh", *flags)
 
     def step() -> int:
-        progress = checkpoints.newest_progress(str(data / "runs" / name))
+        progress = checkpoints.newest_progress(str(data / "runs" / "default"))
         return progress.step if progress else 0
 
     first_step_s = until(lambda: step() > 0)
@@ -103,10 +114,7 @@ def main() -> None:
         for number in range(options.rounds):
             faces = [cluster.folder / f"faces-{number}-{num_nodes}" for num_nodes in (1, 2)]
             rates = [preprocess_rate(cluster, data, folder, nodes) for nodes, folder in enumerate(faces, start=1)]
-            run_data = cluster.folder / f"run-{number}"
-            run_data.mkdir()
-            (run_data / "faces").symlink_to(faces[1])
-            times = training_times(cluster, run_data, "timed")
+            times = training_times(cluster, cluster.folder / f"run-{number}", faces[1])
             rates_by_name = {"photos_per_s_1": rates[0], "photos_per_s_2": rates[1], "gain": rates[1] / rates[0]}
             rounds.append(rates_by_name | times)
             print({name: round(value, 2) for name, value in rounds[-1].items()}, flush=True)
