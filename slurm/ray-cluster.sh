@@ -68,7 +68,7 @@ await_ray() { # until Ray runs on every node; else says on which it does not, an
     while [ -z "$asked" ]; do
         missing=()
         for i in "${!nodes[@]}"; do
-            grep -q "Ray runtime started" "$output/${nodes[i]}" && continue
+            grep -qs "Ray runtime started" "$output/${nodes[i]}" && continue
             missing+=("${nodes[i]}")
             if ! kill -0 "${steps[i]}" 2> /dev/null; then
                 say "failed: Ray did not start on ${nodes[i]}:"
