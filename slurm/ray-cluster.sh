@@ -34,7 +34,7 @@ steps=() # process ids of the steps, in the order of the nodes
 driver=
 asked= # requeue or cancel
 trap 'asked=${asked:-requeue}; [ -z "$driver" ] || kill -USR1 "$driver" 2> /dev/null' USR1
-trap 'asked=cancel; [ -z "$driver" ] || kill -TERM "$driver" 2> /dev/null' TERM INT
+trap 'asked=cancel; rm -rf "$output"; [ -z "$driver" ] || kill -TERM "$driver" 2> /dev/null' TERM INT
 
 on_node() { # NODE COMMAND...: a step beside the others, with all that the job has there
     local node=$1
@@ -109,7 +109,7 @@ run_job() { # returns the job's exit status
     driver=$!
     while kill -0 $driver 2> /dev/null; do
         for i in "${!nodes[@]}"; do
-            if [ -z "${lost[i]:-}" ] && ! kill -0 "${steps[i]}" 2> /dev/null; then
+            if [ -z "${lost[i]:-}$asked" ] && ! kill -0 "${steps[i]}" 2> /dev/null; then
                 lost[i]=yes
                 say "Ray has ended on ${nodes[i]}, nobody here asked it to:"
                 tail -n 3 "$output/${nodes[i]}" >&2
@@ -166,7 +166,7 @@ if await_ray && [ -z "$asked" ]; then
     run_job "$@"
     status=$?
     # Slurm may have asked Ray alone to end, as it does before it takes the nodes away.
-    if ((status != 0 && status != 2)) && grep -qx "asked to end" "$output/$head"; then status=75; fi
+    if ((status != 0 && status != 2)) && grep -qsx "asked to end" "$output/$head"; then status=75; fi
 fi
 case $status in 0 | 2 | 75) ;; *) [ -n "$asked" ] || keep_ray_logs ;; esac
 end_ray

@@ -7,8 +7,8 @@ head=$1 head_ip=$2 port=$3 num_cpus=$4 memory_mb=$5
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray/$SLURMD_NODENAME
 
 asked=
-# Slurm sends it to every process of the step, so to Ray's too.
-trap '[ -n "$asked" ] || echo "asked to end"; asked=yes' TERM INT
+# Slurm sends it to every process of the step, so to Ray's too, and kills soon after: what has to go goes at once.
+trap '[ -n "$asked" ] || echo "asked to end"; asked=yes; rm -rf "$job_folder"' TERM INT
 
 # The address by which this node reaches the head, and that network's name: a host name may mean the loopback, and torch
 # and NCCL would otherwise choose a network by themselves.

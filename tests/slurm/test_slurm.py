@@ -75,20 +75,15 @@ def beheaded(cluster: SlurmCluster, faces: str, chain: dict[str, int]) -> int:
     """Start a training whose first host, with the batch script on it, dies: it takes a minute until Slurm gives up."""
     folder = cluster.folder / "beheaded"
     job = cluster.submit(*SMALL, "-w", "node5,node6", "slurm/train.sh", *training(folder, faces))
-    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 400)
+    cluster.wait_until(lambda: has_done_an_epoch(folder), job, 400)
     cluster.cut_power("node5")
     return job
 
 
 def training(folder: Path, faces: str, *more: str) -> list[str]:
     """Return flags of a run of some seconds an epoch."""
-    flags = ["--data", str(folder), "--faces", faces, *TINY, "--epochs", str(EPOCHS), "--triplets-per-epoch", "960"]
+    flags = ["--data", str(folder), "--faces", faces, *TINY, "--epochs", str(EPOCHS), "--triplets-per-epoch", "1920"]
     return [*flags, "--checkpoint-minutes", "0.003", *more]
-
-
-def is_within_an_epoch(folder: Path) -> bool:
-    progress = checkpoints.newest_progress(str(folder / "runs" / "default"))
-    return progress is not None and progress.epoch > 1 and progress.anchors_done > 0
 
 
 def history(folder: Path, name: str = "default") -> list[dict[str, Any]]:
@@ -101,6 +96,15 @@ def result(cluster: SlurmCluster, job: int) -> dict[str, Any]:
     log = cluster.log(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
     return json.loads(log.splitlines()[-1])
+
+
+def is_within_an_epoch(folder: Path) -> bool:
+    progress = checkpoints.newest_progress(str(folder / "runs" / "default"))
+    return progress is not None and progress.epoch > 1 and progress.anchors_done > 0
+
+
+def has_done_an_epoch(folder: Path) -> bool:
+    return (folder / "runs" / "default" / "history.parquet").exists()
 
 
 def photos_by_node(cluster: SlurmCluster, job: int) -> dict[str, int]:
@@ -140,8 +144,8 @@ def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(cluster: S
 
 def test_a_cancelled_job_leaves_no_process_and_no_file(cluster: SlurmCluster, faces: str) -> None:
     folder = cluster.folder / "cancelled"
-    job = cluster.submit(*SMALL, "-w", "node3,node4", "slurm/train.sh", *training(folder, faces))
-    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 400)
+    job = cluster.submit(*SMALL, "-w", "node3,node4", "slurm/train.sh", *training(folder, faces, "--epochs", "1000"))
+    cluster.wait_until(lambda: has_done_an_epoch(folder), job, 400)
     for host in ("node3", "node4"):
         assert {"raylet", "ray::RayTrainWor"} <= set(cluster.processes(host))
         assert f"ray-{job}" in cluster.files_in_tmp(host)
@@ -181,7 +185,7 @@ def test_a_node_that_dies_costs_no_epoch(cluster: SlurmCluster, faces: str) -> N
     folder = cluster.folder / "lost"
     flags = training(folder, faces, "--workers", "1", "2", "--batch", "triplets", "--negatives", "hard")
     job = cluster.submit(*SMALL, "-w", "node3,node4", "slurm/train.sh", *flags)
-    cluster.wait_until(lambda: is_within_an_epoch(folder), job, 400)
+    cluster.wait_until(lambda: has_done_an_epoch(folder), job, 400)
     cluster.cut_power("node4")
     try:
         assert result(cluster, job)["epochs"] == EPOCHS
