@@ -161,7 +161,9 @@ case $COMMAND in
         ;;
     down)
         cd "$FOLDER" || exit 0
-        for file in pid/login.pid pid/node*.pid pid/munged.pid; do end_process "$file"; done
+        # unshare passes no SIGTERM on; what is on a host ends with it.
+        for file in pid/node*.pid; do kill -KILL "$(< "$file")" 2> /dev/null || true; done
+        for file in pid/login.pid pid/munged.pid; do end_process "$file"; done
         for network in $(ip netns list | cut -d ' ' -f 1 | grep "^$PREFIX-"); do
             # shellcheck disable=SC2046
             kill -KILL $(ip netns pids "$network") 2> /dev/null || true
