@@ -9,7 +9,7 @@ DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 8
 	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
 GPU_RUNTIME := onnxruntime-gpu==1.31.1
 
-.PHONY: demo test check bench image gpu clean
+.PHONY: demo test test-slurm check bench image gpu clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -50,7 +50,12 @@ endif
 test: $(VENV)/.development
 	@$(BIN)/python -m pytest $(TESTS)
 
+# The launchers on a real Slurm cluster; root alone can start one, and installs Slurm where it is missing.
+test-slurm: $(VENV)/.development
+	@$(BIN)/python -m pytest -m slurm --durations=20 --durations-min=5 tests/slurm
+
 check: $(VENV)/.development
+	@$(BIN)/shellcheck --external-sources slurm/*.sh tests/slurm/*.sh .ci/run
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy

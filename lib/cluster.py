@@ -2,14 +2,12 @@
 
 import logging
 import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.config import in_submitted_job
+from lib.config import heed_stop_signals, in_submitted_job
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,9 +44,7 @@ def connected() -> Iterator[None]:
         # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
         ray.init(address="local", include_dashboard=False)
-    if threading.current_thread() is threading.main_thread():
-        # Kubernetes, Slurm and `ray job stop` ask this way; Ray's own handler would end in an abort.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
     try:
         yield
     finally:
@@ -60,6 +56,18 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def nodes_are_fixed() -> bool:
+    """Return whether a node that is lost will not come back: so it is in a Slurm job, whose launcher says it."""
+    return bool(os.environ.get("FIXED_NODES"))
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Return the resources of each node of the connected cluster that is alive."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def num_cpus() -> int:

@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,16 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "DATA_URL")}
     path = f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"
     return {**inherited, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **(extra or {})}
+
+
+def copy_project(folder: Path) -> None:
+    """Copy the project as git knows it."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
 
 
 def start_job(script: str, *arguments: str, extra: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

@@ -1,7 +1,6 @@
 """`jobs/preprocess.py` on clusters: submitted to a real one with a token, and on two nodes of which one dies."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cluster_utils
 
-from tests.job_runner import ROOT, SCRIPTS, RayHead, children, environment, finish, ray_head, start_job, wait_until
+from tests.job_runner import (
+    SCRIPTS,
+    RayHead,
+    children,
+    copy_project,
+    environment,
+    finish,
+    ray_head,
+    start_job,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -21,12 +30,7 @@ COPIES = 2
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the project as git knows it, with what a user has beside it and must not upload."""
     folder = tmp_path_factory.mktemp("checkout")
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_project(folder)
     for name in (".venv/lib/large.bin", "data/photos/large.jpg", "runs/large.bin"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(os.urandom(2**20))

@@ -12,7 +12,7 @@ from typing import Any
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
-from lib.errors import JobError, UserError
+from lib.errors import UserError
 from lib.faces import card, table
 from lib.faces.alignment import Alignment
 from lib.faces.detection import load_detector
@@ -20,7 +20,7 @@ from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
 from lib.faces.gpu_detection import gpu_detectors, remote_detect
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
-from lib.parts import present_files, run_parts, settle, sweep, write_plan
+from lib.parts import present_files, run_parts, settle, summary, sweep, write_plan
 
 logger = logging.getLogger(__name__)
 
@@ -199,13 +199,8 @@ class PartWorker:
         )
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Process one part, an item of `part_item`; what ends the job, such as a full disk, comes as `failure`."""
-        started = time.monotonic()
-        try:
-            num_photos = self._process(part)
-        except (UserError, JobError) as error:
-            return {"count": 0, "seconds": 0.0, "failure": str(error)}
-        return {"count": num_photos, "seconds": time.monotonic() - started, "failure": ""}
+        """Process one part, an item of `part_item`, and return its summary."""
+        return summary(self._process, part)
 
     def _process(self, part: dict[str, Any]) -> int:
         num_photos = 0

@@ -18,13 +18,13 @@ import tyro
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
-from lib.errors import JobError, UserError
+from lib.errors import UserError
 from lib.faces import table
 from lib.faces.alignment import Alignment, realign
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint, settings_from_fingerprint
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
-from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, sweep, write_plan
+from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, summary, sweep, write_plan
 from lib.recognition import embeddings_table
 from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, find_model, load_embedder
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
@@ -324,13 +324,8 @@ class EmbedWorker:
             self._reader = PhotoReader(photos_url, ParquetColumns().image, FaceExtractor(settings))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Process one item of a source; what ends the job, such as a full disk, comes as `failure`."""
-        started = time.monotonic()
-        try:
-            num_rows = self._process(item)
-        except (UserError, JobError) as error:
-            return {"count": 0, "seconds": 0.0, "failure": str(error)}
-        return {"count": num_rows, "seconds": time.monotonic() - started, "failure": ""}
+        """Process one item of a source, and return its summary."""
+        return summary(self._process, item)
 
     def _process(self, item: dict[str, Any]) -> int:
         num_rows = 0
