@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from lib.config import in_submitted_job
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+WAIT_EVERY_S = 1.0
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +63,24 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def wait_for(kind: str, count: int, *, limit_s: float) -> None:
+    """Ask the cluster's autoscaler for so many CPUs or GPUs and wait until they are there, or until the limit."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    give_up = time.monotonic() + limit_s
+    if limit_s <= 0 or ray.cluster_resources().get(kind, 0) >= count:
+        return
+    logger.info("waiting up to %g minutes for %d %ss", limit_s / 60, count, kind)
+    request_resources(bundles=[{kind: 1}] * count)
+    try:
+        while ray.cluster_resources().get(kind, 0) < count and time.monotonic() < give_up:
+            time.sleep(WAIT_EVERY_S)
+    finally:
+        # What is there now stays for a while; what is not asked for any more may go when nobody uses it.
+        request_resources(bundles=[])
 
 
 def num_cpus() -> int:
