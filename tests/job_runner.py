@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -93,17 +92,10 @@ def run_job(script: str, *arguments: str, extra: Mapping[str, str] | None = None
 
 
 @contextmanager
-def ray_head(
-    *,
-    num_cpus: int,
-    dashboard: bool = False,
-    extra: Mapping[str, str] | None = None,
-    grows_by: Mapping[str, Any] | None = None,
-) -> Iterator[RayHead]:
+def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str] | None = None) -> Iterator[RayHead]:
     """Run a Ray cluster of its own, on free ports, for the duration; with a dashboard jobs can be submitted to it.
 
-    A submitted job needs the cluster's token; `environment` of the result holds it. `grows_by` names the kinds of nodes,
-    processes of this machine, that Ray's autoscaler starts on demand: their resources and max_workers.
+    A submitted job needs the cluster's token; `environment` of the result holds it.
     """
     gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
     cluster_environment = {"RAY_ADDRESS": f"127.0.0.1:{gcs_port}", **(extra or {})}
@@ -115,20 +107,13 @@ def ray_head(
         folder = Path(name)
         without_address = environment(cluster_environment)
         del without_address["RAY_ADDRESS"]
-        autoscaling = []
-        if grows_by is not None:
-            (folder / "autoscaler.yaml").write_text(json.dumps(_autoscaler_config(grows_by)))
-            autoscaling = [f"--autoscaling-config={folder / 'autoscaler.yaml'}"]
-            without_address |= {"RAY_enable_autoscaler_v2": "1", "RAY_FAKE_CLUSTER": "1"}
-            without_address |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID}
-            without_address["RAY_OVERRIDE_NODE_ID_FOR_TESTING"] = FAKE_HEAD_NODE_ID
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 [
                     *(SCRIPTS / "ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
                     *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--ray-client-server-port={client_port}"),
                     *(f"--include-dashboard={dashboard}", f"--dashboard-port={dashboard_port}"),
-                    *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={folder}", *autoscaling),
+                    *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={folder}"),
                 ],
                 env=without_address,
                 cwd=ROOT,
@@ -144,34 +129,28 @@ def ray_head(
             process.wait()
 
 
-def _autoscaler_config(kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of Ray's own provider of nodes for tests."""
-    steps = ("setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray", "initialization")
-    return {
-        "cluster_name": "growing",
-        "max_workers": 8,
-        # By its name: as a type of its own it would want a file that Ray's wheel does not hold.
-        "provider": {
-            "type": "external",
-            "module": f"{FakeMultiNodeProvider.__module__}.FakeMultiNodeProvider",
-            "launch_multiple": True,
-            "head_node_id": FAKE_HEAD_NODE_ID,
-        },
-        "available_node_types": {
-            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
-            **{name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in kinds.items()},
-        },
-        "head_node_type": "ray.head.default",
-        "upscaling_speed": 1.0,
-        "idle_timeout_minutes": 1,
-        "auth": {},
-        "file_mounts": {},
-        "cluster_synced_files": [],
-        "file_mounts_sync_continuously": False,
-        "rsync_exclude": [],
-        "rsync_filter": [],
-        **{f"{step}_commands": [] for step in steps},
-    }
+@contextmanager
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[None]:
+    """Let another node, a process of this machine, join a cluster for the duration."""
+    (agent_port,) = free_ports(1)
+    with (head.folder / "node.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(SCRIPTS / "ray", "start", f"--address={head.environment['RAY_ADDRESS']}", f"--num-cpus={num_cpus}"),
+                *("--block", f"--dashboard-agent-listen-port={agent_port}", f"--object-store-memory={200 * 2**20}"),
+            ],
+            env=environment(head.environment),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "Ray runtime started" in (head.folder / "node.txt").read_text(), process)
+        yield
+    finally:
+        kill_session(process.pid)
+        process.wait()
 
 
 @contextmanager

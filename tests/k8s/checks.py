@@ -29,6 +29,7 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 SUBDOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 RAYJOB_NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?")
+POD_SECURITY = re.compile("privileged|baseline|restricted")
 CONFIG_KEY = re.compile(r"[-._a-zA-Z0-9]+")
 ENV_NAME = re.compile(r"[-._a-zA-Z][-._a-zA-Z0-9]*")
 SIZES = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -50,7 +51,7 @@ class StrictLoader(yaml.CSafeLoader):
 
 def load(text: str) -> list[Document]:
     """Return the documents of a manifest."""
-    return [each for each in yaml.load_all(text, StrictLoader) if each]  # noqa: S506 - a safe loader
+    return [each for each in yaml.load_all(text, StrictLoader) if each]
 
 
 def load_folder() -> list[Document]:
@@ -139,18 +140,17 @@ def _closed(schema: Any) -> Any:
 def _metadata(document: Document, before: list[Document]) -> Iterator[str]:
     kind, metadata = document["kind"], document["metadata"]
     name = metadata.get("name", "")
-    allowed = {"RayJob": RAYJOB_NAME, "Namespace": LABEL, "ServiceAccount": SUBDOMAIN}.get(kind, SUBDOMAIN)
+    names = {"RayJob": RAYJOB_NAME, "Namespace": LABEL}.get(kind, SUBDOMAIN)
     if "generateName" in metadata:
         yield "kubectl apply needs a name, not generateName"
-    elif not allowed.fullmatch(name):
+    elif not names.fullmatch(name):
         yield f"the name {name!r} is not allowed"
     unknown = metadata.keys() - {"name", "namespace", "labels", "annotations"}
     if unknown:
         yield f"metadata has {', '.join(sorted(unknown))}"
     for key, value in (metadata.get("labels") or {}).items():
-        if not isinstance(value, str) or not LABEL_VALUE.fullmatch(value):
-            yield f"the label {key} is {value!r}"
-        elif key.startswith("pod-security.kubernetes.io/") and value not in ("privileged", "baseline", "restricted"):
+        allowed = POD_SECURITY if key.startswith("pod-security.kubernetes.io/") else LABEL_VALUE
+        if not isinstance(value, str) or not allowed.fullmatch(value):
             yield f"the label {key} is {value!r}"
     made = {each["metadata"]["name"] for each in before if each["kind"] == "Namespace"}
     if kind not in CLUSTER_WIDE and metadata.get("namespace") not in made:

@@ -33,6 +33,7 @@ HEAD = f"{CLUSTER}.headGroupSpec.template.spec"
 RAY = f"{HEAD}.containers.0"
 CPU = f"{CLUSTER}.workerGroupSpecs.0"
 GPU = f"{CLUSTER}.workerGroupSpecs.1"
+SECURITY = "pod-security.kubernetes.io"
 SUBMITTER = "spec.submitterPodTemplate.spec"
 
 # What is broken: in which document, where, by what value, and what is said of it.
@@ -102,7 +103,12 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     (CLAIM, "spec.accessModes.0", "ReadWriteAll", "accessModes has"),
     (CLAIM, "spec.storageClass", "nfs", "storageClass"),
     (SPACE, "metadata.name", "Faces", "is not allowed"),
-    (SPACE, "metadata.labels", lambda labels: labels.update({"pod-security.kubernetes.io/enforce": "strict"}), "strict"),
+    (
+        SPACE,
+        "metadata.labels",
+        lambda labels: labels.update({"pod-security.kubernetes.io/enforce": "strict"}),
+        "strict",
+    ),
     ("NetworkPolicy", "spec.podSelecter", {}, "podSelecter"),
     ("ValidatingAdmissionPolicy", "spec.validations.0.expresion", "false", "expresion"),
 ]
@@ -226,7 +232,9 @@ def test_the_jobs_take_the_arguments_that_the_pods_give_them(overlay: str) -> No
     for script, arguments in found:
         tyro.cli(CONFIGS[script], args=arguments)
     (waiting,) = (arguments for script, arguments in found if "--until-done" in arguments)
-    assert ("preprocess.py", [each for each in waiting if each != "--until-done"]) in found, "it waits for another table"
+    assert ("preprocess.py", [each for each in waiting if each != "--until-done"]) in found, (
+        "it waits for another table"
+    )
 
 
 def test_drawn_people_go_to_the_volume_alone() -> None:

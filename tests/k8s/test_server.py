@@ -1,4 +1,4 @@
-"""`kubectl apply -f k8s/` against a real API server, where TEST_ASSET_KUBE_APISERVER and TEST_ASSET_ETCD name binaries."""
+"""`kubectl apply -f k8s/` against a real API server, where TEST_ASSET_KUBE_APISERVER and TEST_ASSET_ETCD name one."""
 
 import gzip
 import json
@@ -45,7 +45,12 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
             *(f"--initial-advertise-peer-urls={peer_url}", f"--initial-cluster=default={peer_url}"),
         ],
         [
-            *(apiserver, f"--etcd-servers={etcd_url}", f"--secure-port={port}", f"--cert-dir={folder / 'certificates'}"),
+            *(
+                apiserver,
+                f"--etcd-servers={etcd_url}",
+                f"--secure-port={port}",
+                f"--cert-dir={folder / 'certificates'}",
+            ),
             *("--bind-address=127.0.0.1", "--service-cluster-ip-range=10.0.0.0/24", "--authorization-mode=RBAC"),
             *("--service-account-issuer=https://kubernetes.default.svc", f"--token-auth-file={folder / 'tokens.csv'}"),
             f"--service-account-key-file={folder / 'key.pem'}",
