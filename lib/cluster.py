@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from lib.config import heed_stop_signals, in_submitted_job
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+WAIT_EVERY_S = 1.0
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +71,24 @@ def node_resources() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def wait_for(kind: str, count: int, *, limit_s: float) -> None:
+    """Ask the cluster's autoscaler for so many CPUs or GPUs and wait until they are there, or until the limit."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    give_up = time.monotonic() + limit_s
+    if limit_s <= 0 or ray.cluster_resources().get(kind, 0) >= count:
+        return
+    logger.info("waiting up to %g minutes for %d %ss", limit_s / 60, count, kind)
+    request_resources(bundles=[{kind: 1}] * count)
+    try:
+        while ray.cluster_resources().get(kind, 0) < count and time.monotonic() < give_up:
+            time.sleep(WAIT_EVERY_S)
+    finally:
+        # What is there now stays for a while; what is not asked for any more may go when nobody uses it.
+        request_resources(bundles=[])
 
 
 def num_cpus() -> int:

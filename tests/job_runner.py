@@ -146,6 +146,7 @@ def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str]
                     *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={folder}"),
                 ],
                 env=without_address,
+                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -169,6 +170,30 @@ def connected(head: RayHead) -> Iterator[RayHead]:
         yield head
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[None]:
+    """Let another node, a process of this machine, join a cluster for the duration."""
+    (agent_port,) = free_ports(1)
+    with (head.folder / "node.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(SCRIPTS / "ray", "start", f"--address={head.environment['RAY_ADDRESS']}", f"--num-cpus={num_cpus}"),
+                *("--block", f"--dashboard-agent-listen-port={agent_port}", f"--object-store-memory={200 * 2**20}"),
+            ],
+            env=environment(head.environment),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "Ray runtime started" in (head.folder / "node.txt").read_text(), process)
+        yield
+    finally:
+        kill_session(process.pid)
+        process.wait()
 
 
 @contextmanager

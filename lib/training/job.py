@@ -150,6 +150,8 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
 
     from lib.training.loop import WorkerJob, train_worker
 
+    kind = "GPU" if config.use_gpu else "CPU"
+    cluster.wait_for(kind, config.workers[0] if config.workers else 1, limit_s=60 * config.wait_minutes)
     resources = worker_resources(config)
     control = create_control(config.run_url)
     store = create_store(config, labels_N)
@@ -228,11 +230,12 @@ def worker_resources(config: TrainConfig) -> WorkerResources:
     kind = "GPU" if config.use_gpu else "CPU"
     places = [int(node.get(kind, 0)) for node in nodes]
     total = sum(places)
-    least = config.workers[0] if config.workers else (max(1, total) if config.use_gpu else len(nodes))
+    least = config.workers[0] if config.workers else max(1, total if config.use_gpu else len(nodes))
     if total < least:
-        advice = "leave out --use-gpu, or add nodes" if config.use_gpu else "ask for fewer by --workers, or add nodes"
+        advice = "leave out --use-gpu" if config.use_gpu else "ask for fewer by --workers"
         raise UserError(
-            f"{least} workers need {least} {kind}s, and this cluster of {len(nodes)} nodes has {total}: {advice}"
+            f"{least} workers need {least} {kind}s, and this cluster of {len(nodes)} nodes has {total}: {advice}, "
+            "add nodes, or give those of a cluster that grows --wait-minutes"
         )
     if config.use_gpu:
         num_cpus = min(int(node["CPU"]) // int(node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
