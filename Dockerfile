@@ -1,28 +1,98 @@
-# The image of every job: docker build -t conv-facenet .   (or `make image`)
+# One image for every job, on this machine, under Kubernetes and, by Apptainer or Charliecloud, under Slurm: `make image`.
+#
+# Everything lies where any shell looks for it: `python` and `ray` in /usr/local/bin, `lib` on Python's own path. Nothing
+# relies on ENTRYPOINT, USER, WORKDIR or ENV, which Apptainer and Charliecloud leave out in part, nor on PATH, which a
+# login shell sets anew. Only DATA_URL is missing there: set it, or give --data.
+#
+# Build arguments:
+#   BASE                 another Python image, such as the same one by its digest
+#   PIP_EXTRA_INDEX_URL  https://download.pytorch.org/whl/cpu for an image without CUDA, a third of the size
+#   GPU_RUNTIME          onnxruntime-gpu==1.31.1 for detection on GPUs, as `make gpu` (training needs no argument)
+#   BACKBONE_WEIGHTS     URL of a .safetensors or .pth file, kept as /opt/weights/FILE for --init
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-FROM ${BASE} AS environment
-COPY requirements.txt /tmp/requirements.txt
-RUN python -m venv /opt/venv && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -r /tmp/requirements.txt
+# What requirements.txt comes to, in five lists: layers of at most 2 GB that are pulled side by side and stay as they are
+# when a requirement of another list changes. triton, which compiles for GPUs what torch.compile is given, is left out:
+# nothing here is compiled.
+FROM ${BASE} AS pins
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ARG PIP_EXTRA_INDEX_URL
+ARG GPU_RUNTIME
+WORKDIR /pins
+COPY requirements.txt .
+RUN touch cuda.txt nvidia.txt torch.txt large.txt others.txt \
+    && pip install --no-cache-dir --dry-run --ignore-installed --quiet --report report.json -r requirements.txt \
+    && python -c 'import json; found = json.load(open("report.json"))["install"]; \
+        print(*("{name}=={version}".format(**each["metadata"]) for each in found), sep="\n")' \
+    | sed -e '/^triton==/d' -e "s/^onnxruntime==.*/${GPU_RUNTIME:-&}/" | sort \
+    | awk '{ print > ((/-cu[0-9]+==/ ? "nvidia" : /^(cuda|nvidia)-/ ? "cuda" : /^torch/ ? "torch" \
+        : /^(ray|openvino|onnxruntime.*|opencv-python|pyarrow|pandas|scipy|numpy)==/ ? "large" : "others") ".txt") }'
 
-FROM ${BASE}
-LABEL org.opencontainers.image.title="conv-facenet" \
-      org.opencontainers.image.description="Photos become aligned faces, and these a face-embedding model" \
-      org.opencontainers.image.licenses="MIT"
-# OpenCV's wheel links against these two.
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends libgl1 libglib2.0-0 \
+FROM ${BASE} AS weights
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+ARG BACKBONE_WEIGHTS=
+RUN mkdir /opt/weights; if [ -n "$BACKBONE_WEIGHTS" ]; then \
+        python -c 'import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])' \
+            "$BACKBONE_WEIGHTS" "/opt/weights/${BACKBONE_WEIGHTS##*/}"; fi
+
+FROM ${BASE} AS system
+# OpenCV's wheel links against these two. Their versions are those of the base's Debian.
+# hadolint ignore=DL3008
+RUN apt-get update -qq \
+    && apt-get install -y -qq --no-install-recommends libgl1 libglib2.0-0 > /dev/null \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home faces \
-    && mkdir /data && chown faces /data
-COPY --from=environment /opt/venv /opt/venv
+    && mkdir --mode 1777 /data \
+    && echo /app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/conv-facenet.pth"
+
+# A stage for each list, so that a builder that keeps each step twice on its disk can build one after the other.
+FROM system AS cuda
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_ROOT_USER_ACTION=ignore
+COPY --from=pins /pins/cuda.txt /pins/
+RUN pip install --no-cache-dir --no-deps -r /pins/cuda.txt
+
+FROM cuda AS nvidia
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_ROOT_USER_ACTION=ignore
+COPY --from=pins /pins/nvidia.txt /pins/
+RUN pip install --no-cache-dir --no-deps -r /pins/nvidia.txt
+
+FROM nvidia AS torch
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_ROOT_USER_ACTION=ignore
+COPY --from=pins /pins/torch.txt /pins/
+RUN pip install --no-cache-dir --no-deps -r /pins/torch.txt
+
+FROM torch AS large
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_ROOT_USER_ACTION=ignore
+COPY --from=pins /pins/large.txt /pins/
+RUN pip install --no-cache-dir --no-deps -r /pins/large.txt
+
+FROM large AS environment
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_ROOT_USER_ACTION=ignore
+COPY --from=pins /pins/others.txt /pins/
+RUN pip install --no-cache-dir --no-deps -r /pins/others.txt
+
+FROM environment
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="conv-facenet" \
+      org.opencontainers.image.description="Photos become aligned faces, and these a face-embedding model" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=weights /opt/weights /opt/weights
+COPY LICENSE README.md /app/
 COPY jobs /app/jobs
 COPY lib /app/lib
-COPY LICENSE README.md /app/
-ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONPATH=/app \
+# For a root that cannot be written and any user id: what libraries want to keep goes to /tmp.
+ENV DATA_URL=/data \
+    HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \
-    DATA_URL=/data
-USER faces
+    RAY_USAGE_STATS_ENABLED=0
+USER 1000:1000
 WORKDIR /app
 CMD ["jobs/preprocess.py"]

@@ -9,7 +9,9 @@ DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 8
 	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
 GPU_RUNTIME := onnxruntime-gpu==1.31.1
 
-.PHONY: demo test check bench image gpu clean
+IMAGE ?= conv-facenet:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+.PHONY: demo test test-slurm test-image check bench image gpu clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -50,7 +52,16 @@ endif
 test: $(VENV)/.development
 	@$(BIN)/python -m pytest $(TESTS)
 
+# The launchers on a real Slurm cluster; root alone can start one, and installs Slurm where it is missing.
+test-slurm: $(VENV)/.development
+	@$(BIN)/python -m pytest -m slurm --durations=20 --durations-min=5 tests/slurm
+
+# Builds the container image for real and runs it: minutes, 12 GB of disk, and root where the builder is to be installed.
+test-image: $(VENV)/.development
+	@$(BIN)/python -m pytest -m image tests/image
+
 check: $(VENV)/.development
+	@$(BIN)/shellcheck --external-sources slurm/*.sh tests/slurm/*.sh .ci/run
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
@@ -61,11 +72,15 @@ bench: $(VENV)/.development
 	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory metrics_speed face_cache negative_search gallery_search train_speed sweep_speed; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
 
-# The container image conv-facenet, by whichever builder is there.
+# The container image, by whichever builder is there and works: make image IMAGE=registry/me/conv-facenet:0.1.0
+# BUILD_ARGS are those of the Dockerfile: make image BUILD_ARGS="--build-arg GPU_RUNTIME=onnxruntime-gpu==1.31.1"
 image:
 	@for builder in docker podman buildah; do \
-		if command -v $$builder > /dev/null; then $$builder build --tag conv-facenet . && exit; exit 1; fi; done; \
-		echo "error: docker, podman or buildah is needed to build an image" >&2; exit 2
+		if $$builder info > /dev/null 2>&1; then \
+			echo "building $(IMAGE) with $$builder (7 GB, some minutes the first time)"; \
+			$$builder build --tag $(IMAGE) --build-arg VERSION=$(lastword $(subst :, ,$(IMAGE))) \
+				--build-arg REVISION=$$(git rev-parse HEAD 2> /dev/null || echo unknown) $(BUILD_ARGS) . && exit; exit 1; fi; done; \
+		echo "error: docker, podman or buildah is needed to build an image, and none of them works here" >&2; exit 2
 
 # On a machine with a CUDA GPU, once: ONNX Runtime's CUDA build in place of the CPU one (both write the same folder).
 gpu: $(VENV)/.runtime

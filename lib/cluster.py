@@ -2,17 +2,18 @@
 
 import logging
 import os
-import signal
 import socket
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.config import in_submitted_job
+from lib.config import heed_stop_signals, in_submitted_job
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+WAIT_EVERY_S = 1.0
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,9 +47,7 @@ def connected() -> Iterator[None]:
         # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
         ray.init(address="local", include_dashboard=False)
-    if threading.current_thread() is threading.main_thread():
-        # Kubernetes, Slurm and `ray job stop` ask this way; Ray's own handler would end in an abort.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
     try:
         yield
     finally:
@@ -60,6 +59,36 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def nodes_are_fixed() -> bool:
+    """Return whether a node that is lost will not come back: so it is in a Slurm job, whose launcher says it."""
+    return bool(os.environ.get("FIXED_NODES"))
+
+
+def node_resources() -> list[dict[str, float]]:
+    """Return the resources of each node of the connected cluster that is alive."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def wait_for(kind: str, count: int, *, limit_s: float) -> None:
+    """Ask the cluster's autoscaler for so many CPUs or GPUs and wait until they are there, or until the limit."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    give_up = time.monotonic() + limit_s
+    if limit_s <= 0 or ray.cluster_resources().get(kind, 0) >= count:
+        return
+    logger.info("waiting up to %g minutes for %d %ss", limit_s / 60, count, kind)
+    request_resources(bundles=[{kind: 1}] * count)
+    try:
+        while ray.cluster_resources().get(kind, 0) < count and time.monotonic() < give_up:
+            time.sleep(WAIT_EVERY_S)
+    finally:
+        # What is there now stays for a while; what is not asked for any more may go when nobody uses it.
+        request_resources(bundles=[])
 
 
 def num_cpus() -> int:

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -12,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from lib.errors import JobError, JobStopped, UserError
+from lib.errors import JobError, JobStopped, StopSignal, UserError
 
 Config = TypeVar("Config")
 
@@ -20,6 +22,8 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a launcher that sees it queues the same command again."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def default_data_url() -> str:
@@ -64,6 +68,7 @@ def run_job(
     from outside and has saved everything.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    heed_stop_signals()
     try:
         if defaults is None:
             config = tyro.cli(config_type, description=description)
@@ -81,6 +86,9 @@ def run_job(
     except JobStopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
+    except StopSignal:
+        print("stopped: asked by a signal; what is done stays, and the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
@@ -89,3 +97,14 @@ def run_job(
         sys.exit(EXIT_FAILURE)
     print(json.dumps(result), flush=True)
     sys.exit(0)
+
+
+def heed_stop_signals() -> None:
+    """Raise `StopSignal` at SIGTERM and SIGUSR1, as Slurm, Kubernetes and `ray job stop` send before they end a job."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, _raise_stop)
+
+
+def _raise_stop(*_: object) -> NoReturn:
+    raise StopSignal

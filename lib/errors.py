@@ -9,5 +9,9 @@ class JobError(Exception):
     """The job failed for a reason outside the program (disk full, storage gone): one line, exit status 1."""
 
 
+class StopSignal(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1 came; no library takes it for an error of its own, as it would an `Exception`. Status 75."""
+
+
 class JobStopped(Exception):  # noqa: N818 - nothing went wrong
     """Somebody asked the job to stop (SIGTERM, SIGUSR1) and all is saved: the same command goes on. Exit status 75."""

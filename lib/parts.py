@@ -5,10 +5,12 @@ part that was done twice is the same file. The plan is written first, `_SUCCESS`
 """
 
 import logging
+import platform
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -95,6 +97,21 @@ def sweep(url: str) -> None:
             storage.remove(storage.join(url, info.path))
 
 
+def summary(process: Callable[[dict[str, Any]], int], item: dict[str, Any]) -> dict[str, Any]:
+    """Process an item on a worker, and return what `run_parts` wants to know of it.
+
+    What ends the job, such as a full disk, comes as `failure`: raised, it would be logged with the stack of everything
+    between.
+    """
+    started = time.monotonic()
+    count, failure = 0, ""
+    try:
+        count = process(item)
+    except (UserError, JobError) as error:
+        failure = str(error)
+    return {"count": count, "seconds": time.monotonic() - started, "failure": failure, "node": platform.node()}
+
+
 def run_parts(
     items: Sequence[dict[str, Any]],
     worker: type,
@@ -107,9 +124,7 @@ def run_parts(
 ) -> tuple[int, float]:
     """Run the parts on the connected cluster; return the units processed and the seconds since the first of them.
 
-    A worker takes an item and returns `count`, `seconds` and `failure`, which is empty or ends the job (raised, it
-    would be logged with the stack of everything between). With `gpus` so many workers have a GPU
-    each, else each has a CPU.
+    A worker takes an item and returns its `summary`. With `gpus` so many workers have a GPU each, else each has a CPU.
 
     Raises:
         JobError: a worker's failure.
@@ -138,17 +153,19 @@ def run_parts(
     )
     logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
     pause_s = 0.5 if sys.stderr.isatty() else 10.0
-    started, num_processed = 0.0, 0
+    started, num_processed, num_by_node = 0.0, 0, Counter[str]()
     with tqdm(total=num_all, initial=num_done, unit=unit, mininterval=pause_s) as progress:
         # Not iter_rows: its own threads may still ask for rows when a failure ends Ray, which then ends the process.
         for bundle in summaries.iter_internal_ref_bundles():
-            for summary in pa.concat_tables(ray.get(bundle.block_refs)).to_pylist():
-                if summary["failure"]:
-                    raise JobError(summary["failure"])
+            for done in pa.concat_tables(ray.get(bundle.block_refs)).to_pylist():
+                if done["failure"]:
+                    raise JobError(done["failure"])
                 # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
-                started = started or time.monotonic() - summary["seconds"]
-                num_processed += summary["count"]
-                progress.update(summary["count"])
+                started = started or time.monotonic() - done["seconds"]
+                num_processed += done["count"]
+                num_by_node[done["node"]] += done["count"]
+                progress.update(done["count"])
+    logger.info("%ss by node: %s", unit, ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items())))
     return num_processed, time.monotonic() - started
 
 

@@ -95,7 +95,12 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if scheme == "file":
         return driver(), str(_local_path(url))
     # Kept listings would hide what other processes write.
-    files = driver(use_listings_cache=False, **(S3_OPTIONS if scheme in S3_SCHEMES else {}))
+    # Host and user of an ftp:// or sftp:// URL; of s3:// ones they would be taken from odd names of photos.
+    options = S3_OPTIONS if scheme in S3_SCHEMES else driver._get_kwargs_from_urls(url)
+    try:
+        files = driver(use_listings_cache=False, **options)
+    except TypeError as error:
+        raise UserError(f"{shown(url)}: the URL does not say all that {scheme!r} needs ({error})") from error
     if scheme in S3_SCHEMES:
         # Otherwise s3fs repeats each timeout five times inside each of our tries.
         files.retries = 1

@@ -5,11 +5,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 import torch
 
 from lib import storage
+from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.faces.sample import SampleConfig, make_sample
 from lib.recognition.model import EmbeddingModel, ModelSpec, save_model
@@ -78,6 +80,23 @@ def model_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     save_model(EmbeddingModel(spec), url)
     return url
+
+
+@pytest.fixture(scope="session")
+def faces_rows(faces_url: str) -> list[dict]:
+    """Return the rows of that table, with their splits, by photo."""
+    rows = [
+        {**row, "split": path.parent.name.removeprefix("split=")}
+        for path in Path(faces_url).glob("split=*/*.parquet")
+        for row in pq.ParquetFile(path).read().to_pylist()
+    ]
+    return sorted(rows, key=lambda row: row["photo"])
+
+
+@pytest.fixture(scope="session")
+def aligned(faces_rows: list[dict]) -> list[dict]:
+    """Return those with a face: which of the drawn photos that is differs a little between CPUs."""
+    return [row for row in faces_rows if row["status"] == table.ALIGNED]
 
 
 @pytest.fixture(scope="session")

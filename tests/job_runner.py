@@ -2,9 +2,11 @@
 
 import io
 import json
+import logging
 import os
 import runpy
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,6 +67,16 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**inherited, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **(extra or {})}
 
 
+def copy_project(folder: Path) -> None:
+    """Copy the project as git knows it."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
 def start_job(script: str, *arguments: str, extra: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a job in a session, and so a process group, of its own."""
     return subprocess.Popen(
@@ -100,6 +112,8 @@ def run_here(script: str, *arguments: str, extra: Mapping[str, str] | None = Non
     with (
         mock.patch.dict(os.environ, environment(extra), clear=True),
         mock.patch.object(sys, "argv", [script, *arguments]),
+        # The job's log goes to this call's output, not to where an earlier call has sent it.
+        mock.patch.object(logging.getLogger(), "handlers", []),
         redirect_stdout(output),
         redirect_stderr(errors),
     ):
@@ -135,6 +149,7 @@ def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str]
                     *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={folder}"),
                 ],
                 env=without_address,
+                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -145,6 +160,43 @@ def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str]
         finally:
             kill_session(process.pid)
             process.wait()
+
+
+@contextmanager
+def connected(head: RayHead) -> Iterator[RayHead]:
+    """Connect this process to a cluster: what jobs call runs there, without the start of a process for each."""
+    import ray
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(address=head.environment["RAY_ADDRESS"], log_to_driver=False)
+    try:
+        yield head
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[None]:
+    """Let another node, a process of this machine, join a cluster for the duration."""
+    (agent_port,) = free_ports(1)
+    with (head.folder / "node.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                *(SCRIPTS / "ray", "start", f"--address={head.environment['RAY_ADDRESS']}", f"--num-cpus={num_cpus}"),
+                *("--block", f"--dashboard-agent-listen-port={agent_port}", f"--object-store-memory={200 * 2**20}"),
+            ],
+            env=environment(head.environment),
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "Ray runtime started" in (head.folder / "node.txt").read_text(), process)
+        yield
+    finally:
+        kill_session(process.pid)
+        process.wait()
 
 
 @contextmanager

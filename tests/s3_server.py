@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 READY_TIMEOUT_S = 60
@@ -23,16 +24,20 @@ PORT_FLAGS = [
 # Ends the server when this process is gone without a word (killed, or out of memory): Linux's PR_SET_PDEATHSIG.
 END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
+ASK = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=1)"
+
 
 class S3Server:
     """Start it, stop it, start it again on the same data and port; `close` ends it and removes its data."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1", within: Sequence[str] = ()) -> None:
+        """Serve on an address of this machine, or of a network that only commands after `within` are in."""
+        self._host, self._within = host, within
         # Not pytest's own folder: its name is too long for the address of a socket.
         self._folder = Path(tempfile.mkdtemp(prefix="s3-"))
         self._ports = _free_ports(len(PORT_FLAGS))
         self._process: subprocess.Popen | None = None
-        self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
+        self.endpoint = f"http://{host}:{self._ports[0]}"
         (self._folder / "data").mkdir()
         identities = [
             {
@@ -68,8 +73,9 @@ class S3Server:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-c", END_WITH_PARENT, weed, "mini", f"-dir={self._folder / 'data'}"),
-                    *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.config={self._folder / 's3.json'}"),
+                    *(*self._within, sys.executable, "-c", END_WITH_PARENT),
+                    *(weed, "mini", f"-dir={self._folder / 'data'}"),
+                    *(f"-ip={self._host}", f"-ip.bind={self._host}", f"-s3.config={self._folder / 's3.json'}"),
                     *("-s3.autoCreateBucket=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
                     *(f"-s3.localSocket={self._folder / 's3.sock'}", f"-filer.localSocket={self._folder / 'f.sock'}"),
                     *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", *flags),
@@ -104,7 +110,10 @@ class S3Server:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._ports[0], timeout=1)
+        if self._within:
+            asked = [*self._within, sys.executable, "-c", ASK, f"{self.endpoint}/status"]
+            return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+        connection = http.client.HTTPConnection(self._host, self._ports[0], timeout=1)
         try:
             connection.request("GET", "/status")
             return connection.getresponse().status == 200

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +75,26 @@ def test_expected_ends_are_one_line_and_an_exit_status(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_is_asked_to_stop_says_that_it_goes_on_and_ends_with_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    def job(_: Config) -> Mapping[str, Any]:
+        try:
+            os.kill(os.getpid(), number)
+        except Exception:  # noqa: BLE001 - as a library would that takes everything for its own error
+            return {}
+        return {}
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        assert run(monkeypatch, job) == 75
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert capsys.readouterr().err.endswith("the same command goes on from here\n")
 
 
 def test_our_own_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

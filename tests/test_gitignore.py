@@ -20,6 +20,8 @@ LEFTOVERS = {
     "data/photos/a.jpg",
     "data/faces/split=train/part-000000.parquet",
     "runs/first/config.json",
+    "logs/train-1.out",
+    "slurm/site.sh",
     "lib/__pycache__/config.cpython-311.pyc",
     ".pytest_cache/README.md",
     ".hypothesis/examples/1",

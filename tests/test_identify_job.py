@@ -3,27 +3,31 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lib import storage
 from lib.errors import UserError
+from lib.recognition.embedding import EmbedConfig, embed_job
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.identifying import IdentifyConfig, identify
-from tests.job_runner import RayHead, ray_head, run_job
+from tests.job_runner import RayHead, connected, ray_head, run_job
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[RayHead]:
-    """Start a cluster of 3 logical CPUs."""
-    with ray_head(num_cpus=3) as head:
+    """Start a cluster of 2 logical CPUs; this process is connected to it."""
+    with ray_head(num_cpus=2) as head, connected(head):
         yield head
 
 
@@ -31,35 +35,34 @@ def head() -> Iterator[RayHead]:
 def gallery_url(head: RayHead, model_url: str, faces_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the embeddings of the people of the split train: those of the others are strangers."""
     output = str(tmp_path_factory.mktemp("gallery é") / "train")
-    flags = ["--model", model_url, "--faces", faces_url, "--splits", "train", "--output", output]
-    done = run_job("embed.py", *flags, extra=head.environment)
-    assert done.status == 0, done.errors
+    embed_job(EmbedConfig(model=model_url, faces=faces_url, splits=("train",), output=output))
     return output
 
 
 @pytest.fixture(scope="module")
-def photos(sample_data: Path, faces_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos(sample_data: Path, aligned: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with photos of the gallery, of strangers, of two people, and of nobody."""
     folder = tmp_path_factory.mktemp("in question")
     for split in ("train", "test"):
-        names = [row["photo"] for row in faces(faces_url, split) if row["num_faces"] == 1][:6]
+        names = [row["photo"] for row in aligned if row["split"] == split and row["num_faces"] == 1][:6]
         for name in names:
             (folder / split).mkdir(exist_ok=True)
             os.link(sample_data / "photos" / name, folder / split / name)
-    double = next(row["photo"] for row in faces(faces_url, "train") if row["num_faces"] == 2)
+    double = next(row["photo"] for row in aligned if row["split"] == "train" and row["num_faces"] == 2)
     os.link(sample_data / "photos" / double, folder / f"two {double}")
     Image.new("RGB", (320, 240), (90, 120, 90)).save(folder / "meadow.png")
     (folder / "identities.txt").write_text("this list is of other photos and says nothing here 1\n")
     return folder
 
 
-def faces(faces_url: str, split: str) -> list[dict]:
-    rows = [r for path in Path(faces_url).glob(f"split={split}/*") for r in pq.ParquetFile(path).read().to_pylist()]
-    return [row for row in rows if row["status"] == "aligned"]
-
-
 def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_for(
-    head: RayHead, model_url: str, gallery_url: str, faces_url: str, photos: Path, tmp_path: Path
+    head: RayHead,
+    model_url: str,
+    gallery_url: str,
+    faces_url: str,
+    aligned: list[dict],
+    photos: Path,
+    tmp_path: Path,
 ) -> None:
     flags = ["--model", model_url, "--gallery", gallery_url, "--photos", str(photos), "--faces", faces_url]
     done = run_job(
@@ -67,7 +70,7 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     )
     assert done.status == 0, done.errors
     rows = pq.read_table(tmp_path / "out é" / "matches.parquet").to_pylist()
-    people = {row["photo"]: row["identity"] for row in faces(faces_url, "train")}
+    people = {row["photo"]: row["identity"] for row in aligned}
     best = {row["photo"]: row for row in rows if row["rank"] in (1, None)}
     train = [row for name, row in best.items() if name.startswith("train/")]
     assert len(train) == 6
@@ -95,14 +98,12 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     with (tmp_path / "out é" / "matches.csv").open() as file:
         assert [row["photo"] for row in csv.DictReader(file)] == [row["photo"] for row in rows]
     sheet = cv2.imread(str(tmp_path / "out é" / "matches.jpg"))
-    assert sheet.shape == (14 * 156, 6 * 120, 3)
-    tiles = sheet[: 14 * 156].reshape(14, 156, 6, 120, 3)[:, :116]
+    assert sheet.shape == (18 + 14 * 156, 6 * 120, 3)
+    tiles = sheet[18:].reshape(14, 156, 6, 120, 3)[:, :116]
     assert (tiles.std(axis=(1, 3, 4)) > 10).all()  # a picture in every place
 
 
-def test_bad_galleries_and_settings_are_refused(
-    head: RayHead, model_url: str, gallery_url: str, photos: Path, tmp_path: Path
-) -> None:
+def test_bad_galleries_and_settings_are_refused(model_url: str, gallery_url: str, photos: Path, tmp_path: Path) -> None:
     def refused(**settings: object) -> str:
         values = {"model": model_url, "gallery": gallery_url, "photos": str(photos), "dry_run": True, **settings}
         with pytest.raises(UserError) as caught:
@@ -113,6 +114,8 @@ def test_bad_galleries_and_settings_are_refused(
     assert "/nowhere is not there" in refused(photos="/nowhere")
     assert "--top is 0" in refused(top=0)
     assert "--faces-policy is 'some'" in refused(faces_policy="some")
+    assert "--threshold is nan" in refused(threshold=float("nan"))
+    assert "--gpus is -1" in refused(gpus=-1)
 
     other = tmp_path / "other" / "model"
     other.mkdir(parents=True)
@@ -124,8 +127,13 @@ def test_bad_galleries_and_settings_are_refused(
     (other / "model.json").write_text(json.dumps({**spec, "mean": [0.0, 0.0, 0.0]}))
     assert "made by another model than" in refused(model=str(other))
 
-    nobody = tmp_path / "nobody"
-    flags = ["--model", model_url, "--photos", str(photos / "test"), "--output", str(nobody)]
-    done = run_job("embed.py", *flags, extra=head.environment)
-    assert done.status == 0, done.errors
-    assert "has both a face and an identity" in refused(gallery=str(nobody))
+    for name, row, said in (
+        ("nobody", {"status": "no_face"}, "is empty: none of its 2 rows has both a face and an identity"),
+        ("broken", {"status": "aligned", "embedding": [float("nan")] * 16}, "1 of 2 embeddings in .* hold NaN"),
+    ):
+        part = next(Path(gallery_url).glob("*/*.parquet"))
+        rows = [{"photo": "a", **row}, {"photo": "b", "status": "no_face"}]
+        made = pa.Table.from_pylist(rows, schema=pq.read_schema(part))
+        storage.write_parquet(str(tmp_path / name / "split=test" / "part-000000.parquet"), made)
+        storage.write_json(str(tmp_path / name / "_SUCCESS"), {})
+        assert re.search(said, refused(gallery=str(tmp_path / name)))

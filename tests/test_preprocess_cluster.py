@@ -1,7 +1,6 @@
 """`jobs/preprocess.py` on clusters: submitted to a real one with a token, and on two nodes of which one dies."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 import ray.cluster_utils
 
-from tests.job_runner import ROOT, SCRIPTS, RayHead, children, environment, finish, ray_head, start_job, wait_until
+from tests.job_runner import (
+    SCRIPTS,
+    RayHead,
+    children,
+    copy_project,
+    environment,
+    finish,
+    ray_head,
+    start_job,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -21,12 +30,7 @@ COPIES = 2
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of the project as git knows it, with what a user has beside it and must not upload."""
     folder = tmp_path_factory.mktemp("checkout")
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, names):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_project(folder)
     for name in (".venv/lib/large.bin", "data/photos/large.jpg", "runs/large.bin"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(os.urandom(2**20))
@@ -40,12 +44,16 @@ def head() -> Iterator[RayHead]:
         yield head
 
 
-def submit(head: RayHead, checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Submit as README says, from a shell that knows no more than the cluster's address and token."""
+def submit(head: RayHead, checkout: Path | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Submit as README says, from a shell that knows no more than the cluster's address and token.
+
+    Without a checkout nothing is uploaded: the head was started in one.
+    """
+    upload = ["--working-dir", "."] if checkout is not None else []
     return subprocess.run(
-        [SCRIPTS / "ray", "job", "submit", "--working-dir", ".", "--", "jobs/preprocess.py", *arguments],
+        [SCRIPTS / "ray", "job", "submit", *upload, "--", "jobs/preprocess.py", *arguments],
         env=environment({name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}),
-        cwd=checkout,
+        cwd=checkout or "/",
         capture_output=True,
         text=True,
         timeout=200,
@@ -74,6 +82,15 @@ def test_a_submitted_job_uploads_the_code_alone_and_makes_the_table(
     assert not list(uploaded.rglob("large.*"))
     assert sum(path.stat().st_size for path in uploaded.rglob("*") if path.is_file()) < 2 * 2**20
     assert not any((uploaded / name).exists() for name in (".venv", "data", "runs"))
+
+
+def test_a_job_that_is_submitted_without_an_upload_runs_where_the_head_was_started(
+    head: RayHead, sample_data: Path, tmp_path: Path
+) -> None:
+    done = submit(head, None, "--data", str(sample_data), "--faces", str(tmp_path / "faces"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"job": "preprocess"' in done.stdout
+    assert read_photos(tmp_path / "faces") == sorted(path.name for path in (sample_data / "photos").iterdir())
 
 
 def test_a_relative_place_in_a_submitted_job_is_refused(head: RayHead, checkout: Path) -> None:

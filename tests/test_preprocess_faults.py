@@ -133,13 +133,22 @@ def test_a_killed_worker_is_replaced_within_the_run(
     assert digests(faces) == undisturbed
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_job_with_one_clear_line(head: RayHead, data: Path, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (signal.SIGTERM, 75, "stopped: asked by a signal; what is done stays, and the same command goes on from here"),
+        (signal.SIGUSR1, 75, "stopped: asked by a signal; what is done stays, and the same command goes on from here"),
+        (signal.SIGINT, 1, "interrupted: the same command goes on from here"),
+    ],
+)
+def test_a_signal_ends_the_job_with_one_clear_line(
+    head: RayHead, data: Path, tmp_path: Path, number: int, status: int, message: str
+) -> None:
     with half_done(data, tmp_path / "faces", head.environment) as job:
         job.send_signal(number)
         done = finish(job, timeout_s=60)
-    assert done.status == 1
-    assert done.last_error == "interrupted: the same command goes on from here"
+    assert done.status == status
+    assert done.last_error == message
     assert "Traceback" not in done.errors
 
 

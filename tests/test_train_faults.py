@@ -137,9 +137,10 @@ def test_a_killed_shard_of_the_store_comes_back_and_is_filled_again(head: RayHea
 def test_a_full_disk_is_told_after_several_tries_and_a_larger_one_goes_on(
     head: RayHead, faces: str, tmp_path: Path
 ) -> None:
+    """Worker 0 alone writes checkpoints: it gives up while the other waits to hear from it."""
     # Room for two of the checkpoints of 3.4 MB and the model, not for three.
     with mounted(tmp_path / "a small disk", "size=9m") as disk:
-        full = run_job("train.py", *flags(disk, faces), extra=head.environment, timeout_s=200)
+        full = run_job("train.py", *flags(disk, faces), "--workers", "2", extra=head.environment, timeout_s=200)
         assert full.status == 1, full.errors
         assert "no checkpoint could be written" in full.last_error or "full" in full.last_error
         assert "Traceback" not in full.errors

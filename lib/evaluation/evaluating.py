@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,16 +17,24 @@ import tyro
 
 from lib import storage
 from lib.config import absolute_url, default_data_url
-from lib.errors import UserError
+from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
 from lib.evaluation.measuring import Measured, Photos, measure, photos_of
-from lib.evaluation.metrics import kfold_accuracy
+from lib.evaluation.metrics import check_folds, kfold_accuracy
 from lib.evaluation.pairs import Pairs, made_pairs, read_pairs
 from lib.evaluation.presenting import present
 from lib.faces import table
 from lib.faces.manifest import Manifest
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
-from lib.recognition.embedding import FacesSource, PhotosSource, Source, embed_source, faces_source, photos_source
+from lib.recognition.embedding import (
+    FacesSource,
+    PhotosSource,
+    Source,
+    check_source,
+    embed_source,
+    faces_source,
+    photos_source,
+)
 from lib.recognition.embedding import model_name as name_of
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.model import keep_threshold, was_evaluated
@@ -88,8 +97,11 @@ class EvaluateConfig:
             raise UserError("--faces and --photos are both given: name the one or the other")
         if self.split not in (*table.SPLITS, "all"):
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}: 0 or more")
+        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
+            raise UserError(f"--tolerance is {self.tolerance}: a distance, 0 or more")
+        for flag, value in (("--seed", self.seed), ("--split-seed", self.split_seed), ("--gpus", self.gpus)):
+            if value < 0:
+                raise UserError(f"{flag} is {value}: 0 or more")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -105,6 +117,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     embedders = [load_embedder(url, config.onnx) for url in urls]
     sources = [_source(config, data, embedder) for embedder in embedders]
     photos, pairs, sources = _photos_and_pairs(config, sources)
+    check_folds(pairs.same_P, pairs.fold_P)
+    if config.strict or config.dry_run:  # else each is told of when its turn comes
+        for source, embedder in zip(sources, embedders, strict=True):
+            check_source(source, embedder, strict=config.strict)
     output = _output(config, data, urls[0])
     result: dict[str, Any] = {"job": "evaluate", "report": storage.join(output, REPORT_NAME)}
     if config.dry_run:
@@ -141,7 +157,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     notes = _notes(photos, pairs, measured, num_unknown)
     metrics = {
         **{name: measured[0].figures[name] for name in KEPT_FIGURES},
-        "pairs": config.pairs and storage.redacted(config.pairs),
+        "pairs": config.pairs and storage.redacted(absolute_url(config.pairs, "--pairs")),
+        "seed": config.seed,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": notes,
         "difference": _difference(measured),
         "models": [each.figures for each in measured],
@@ -287,7 +305,11 @@ def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bo
         is_folder = not each.embedder.url.endswith(".onnx")
         if is_folder and (config.keep_threshold or not was_evaluated(each.embedder.url)):
             figures = {name: each.figures[name] for name in KEPT_FIGURES}
-            keep_threshold(each.embedder.url, each.figures["threshold"], figures)
+            try:
+                keep_threshold(each.embedder.url, each.figures["threshold"], figures)
+            except (UserError, JobError) as error:  # a model that others share may be read only: the report counts
+                logger.warning("threshold %.4f is not kept in the model: %s", each.figures["threshold"], error)
+                continue
             logger.info("threshold %.4f is kept in %s", each.figures["threshold"], each.embedder.url)
             each.figures["model_threshold"] = each.figures["threshold"]
             kept = kept or n == 0

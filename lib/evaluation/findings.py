@@ -15,7 +15,8 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from lib.errors import UserError
-from lib.evaluation.metrics import CHUNK_ELEMENTS, KFoldAccuracy, auc, roc_curve
+from lib.evaluation.curves import auc, roc_curve
+from lib.evaluation.metrics import CHUNK_ELEMENTS, KFoldAccuracy
 from lib.evaluation.pairs import Pairs
 from lib.storage import read_bytes
 
@@ -48,22 +49,24 @@ class Suspect(Finding):
     """To the nearest other photo of its own person; None where there is none."""
 
 
-def worst_pairs(distances_P: NDArray, pairs: Pairs, threshold: float, num: int) -> tuple[list[Finding], list[Finding]]:
+def worst_pairs(
+    distances_P: NDArray, pairs: Pairs, threshold: float, num: int
+) -> tuple[tuple[list[Finding], int], tuple[list[Finding], int]]:
     """Return the false matches, the nearest first, and the false non-matches, the farthest first.
 
-    Pairs of a failed photo are no opinion of the model: they are left out.
+    Of each kind the first `num`, and how many there are. Pairs of a failed photo are no opinion of the model: they are
+    left out.
     """
     finite_P = np.isfinite(distances_P)
     matches = np.flatnonzero(finite_P & ~pairs.same_P & (distances_P <= threshold))
     non_matches = np.flatnonzero(finite_P & pairs.same_P & (distances_P > threshold))
 
-    def findings(order: NDArray) -> list[Finding]:
-        return [Finding(a=int(pairs.a_P[p]), b=int(pairs.b_P[p]), distance=float(distances_P[p])) for p in order[:num]]
+    def findings(found: NDArray, sign: int) -> tuple[list[Finding], int]:
+        order = found[np.argsort(sign * distances_P[found], kind="stable")][:num]
+        worst = [Finding(a=int(pairs.a_P[p]), b=int(pairs.b_P[p]), distance=float(distances_P[p])) for p in order]
+        return worst, len(found)
 
-    return (
-        findings(matches[np.argsort(distances_P[matches], kind="stable")]),
-        findings(non_matches[np.argsort(-distances_P[non_matches], kind="stable")]),
-    )
+    return findings(matches, 1), findings(non_matches, -1)
 
 
 def suspects(

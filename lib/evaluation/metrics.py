@@ -3,8 +3,8 @@
 Everywhere: two photos are called the same person when their Euclidean distance is at most the threshold; FAR is the
 share of different pairs called the same, TAR the share of same pairs called the same.
 
-Shapes: N photos, D embedding, P pairs, F folds, I identities, T thresholds (points of the curve), R resamples,
-B probes of one chunk, G gallery photos; `*` stands for any leading dimensions.
+Shapes: N photos, D embedding, P pairs, F folds, I identities, T cuts, C numbers of pairs called the same, B probes of
+one chunk, G gallery photos.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lib.errors import UserError
+from lib.evaluation.curves import (
+    FARS,
+    BoolArray,
+    FloatArray,
+    auc,
+    eer,
+    far_key,
+    roc_curve,
+    supported_fars,
+    tar_at_far,
+)
+from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.pairs import Pairs
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
-
-FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-
-MIN_FALSE_ACCEPTS = 10
-"""TAR at a FAR is given only where that FAR is at least so many of the different pairs: with 10 of them the relative
-standard error of the FAR itself is a third, and with fewer the figure tells of single photos."""
 
 CHUNK_ELEMENTS = 1 << 22
 """Largest intermediate array: 32 MB in float64."""
-
-CONFIDENCE = 0.95
 
 
 def pair_distances(embeddings_ND: NDArray[np.floating], a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> FloatArray:
@@ -113,8 +114,8 @@ class KFoldAccuracy:
     """Whether each pair was judged rightly by its fold's threshold."""
 
 
-def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[np.integer]) -> KFoldAccuracy:
-    """Return the accuracy of LFW's protocol (Huang et al. 2007, Labeled Faces in the Wild, section on View 2).
+def check_folds(same_P: BoolArray, fold_P: NDArray[np.integer]) -> None:
+    """Refuse folds that no threshold can be chosen on, which is known before anything is embedded.
 
     Raises:
         UserError: fewer than two folds, a fold with pairs of one kind only.
@@ -128,6 +129,17 @@ def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[n
     if len(one_kind):
         named = ", ".join(map(str, one_kind))
         raise UserError(f"fold {named} holds pairs of one kind only: every fold needs both same and different pairs")
+
+
+def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[np.integer]) -> KFoldAccuracy:
+    """Return the accuracy of LFW's protocol (Huang et al. 2007, Labeled Faces in the Wild, section on View 2).
+
+    Raises:
+        UserError: as `check_folds` does.
+    """
+    check_folds(same_P, fold_P)
+    labels_F, index_P = np.unique(fold_P, return_inverse=True)
+    num_folds = len(labels_F)
     order_P = np.argsort(distances_P)
     sorted_P, same_sorted_P, index_sorted_P = distances_P[order_P], same_P[order_P], index_P[order_P]
     threshold_F = np.empty(num_folds)
@@ -143,171 +155,6 @@ def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[n
         threshold_F=threshold_F,
         right_P=right_P,
     )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RocCurve:
-    """The corners of the curve, from "nobody is the same" (0, 0) to "everybody is" (1, 1), straight between them."""
-
-    threshold_T: FloatArray
-    """Distances that occur, rising, after -inf for nobody."""
-    far_T: FloatArray
-    tar_T: FloatArray
-    num_same: int
-    num_different: int
-
-
-def roc_curve(distances_P: FloatArray, same_P: BoolArray) -> RocCurve:
-    """Return the exact curve.
-
-    Raises:
-        UserError: pairs of one kind only.
-    """
-    num_same = int(np.count_nonzero(same_P))
-    if num_same in (0, len(same_P)):
-        raise UserError(f"{num_same} of {len(same_P)} pairs are of the same person: both kinds are needed")
-    order_P = np.argsort(distances_P)
-    sorted_P, same_P = distances_P[order_P], same_P[order_P]
-    cut_T = _curve_cuts(sorted_P, same_P)
-    far_T, tar_T = _far_and_tar(np.ones(len(same_P)), same_P, cut_T)
-    return RocCurve(
-        threshold_T=np.concatenate([[-np.inf], sorted_P[cut_T[1:] - 1]]),
-        far_T=far_T,
-        tar_T=tar_T,
-        num_same=num_same,
-        num_different=len(same_P) - num_same,
-    )
-
-
-def _curve_cuts(sorted_P: FloatArray, same_P: BoolArray) -> NDArray[np.int64]:
-    """Return how many of the pairs, in rising order, are called the same at each corner of the curve.
-
-    Equal distances cannot be parted, and within a run of one kind the curve goes straight on, however pairs are
-    weighted.
-    """
-    run_ends = np.append(np.flatnonzero(sorted_P[1:] != sorted_P[:-1]) + 1, len(sorted_P))
-    num_pairs = np.diff(run_ends, prepend=0)
-    num_same = np.diff(np.cumsum(same_P)[run_ends - 1], prepend=0)
-    mixed = (num_same > 0) & (num_same < num_pairs)
-    straight_on = ~mixed[:-1] & ~mixed[1:] & ((num_same[:-1] > 0) == (num_same[1:] > 0))
-    return np.concatenate([[0], run_ends[:-1][~straight_on], run_ends[-1:]])
-
-
-def _far_and_tar(weights_XP: FloatArray, same_P: BoolArray, cut_T: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
-    """Return FAR and TAR, [*, T], at the cuts; pairs and weights [*, P] in rising order of distance."""
-    rates = []
-    for kind_P in (~same_P, same_P):
-        called_same_XT = np.zeros((*weights_XP.shape[:-1], len(cut_T)))
-        np.cumsum(np.add.reduceat(weights_XP * kind_P, cut_T[:-1], axis=-1), axis=-1, out=called_same_XT[..., 1:])
-        with np.errstate(invalid="ignore"):  # a resample without one kind: NaN, left out of the interval
-            rates.append(called_same_XT / called_same_XT[..., -1:])
-    return rates[0], rates[1]
-
-
-def auc(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
-    """Return the area [*] under curves [*, T].
-
-    It is the chance that a same pair is nearer than a different one, ties counted half (Fawcett 2006, An introduction
-    to ROC analysis, section 7).
-    """
-    return np.asarray(np.trapezoid(tar_T, far_T, axis=-1))
-
-
-def eer(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
-    """Return the error rate [*] at which FAR and 1 - TAR are equal, on straight lines between the points of [*, T]."""
-    excess_T = far_T - (1 - tar_T)  # rises from -1 to 1
-    after = np.argmax(excess_T >= 0, axis=-1)[..., None]
-    (excess_0, far_0), (excess_1, far_1) = (
-        (np.take_along_axis(excess_T, at, axis=-1), np.take_along_axis(far_T, at, axis=-1)) for at in (after - 1, after)
-    )
-    return np.asarray((far_0 - excess_0 / (excess_1 - excess_0) * (far_1 - far_0))[..., 0])
-
-
-def tar_at_far(far_T: FloatArray, tar_T: FloatArray, far: float) -> FloatArray:
-    """Return the highest TAR [*] on curves [*, T] at which FAR is at most `far`; nothing between points is invented."""
-    last = np.count_nonzero(far_T <= far, axis=-1)[..., None] - 1
-    return np.asarray(np.take_along_axis(tar_T, last, axis=-1)[..., 0])
-
-
-def supported_fars(num_different: int) -> list[float]:
-    """Return those of `FARS` that allow `MIN_FALSE_ACCEPTS` false accepts among so many different pairs."""
-    return [far for far in FARS if far * num_different >= MIN_FALSE_ACCEPTS * (1 - 1e-9)]
-
-
-def bootstrap_intervals(
-    distances_P: FloatArray,
-    pairs: Pairs,
-    identity_N: ArrayLike,
-    *,
-    num_resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR under another draw of people.
-
-    Pairs of one person are not independent, so people are resampled, not pairs: a person drawn m times gives its same
-    pairs m times, and a different pair of persons drawn m and n times stands m * n times (the vertex bootstrap of
-    Snijders and Borgatti 1999, Non-parametric standard errors and tests for network statistics). Thresholds of
-    the folds stay as chosen. A resample without one of the kinds is left out; None where all are.
-    """
-    assert num_resamples > 0
-    right_P = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P).right_P
-    order_P = np.argsort(distances_P)
-    same_P = pairs.same_P[order_P]
-    cut_T = _curve_cuts(distances_P[order_P], same_P)
-    codes_N = np.unique(np.asarray(identity_N), return_inverse=True)[1]
-    num_people, person_2P = _renumbered(codes_N[np.stack([pairs.a_P[order_P], pairs.b_P[order_P]])])
-    # Each fold counts alike, as in the mean over folds.
-    _, index_P, size_F = np.unique(pairs.fold_P[order_P], return_inverse=True, return_counts=True)
-    share_P = 1 / size_F[index_P]
-    right_share_P = share_P * right_P[order_P]
-    fars = supported_fars(int(np.count_nonzero(~same_P)))
-
-    rng = np.random.default_rng(seed)
-    step = max(1, CHUNK_ELEMENTS // 4 // len(order_P))
-    figures: dict[str, list[FloatArray]] = {}
-    for start in range(0, num_resamples, step):
-        weights_RP = _resampled_weights(rng, min(step, num_resamples - start), num_people, person_2P)
-        far_RT, tar_RT = _far_and_tar(weights_RP, same_P, cut_T)
-        with np.errstate(invalid="ignore"):  # a resample without any of the pairs: NaN
-            accuracy_R = (weights_RP @ right_share_P) / (weights_RP @ share_P)
-        chunk = {"accuracy": accuracy_R, "auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
-        chunk |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
-        for name, values_R in chunk.items():
-            figures.setdefault(name, []).append(values_R)
-    intervals = {name: _percentiles(np.concatenate(parts)) for name, parts in figures.items()}
-    tars = {far_key(far): intervals.pop(far_key(far), None) for far in FARS}
-    return {"level": CONFIDENCE, "num_resamples": num_resamples, **intervals, "tar_at_far": tars}
-
-
-def _resampled_weights(
-    rng: np.random.Generator, num_resamples: int, num_people: int, person_2P: NDArray[np.int64]
-) -> FloatArray:
-    """Draw as many people as there are, with replacement, and return how often each pair then stands, [R, P]."""
-    drawn_RI = (
-        rng.integers(num_people, size=(num_resamples, num_people)) + num_people * np.arange(num_resamples)[:, None]
-    )
-    times_RI = np.bincount(drawn_RI.ravel(), minlength=drawn_RI.size).reshape(drawn_RI.shape).astype(np.float64)
-    # A pair of one person takes its second factor from a column of ones.
-    padded_RI = np.pad(times_RI, ((0, 0), (0, 1)), constant_values=1)
-    second_P = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])
-    return times_RI.take(person_2P[0], axis=1) * padded_RI.take(second_P, axis=1)
-
-
-def _renumbered(codes: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
-    """Return how many different codes there are, and the codes without gaps."""
-    used = np.bincount(codes.ravel()) > 0
-    return int(used.sum()), (np.cumsum(used) - 1)[codes]
-
-
-def _percentiles(values_R: FloatArray) -> list[float] | None:
-    values_R = values_R[np.isfinite(values_R)]
-    tail = (1 - CONFIDENCE) / 2
-    return [float(value) for value in np.quantile(values_R, [tail, 1 - tail])] if len(values_R) else None
-
-
-def far_key(far: float) -> str:
-    """Return how a FAR is written as a key in a report, such as "0.001"."""
-    return f"{far:g}"
 
 
 def identification(
@@ -391,7 +238,7 @@ def _mean(values: FloatArray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def verification_figures(distances_P: FloatArray, pairs: Pairs) -> dict[str, Any]:
+def verification_figures(distances_P: FloatArray, pairs: Pairs, kfold: KFoldAccuracy | None = None) -> dict[str, Any]:
     """Return accuracy, AUC, EER and TAR@FAR of these distances, ready for JSON; what a training epoch reports.
 
     `accuracy` and `accuracy_std` (a standard error) as `KFoldAccuracy` says; `threshold` is the best for all pairs
@@ -400,7 +247,7 @@ def verification_figures(distances_P: FloatArray, pairs: Pairs) -> dict[str, Any
     Raises:
         UserError: as `kfold_accuracy` does.
     """
-    kfold = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P)
+    kfold = kfold or kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P)
     curve = roc_curve(distances_P, pairs.same_P)
     supported = supported_fars(curve.num_different)
     return {
@@ -446,11 +293,15 @@ def verification_report(
     if failed_N.any():
         embeddings_ND = np.where(failed_N[:, None], embeddings_ND.dtype.type(0), embeddings_ND)
     distances_P = failed_as_errors(pair_distances(embeddings_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
-    figures = verification_figures(distances_P, pairs)
+    kfold = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P)
+    figures = verification_figures(distances_P, pairs, kfold)
+    intervals = bootstrap_intervals(
+        distances_P, kfold.right_P, pairs, identity_N, num_resamples=num_resamples, seed=seed
+    )
     return figures | {
         "num_failed_pairs": int(np.count_nonzero(~np.isfinite(distances_P))),
         "num_missing_pairs": pairs.num_missing_pairs,
-        "intervals": bootstrap_intervals(distances_P, pairs, identity_N, num_resamples=num_resamples, seed=seed),
+        "intervals": intervals,
         "identification": identification(embeddings_ND, identity_N, failed_N=failed_N, seed=seed),
         "original_table": original_table(
             distances_P, pairs.same_P, figures["threshold"] if tolerance is None else tolerance

@@ -15,10 +15,14 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from lib.evaluation.metrics import RocCurve
+from lib.evaluation.curves import RocCurve, auc, eer
 
-MANY_COLORS = tuple(matplotlib.colormaps["tab20"](n) for n in range(20))
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+"""Of the models of a report, or of what else is few."""
+MANY_COLORS = tuple(matplotlib.colormaps["tab20"](n) for n in range(20))
+"""Of the runs of a comparison."""
+SAME_COLOR, DIFFERENT_COLOR = "#0072b2", "#e69f00"
+"""Of the kinds of pairs, for colour-blind eyes too."""
 DPI = 110
 RATE_TICKS = (0.0001, 0.001, 0.01, 0.05, 0.2, 0.5, 0.8)
 NUM_BINS = 60
@@ -45,7 +49,8 @@ def roc_plot(curves: Mapping[str, RocCurve]) -> bytes:
     figure, axes = _figure("False accept rate", "True accept rate", "ROC")
     lowest = min(1 / curve.num_different for curve in curves.values())
     for color, (name, curve) in zip(COLORS, curves.items(), strict=False):
-        axes.step(np.maximum(curve.far_T, lowest / 2), curve.tar_T, where="post", label=name, color=color)
+        label = f"{name} (AUC {float(auc(curve.far_T, curve.tar_T)):.4f})"
+        axes.step(np.maximum(curve.far_T, lowest / 2), curve.tar_T, where="post", label=label, color=color)
     axes.set(xscale="log", xlim=(lowest / 2, 1), ylim=(0, 1.01))
     axes.legend(loc="lower right")
     return _png(figure)
@@ -60,11 +65,16 @@ def det_plot(curves: Mapping[str, RocCurve]) -> bytes:
             ndtri(np.clip(rate_T, edge, 1 - edge))
             for rate_T, edge in zip((curve.far_T, 1 - curve.tar_T), edges, strict=True)
         )
-        axes.plot(far_T, frr_T, label=name, color=color)
-    places, labels = ndtri(RATE_TICKS), [f"{100 * tick:g} %" for tick in RATE_TICKS]
+        label = f"{name} (EER {100 * float(eer(curve.far_T, curve.tar_T)):.2f} %)"
+        axes.plot(far_T, frr_T, label=label, color=color)
+    # No lower than there are pairs to tell of: one error among them all is the last thing that is seen.
+    lowest = min(1 / max(curve.num_different, curve.num_same) for curve in curves.values())
+    ticks = RATE_TICKS[max(0, int(np.searchsorted(RATE_TICKS, lowest, side="right")) - 1) :]
+    places, labels = ndtri(ticks), [f"{100 * tick:g} %" for tick in ticks]
     axes.set_xticks(places, labels)
     axes.set_yticks(places, labels)
     axes.set(xlim=(places[0], places[-1]), ylim=(places[0], places[-1]))
+    axes.plot(places, places, color="grey", linestyle=":", linewidth=1)  # where both rates are equal
     axes.legend(loc="upper right")
     return _png(figure)
 
@@ -74,7 +84,7 @@ def histogram_plot(name: str, distances_P: NDArray, same_P: NDArray[np.bool_], t
     figure, axes = _figure("Euclidean distance", "Density", f"Distances: {name}")
     finite_P = np.isfinite(distances_P)
     bins = np.histogram_bin_edges(distances_P[finite_P], NUM_BINS)
-    for kind_P, label, color in ((same_P, "same person", COLORS[2]), (~same_P, "different people", COLORS[1])):
+    for kind_P, label, color in ((same_P, "same person", SAME_COLOR), (~same_P, "different people", DIFFERENT_COLOR)):
         values = distances_P[finite_P & kind_P]
         if len(values):
             axes.hist(values, list(bins), density=True, alpha=0.55, label=label, color=color)
@@ -83,9 +93,12 @@ def histogram_plot(name: str, distances_P: NDArray, same_P: NDArray[np.bool_], t
     return _png(figure)
 
 
-def history_plot(title: str, epochs: Sequence[float], lines: Mapping[str, Sequence[float | None]]) -> bytes:
+def history_plot(
+    title: str, y_label: str, epochs: Sequence[float], lines: Mapping[str, Sequence[float | None]]
+) -> bytes:
     """Return figures of a training run over its epochs; a gap where an epoch has none."""
-    figure, axes = _figure("Epoch", "", title)
+    figure, axes = _figure("Epoch", y_label, title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, values in lines.items():
         axes.plot(epochs, [np.nan if value is None else value for value in values], marker=".", label=name)
     axes.legend(fontsize="small")

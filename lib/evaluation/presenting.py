@@ -8,21 +8,36 @@ import pyarrow as pa
 
 from lib import storage
 from lib.evaluation import plots
+from lib.evaluation.curves import roc_curve
 from lib.evaluation.findings import DUPLICATE, WRONG_LABEL, Finding, Suspect, suspects, worst_pairs
 from lib.evaluation.measuring import Measured, Photos
-from lib.evaluation.metrics import roc_curve
 from lib.evaluation.pairs import Pairs
-from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, csv_bytes, html, number, percent
+from lib.evaluation.report import (
+    DASH,
+    Gallery,
+    Plot,
+    Report,
+    ShownPair,
+    ShownPhoto,
+    Table,
+    csv_bytes,
+    html,
+    number,
+    percent,
+)
+from lib.faces.alignment import EYES
 from lib.recognition.crops import read_crops
+from lib.recognition.embedding import PhotosSource
 
-NUM_WORST = 24
-"""Pairs of each kind of error that the report shows."""
-NUM_SUSPECTS = 24
-"""Suspects of each kind that the report shows; suspects.csv holds all."""
+NUM_SHOWN = 24
+"""Pairs of each kind of error, and suspects of each kind, that the report shows; suspects.csv holds all of those."""
 
 HISTORY_NAME = "history.parquet"
-HISTORY_PLOTS = {"Training: loss": ("loss",), "Training: verification": ("accuracy", "auc", "tar_at_far")}
-"""Plots of a run's history, by what stands in the names of the columns that they show."""
+HISTORY_PLOTS = {
+    "Training: loss": ("Loss", ("loss",)),
+    "Training: verification": ("Share", ("accuracy", "auc", "tar_at_far")),
+}
+"""Plots of a run's history: what their axis says, and what stands in the names of the columns that they show."""
 ORIGINAL_COLUMNS = ("Train Loss", "Test Loss")
 """Repeated in the history under the names of ours."""
 
@@ -54,7 +69,8 @@ def present(
         title=" and ".join(each.name for each in measured),
         models=[each.figures for each in measured],
         notes=metrics["notes"],
-        difference=(difference and f"{percent(difference['accuracy'])} ± {percent(difference['std'])}") or "",
+        difference=(difference and f"{100 * difference['accuracy']:+.2f} ± {100 * difference['std']:.2f}") or "",
+        about=_about(measured, photos, metrics),
         plots=shown_plots,
         tables=[*_original_tables(measured), *_slice_tables(measured)],
         galleries=galleries,
@@ -64,10 +80,12 @@ def present(
 
 def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence[Suspect]) -> list[Gallery]:
     threshold = measured.figures["threshold"]
-    false_matches, false_non_matches = worst_pairs(measured.distances_P, pairs, threshold, NUM_WORST)
-    by_kind = {kind: [each for each in found if each.kind == kind][:NUM_SUSPECTS] for kind in (DUPLICATE, WRONG_LABEL)}
-    wanted: list[Sequence[Finding]] = [false_matches, false_non_matches, by_kind[DUPLICATE], by_kind[WRONG_LABEL]]
-    indices = {index for findings in wanted for finding in findings for index in (finding.a, finding.b)}
+    by_kind = ([each for each in found if each.kind == kind] for kind in (DUPLICATE, WRONG_LABEL))
+    wanted: list[tuple[Sequence[Finding], int]] = [
+        *worst_pairs(measured.distances_P, pairs, threshold, NUM_SHOWN),
+        *((of_kind[:NUM_SHOWN], len(of_kind)) for of_kind in by_kind),
+    ]
+    indices = {index for findings, _ in wanted for finding in findings for index in (finding.a, finding.b)}
     crops = read_crops(measured.source, [photos.names[index] for index in indices])
 
     def shown(index: int) -> ShownPhoto:
@@ -75,8 +93,8 @@ def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence
         return ShownPhoto(name=name, identity=photos.identities[index] or "nobody known", crop=crops.get(name))
 
     titles = (
-        ("Worst false matches", "Different people taken for one, the nearest first."),
-        ("Worst false non-matches", "One person taken for two, the farthest first."),
+        ("Worst false matches", f"Different people within the best threshold, {threshold:.3f}: the nearest first."),
+        ("Worst false non-matches", f"One person beyond the best threshold, {threshold:.3f}: the farthest first."),
         (
             "Suspects: duplicates across identities",
             "Photos of two identities, nearer than nearly any two photos of one: one photo, or one person, twice.",
@@ -89,10 +107,10 @@ def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence
     return [
         Gallery(
             title=f"{title}: {measured.name}",
-            text=text,
+            text=f"{text} {len(findings):,} of {num:,}." if num else text,
             pairs=[ShownPair(a=shown(each.a), b=shown(each.b), distance=each.distance) for each in findings],
         )
-        for (title, text), findings in zip(titles, wanted, strict=True)
+        for (title, text), (findings, num) in zip(titles, wanted, strict=True)
     ]
 
 
@@ -104,7 +122,8 @@ def _suspect_row(model: str, photos: Photos, suspect: Suspect) -> tuple[Any, ...
 
 def _original_tables(measured: Sequence[Measured]) -> list[Table]:
     header = ["", *(each.name for each in measured)]
-    tables = [("The original's table", "At the tolerance given, the model's own threshold, or else the best one.", "")]
+    text = "At the tolerance given, else the threshold that the model came with, else the best one."
+    tables = [("The original's table", text, "")]
     if any(each.figures["original"] for each in measured):
         text = "Every two photos of a person, and for each of them a random photo of someone else."
         tables.append(("The original's table, by its own protocol", text, "original"))
@@ -127,11 +146,39 @@ def _slice_tables(measured: Sequence[Measured]) -> list[Table]:
         if each.figures["slices"]:
             header = [name.replace("_", " ") for name in each.figures["slices"][0]]
             rows = [
-                [str(value) if isinstance(value, str) else number(value) for value in row.values()]
+                [value if isinstance(value, str) else _count_or_share(value) for value in row.values()]
                 for row in each.figures["slices"]
             ]
             tables.append(Table(title=f"By attribute: {each.name}", text=text, header=header, rows=rows))
     return tables
+
+
+def _count_or_share(value: float | None) -> str:
+    return number(value) if isinstance(value, int) else percent(value)
+
+
+def _about(measured: Sequence[Measured], photos: Photos, metrics: Mapping[str, Any]) -> Table:
+    """Return what was measured on what, so that a page that was passed on still says so."""
+
+    def row(label: str, values: Sequence[Any]) -> list[str]:
+        return [label, *(DASH if value is None else str(value) for value in values)]
+
+    made = [each.figures["fingerprint"] for each in measured]
+    known = {identity for identity in photos.identities if identity is not None}
+    sources = [("Photos" if isinstance(each.source, PhotosSource) else "Faces", each.source.url) for each in measured]
+    rows = [
+        row("Model", [each.figures["model"] for each in measured]),
+        row("Digest of its weights and input", [each.figures["digest"] for each in measured]),
+        row("Numbers in an embedding", [each.embedder.embedding_dim for each in measured]),
+        row(sources[0][0], [storage.redacted(url) for _, url in sources]),
+        row("Detector", [content.get("detector") for content in made]),
+        row("Alignment", [content.get("template", EYES) for content in made]),
+        row("Fingerprint of the faces", [content.get("id") for content in made]),
+        row("Pairs", [metrics["pairs"] or f"made, seed {metrics['seed']}"] * len(measured)),
+        row("Photos, people", [f"{len(photos.names):,}, {len(known):,}"] * len(measured)),
+        row("Measured", [metrics["measured_at"]] * len(measured)),
+    ]
+    return Table(title="What was measured", text="", header=["", *(each.name for each in measured)], rows=rows)
 
 
 def _history_plots(measured: Measured) -> list[Plot]:
@@ -144,7 +191,7 @@ def _history_plots(measured: Measured) -> list[Plot]:
     if "epoch" not in history.column_names:
         return []
     made = []
-    for title, parts in HISTORY_PLOTS.items():
+    for title, (y_label, parts) in HISTORY_PLOTS.items():
         lines = {
             name: history[name].to_pylist()
             for name, kind in zip(history.column_names, history.schema.types, strict=True)
@@ -154,6 +201,6 @@ def _history_plots(measured: Measured) -> list[Plot]:
             and (pa.types.is_floating(kind) or pa.types.is_integer(kind))
         }
         if lines:
-            content = plots.history_plot(f"{title} ({measured.name})", history["epoch"].to_pylist(), lines)
+            content = plots.history_plot(f"{title} ({measured.name})", y_label, history["epoch"].to_pylist(), lines)
             made.append(Plot(name=title, content=content))
     return made

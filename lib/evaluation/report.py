@@ -13,7 +13,7 @@ import cv2
 import jinja2
 import numpy as np
 
-from lib.evaluation.metrics import FARS, far_key
+from lib.evaluation.curves import FARS, far_key
 from lib.faces.images import to_jpeg
 
 _TEMPLATES = Path(__file__).parent
@@ -38,7 +38,6 @@ class ShownPair:
     a: ShownPhoto
     b: ShownPhoto
     distance: float
-    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +73,7 @@ class Report:
 
     title: str
     models: Sequence[Mapping[str, Any]]
+    about: Table
     notes: Sequence[str] = ()
     difference: str = ""
     plots: Sequence[Plot] = ()
@@ -113,8 +113,8 @@ def number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def _figures(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the rows of the table of figures: a name, and a text a model."""
+def _figures(models: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of figures: a name, and a text a model."""
 
     def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
         return percent(value) + (f" ({percent(interval[0])} to {percent(interval[1])})" if interval else "")
@@ -122,6 +122,7 @@ def _figures(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows: list[list[str]] = []
     for label, name in (("Accuracy", "accuracy"), ("ROC AUC", "auc"), ("Equal error rate", "eer")):
         rows.append([label, *(with_interval(model[name], model["intervals"][name]) for model in models)])
+    rows.insert(1, ["Accuracy of the folds (how many)", *(_folds(model["fold_accuracies"]) for model in models)])
     for key in map(far_key, FARS):
         cells = [with_interval(model["tar_at_far"][key], model["intervals"]["tar_at_far"][key]) for model in models]
         rows.append([f"TAR at FAR {key}", *cells])
@@ -135,7 +136,12 @@ def _figures(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ("Pairs that name missing photos (left out)", "num_missing_pairs"),
     ):
         rows.append([label, *(number(model[name]) for model in models)])
-    return rows
+    text = "In brackets: 95 % intervals by resampling people. A dash: too few pairs to tell, or nothing kept."
+    return Table(title="Figures", text=text, header=["", *(str(model["name"]) for model in models)], rows=rows)
+
+
+def _folds(accuracies: Sequence[float]) -> str:
+    return f"{percent(min(accuracies))} to {percent(max(accuracies))} ({len(accuracies)})"
 
 
 def _png(content: bytes) -> str:

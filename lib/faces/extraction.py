@@ -99,12 +99,20 @@ def settings_from_fingerprint(content: Mapping[str, Any], *, detector_weights: s
 
     A fingerprint holds the sha256 of the detector's weights, not where they lie: whether `detector_weights` are those,
     comparing the fingerprint of the result tells.
+
+    Raises:
+        UserError: values that are not allowed.
     """
     names = {"detector": "detector", "detection_size": "detection_size", "min_score": "min_score"}
     names |= {"min_face": "min_face", "faces_policy": "policy"}
     values = {name: content[key] for key, name in names.items() if key in content}
     alignment = {part.name: content[part.name] for part in fields(Alignment) if part.name in content}
-    return ExtractionSettings(detector_weights=detector_weights, alignment=Alignment(**alignment), **values)
+    try:
+        return ExtractionSettings(detector_weights=detector_weights, alignment=Alignment(**alignment), **values)
+    except TypeError as error:
+        raise UserError(
+            f"a fingerprint holds values of the wrong type ({error}): make the model or table anew"
+        ) from error
 
 
 Detect = Callable[[Sequence[np.ndarray]], list[Detections]]

@@ -20,12 +20,26 @@ from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
 from lib.faces.gpu_detection import gpu_detectors, remote_detect
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
-from lib.parts import present_files, run_parts, settle, sweep, write_plan
+from lib.parts import (
+    PLAN_NAME,
+    SUCCESS_NAME,
+    differences,
+    present_files,
+    run_parts,
+    settle,
+    summary,
+    sweep,
+    write_plan,
+)
+from lib.storage_errors import MissingFileError
 
 logger = logging.getLogger(__name__)
 
 GPU_THREADS = 8
 """Photos a worker has in flight to the GPU."""
+
+WAIT_EVERY_S = 5.0
+WAIT_TOLD_EVERY_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +84,21 @@ class PreprocessConfig:
     """Parquet input: column of a distinct name a photo; file and row where there is none."""
     gpus: int = 0
     """GPUs to detect on; 0 detects on the CPUs."""
+    wait_minutes: float = 0.0
+    """How long to wait for the GPUs, on a cluster that grows when it is asked to."""
     overwrite: bool = False
     """Replace a faces table that was made with other settings."""
     dry_run: bool = False
     """Check the input and print the plan, do nothing."""
+    until_done: bool = False
+    """Do nothing but wait until another job has finished the table of these very photos and settings."""
 
     def __post_init__(self) -> None:
         self.settings()  # refuses what cannot be before anything starts
         if self.gpus < 0:
             raise UserError(f"--gpus is {self.gpus}: 0 or more")
+        if self.wait_minutes < 0:
+            raise UserError(f"--wait-minutes is {self.wait_minutes}: 0 or more")
 
     @property
     def photos_url(self) -> str:
@@ -128,25 +148,10 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
             f"--faces {config.faces_url} lies in --photos {config.photos_url}: what is written there would be taken "
             "for photos; choose another folder"
         )
-    faces_fingerprint = fingerprint(config.settings())
-    logger.info("listing %s", storage.redacted(config.photos_url))
-    manifest = read_manifest(
-        config.photos_url,
-        config.identities_url,
-        split_seed=config.split_seed,
-        columns=config.columns(),
-        identities_required=config.faces_policy != "all",
-    )
+    if config.until_done:
+        return _wait_until_done(config)
+    manifest, plan = _plan(config)
     parts = plan_parts(manifest)
-    plan = {
-        "fingerprint": faces_fingerprint,
-        "split_seed": config.split_seed,
-        "max_megapixels": config.max_megapixels,
-        "image_column": config.image_column,
-        "photos": len(manifest),
-        "photo_bytes": manifest.num_bytes,
-        "manifest": manifest.digest(),
-    }
     if config.dry_run:
         logger.info("%d photos in %d parts would go to %s", len(manifest), len(parts), config.faces_url)
         return {"job": "preprocess", "dry_run": True, "faces": config.faces_url, "parts": len(parts), **plan}
@@ -164,14 +169,14 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     num_done = sum(part.stop - part.start for part in parts) - sum(part.stop - part.start for part in todo)
     if num_done:
         logger.info("going on: %d of %d photos are done", num_done, len(manifest))
-    num_processed, seconds = _process(config, manifest, todo, num_done, faces_fingerprint)
+    num_processed, seconds = _process(config, manifest, todo, num_done, plan["fingerprint"])
     sweep(config.faces_url)
     counts = card.finish(
         config.faces_url,
         manifest,
         [name for part in parts for name in part.file_names()],
         run_id=run_id,
-        fingerprint=faces_fingerprint,
+        fingerprint=plan["fingerprint"],
         photos_per_s=num_processed / seconds if num_processed else None,
     )
     return {
@@ -182,6 +187,57 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
         "photos_per_s": round(num_processed / seconds, 1) if num_processed else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _plan(config: PreprocessConfig) -> tuple[Manifest, dict[str, Any]]:
+    """Return the photos, and all that decides the table made of them."""
+    logger.info("listing %s", storage.redacted(config.photos_url))
+    manifest = read_manifest(
+        config.photos_url,
+        config.identities_url,
+        split_seed=config.split_seed,
+        columns=config.columns(),
+        identities_required=config.faces_policy != "all",
+    )
+    return manifest, {
+        "fingerprint": fingerprint(config.settings()),
+        "split_seed": config.split_seed,
+        "max_megapixels": config.max_megapixels,
+        "image_column": config.image_column,
+        "photos": len(manifest),
+        "photo_bytes": manifest.num_bytes,
+        "manifest": manifest.digest(),
+    }
+
+
+def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
+    """Return the counts of the table once it is finished, and made of the photos and settings at hand.
+
+    A finished table of other photos is passed over: it is from before, and about to be replaced. The photos are listed
+    only when a table is there that was not looked at yet.
+    """
+    logger.info("waiting for %s", storage.redacted(storage.join(config.faces_url, SUCCESS_NAME)))
+    passed_over, told = None, time.monotonic()
+    while True:
+        try:
+            success = _success(config.faces_url)
+            if success is not None and success["run_id"] != passed_over:
+                different = differences(_plan(config)[1], storage.read_json(storage.join(config.faces_url, PLAN_NAME)))
+                if not different:
+                    return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
+                passed_over = success["run_id"]
+                logger.info("still waiting: what is there was made otherwise (%s)", "; ".join(different))
+        except (JobError, MissingFileError) as error:  # Storage is away, or the table is just being replaced.
+            logger.warning("still waiting: %s", error)
+        if time.monotonic() - told > WAIT_TOLD_EVERY_S:
+            told = time.monotonic()
+            logger.info("still waiting")
+        time.sleep(WAIT_EVERY_S)
+
+
+def _success(faces_url: str) -> dict[str, Any] | None:
+    url = storage.join(faces_url, SUCCESS_NAME)
+    return storage.read_json(url) if storage.exists(url) else None
 
 
 class PartWorker:
@@ -199,13 +255,8 @@ class PartWorker:
         )
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Process one part, an item of `part_item`; what ends the job, such as a full disk, comes as `failure`."""
-        started = time.monotonic()
-        try:
-            num_photos = self._process(part)
-        except (UserError, JobError) as error:
-            return {"count": 0, "seconds": 0.0, "failure": str(error)}
-        return {"count": num_photos, "seconds": time.monotonic() - started, "failure": ""}
+        """Process one part, an item of `part_item`, and return its summary."""
+        return summary(self._process, part)
 
     def _process(self, part: dict[str, Any]) -> int:
         num_photos = 0
@@ -226,6 +277,7 @@ def _process(
     if not todo:
         return 0, 0.0
     with cluster.connected():
+        cluster.wait_for("GPU", config.gpus, limit_s=60 * config.wait_minutes)
         handles = gpu_detectors(config.settings(), config.gpus) if config.gpus else []
         return run_parts(
             [part_item(manifest, part) for part in todo],

@@ -95,6 +95,8 @@ class SampleConfig:
     """Replace a sample of other settings. Files that are no sample's are never touched."""
     dry_run: bool = False
     """Check what is there and say what would be drawn, then stop."""
+    if_empty: bool = False
+    """Leave a place that holds other photos as it is, instead of refusing it."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", absolute_url(self.data, "--data"))
@@ -172,6 +174,11 @@ def make_sample(config: SampleConfig) -> dict[str, Any]:
         UserError: files are there that this plan did not make.
     """
     start, plan = time.monotonic(), config.plan
+    if config.if_empty and any(list_files(join(config.data, PHOTOS_NAME))):
+        marker = _read_marker(config.data)
+        if marker is None or marker[0] != plan:
+            logger.info("%s holds other photos than this sample's: nothing to do", config.data)
+            return {"data": config.data, "drawn": 0}
     is_complete, outdated = _check_destination(config)
     kinds = Counter(plan.special(photo)[0] for photo in range(len(plan)))
     counts: dict[str, Any] = {"data": config.data, "photos": len(plan), "identities": plan.identities}

@@ -18,13 +18,13 @@ import tyro
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
-from lib.errors import JobError, UserError
+from lib.errors import UserError
 from lib.faces import table
 from lib.faces.alignment import Alignment, realign
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint, settings_from_fingerprint
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
-from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, sweep, write_plan
+from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, summary, sweep, write_plan
 from lib.recognition import embeddings_table
 from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, find_model, load_embedder
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
@@ -238,8 +238,7 @@ def embed_source(
     started = time.monotonic()
     model = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
     plan = {"job": "embed", "model": embedder.digest, **source.plan()}
-    next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or embed --photos"
-    differences = check_fingerprint(plan["fingerprint"], embedder, strict=strict, next_step=next_step)
+    differences = check_source(source, embedder, strict=strict)
     items = source.items()
     num_all = sum(num_rows for _, _, num_rows in items)
     result: dict[str, Any] = {"job": "embed", "embeddings": output}
@@ -284,6 +283,13 @@ def embed_source(
     }
 
 
+def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
+    """Return in what the faces of a source differ from those the model was trained on, see `check_fingerprint`."""
+    made = source.fingerprint if isinstance(source, FacesSource) else fingerprint(source.settings)
+    next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
+    return check_fingerprint(made, embedder, strict=strict, next_step=next_step)
+
+
 def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
     """Return where the photos are and how their faces are made; None for faces that are cut out already."""
     return (source.url, source.settings) if isinstance(source, PhotosSource) else None
@@ -292,7 +298,7 @@ def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
 def model_name(model_url: str) -> str:
     """Return what a model is called: its run's folder, else its own folder or file."""
     names = model_url.rstrip("/").split("/")
-    return names[-2] if names[-1] == "model" and len(names) > 1 else names[-1].removesuffix(".onnx")
+    return names[-2] if names[-1] in ("model", "model.onnx") and len(names) > 1 else names[-1].removesuffix(".onnx")
 
 
 class EmbedWorker:
@@ -318,13 +324,8 @@ class EmbedWorker:
             self._reader = PhotoReader(photos_url, ParquetColumns().image, FaceExtractor(settings))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Process one item of a source; what ends the job, such as a full disk, comes as `failure`."""
-        started = time.monotonic()
-        try:
-            num_rows = self._process(item)
-        except (UserError, JobError) as error:
-            return {"count": 0, "seconds": 0.0, "failure": str(error)}
-        return {"count": num_rows, "seconds": time.monotonic() - started, "failure": ""}
+        """Process one item of a source, and return its summary."""
+        return summary(self._process, item)
 
     def _process(self, item: dict[str, Any]) -> int:
         num_rows = 0

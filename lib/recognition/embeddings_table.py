@@ -54,7 +54,7 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
     """Return the rows of a finished embeddings folder, or of these files of it.
 
     Raises:
-        UserError: there is none, it is not finished, or it is no embeddings table.
+        UserError: there is none, it is not finished, it is no embeddings table, or an embedding is not finite.
     """
     if not storage.exists(storage.join(url, SUCCESS_NAME)):
         raise UserError(f"no finished embeddings at {url} (no {SUCCESS_NAME}): run jobs/embed.py first")
@@ -63,27 +63,44 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
     if not file_names:
         raise UserError(f"{url} holds no embeddings: run jobs/embed.py on photos with faces")
     tables = [storage.read_parquet(storage.join(url, name)) for name in file_names]
-    metadata = tables[0].schema.metadata or {}
-    if MODEL_KEY not in metadata:
-        raise UserError(f"{url} is no embeddings table, its columns are {', '.join(tables[0].schema.names)}")
+    model, fingerprint = _about(url, tables[0].schema)
     splits = [
         name.split("/")[0].removeprefix("split=")
         for name, part in zip(file_names, tables, strict=True)
         for _ in range(len(part))
     ]
-    model = json.loads(metadata[MODEL_KEY])
     rows = pa.concat_tables(tables)
+    embeddings_ND = _filled(rows["embedding"], model["embedding_dim"])
+    num_broken = int(np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1)))
+    if num_broken:
+        raise UserError(
+            f"{num_broken} of {len(rows)} embeddings in {url} hold NaN or infinity: make them again with jobs/embed.py"
+        )
     return Embeddings(
         photos=rows["photo"].to_pylist(),
         identities=rows["identity"].to_pylist(),
         statuses=rows["status"].to_pylist(),
         splits=splits,
         boxes_N4=_filled(rows["box"], 4),
-        embeddings_ND=_filled(rows["embedding"], model["embedding_dim"]),
+        embeddings_ND=embeddings_ND,
         failed_N=rows["embedding"].is_null().to_numpy(),
         model=model,
-        fingerprint=json.loads(metadata[FINGERPRINT_KEY]),
+        fingerprint=fingerprint,
     )
+
+
+def _about(url: str, found: pa.Schema) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the metadata of a file tell of the model and of the faces, once all columns are there."""
+    metadata = found.metadata or {}
+    try:
+        model, fingerprint = json.loads(metadata[MODEL_KEY]), json.loads(metadata[FINGERPRINT_KEY])
+        wanted = schema(model["embedding_dim"], "", "")
+        is_ours = isinstance(model["digest"], str) and all(found.field(each.name).type == each.type for each in wanted)
+    except (KeyError, TypeError, ValueError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{url} is no embeddings table, its columns are {', '.join(found.names)}")
+    return model, fingerprint
 
 
 def _filled(column: pa.ChunkedArray, width: int) -> np.ndarray:

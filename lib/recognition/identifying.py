@@ -4,13 +4,16 @@ Shapes: B probes, G gallery faces, K matches.
 """
 
 import logging
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import cv2
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -25,7 +28,7 @@ from lib.faces.extraction import POLICIES
 from lib.faces.images import to_jpeg
 from lib.recognition.crops import read_crops
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
-from lib.recognition.embedding import embed_source, faces_source, model_name, photos_source
+from lib.recognition.embedding import check_source, embed_source, faces_source, model_name, photos_source
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
 from lib.recognition.gallery import Search, nearest
 from lib.recognition.onnx_model import OnnxInput
@@ -53,6 +56,7 @@ MATCHES_SCHEMA = pa.schema(
 face: the identity of its nearest match, or `unknown` where that is beyond the threshold. The box is in pixels."""
 
 _TILE, _SHEET_ROWS, _LABEL = 120, 40, 36
+_PLAIN, _WITHIN, _BEYOND = "black", "#0b5cad", "#777777"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,10 @@ class IdentifyConfig:
             raise UserError(f"--top is {self.top}: allowed are 1 to 1000")
         if self.faces_policy not in POLICIES:
             raise UserError(f"--faces-policy is {self.faces_policy!r}: allowed are {', '.join(POLICIES)}")
+        if self.threshold is not None and not 0 <= self.threshold < np.inf:
+            raise UserError(f"--threshold is {self.threshold}: a Euclidean distance, 0 or more")
+        if self.gpus < 0:
+            raise UserError(f"--gpus is {self.gpus}: 0 or more")
 
 
 def identify(config: IdentifyConfig) -> dict[str, Any]:
@@ -118,6 +126,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
     result |= {"gallery_identities": num_people, "threshold": threshold}
     if config.dry_run:
+        check_source(source, embedder, strict=config.strict)
         return {**result, "dry_run": True, "photos": len(source.manifest)}
 
     storage.check_writable(output)
@@ -142,12 +151,15 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     gallery_crops = _gallery_crops(config, data, [gallery.photos[g] for g in index_BK[:_SHEET_ROWS].ravel()])
     rows = []
     for place, n in enumerate(shown):
-        tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place])]
+        tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place], _PLAIN)]
         for g, distance in zip(index_BK[place], distance_BK[place], strict=True):
-            name = gallery.photos[g]
-            tiles.append((gallery_crops.get(name), str(gallery.identities[g]), f"{distance:.3f}"))
+            name, color = gallery.photos[g], _WITHIN if distance <= threshold else _BEYOND
+            tiles.append((gallery_crops.get(name), str(gallery.identities[g]), f"{distance:.3f}", color))
         rows.append(tiles)
-    storage.write_bytes(storage.join(output, SHEET_NAME), contact_sheet(rows))
+    title = (
+        f"Left: a face, and who it is. Then known faces and their distances: blue within {threshold:.3f}, else grey."
+    )
+    storage.write_bytes(storage.join(output, SHEET_NAME), contact_sheet(title, rows))
     counts = Counter(decision == UNKNOWN for decision in decisions)
     return {
         **result,
@@ -221,22 +233,25 @@ def _gallery_crops(config: IdentifyConfig, data: str, names: Sequence[str]) -> d
     return read_crops(faces_source(faces_url, table.SPLITS), names)
 
 
-def contact_sheet(rows: Sequence[Sequence[tuple[bytes | None, str, str]]]) -> bytes:
-    """Return a JPEG: a row for each face, the face itself first, then its matches; under each picture two lines.
+def contact_sheet(title: str, rows: Sequence[Sequence[tuple[bytes | None, str, str, str]]]) -> bytes:
+    """Return a JPEG: the title, then a row for each face: itself first, then its matches, each with two lines under it.
 
-    A tile is the encoded crop, None where there is no picture, and the two lines.
+    A tile is the encoded crop, None where there is no picture, the two lines, and the colour of the second.
     """
     width = _TILE * max((len(tiles) for tiles in rows), default=1)
-    sheet = Image.new("RGB", (width, max(1, len(rows)) * (_TILE + _LABEL)), "white")
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=11)
+    titles = textwrap.wrap(title, max(20, width // 7))
+    top = 18 * len(titles)
+    sheet = Image.new("RGB", (width, top + max(1, len(rows)) * (_TILE + _LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=12)
+    draw.text((3, 1), "\n".join(titles), fill=_PLAIN, font=font)
     for r, tiles in enumerate(rows):
-        for c, (crop, *lines) in enumerate(tiles):
-            x, y = c * _TILE, r * (_TILE + _LABEL)
+        for c, (crop, name, text, color) in enumerate(tiles):
+            x, y = c * _TILE, top + r * (_TILE + _LABEL)
             if crop is not None:
                 pixels = cv2.resize(decoded_crop(crop), (_TILE - 4, _TILE - 4), interpolation=cv2.INTER_AREA)
                 sheet.paste(Image.fromarray(pixels), (x + 2, y + 2))
-            for number, line in enumerate(lines):
-                # The end of a path says more than its beginning.
-                draw.text((x + 3, y + _TILE + 16 * number), line[-18:], fill="black", font=font)
+            # The end of a path says more than its beginning.
+            draw.text((x + 3, y + _TILE), name[-18:], fill=_PLAIN, font=font)
+            draw.text((x + 3, y + _TILE + 16), text[-18:], fill=color, font=font)
     return to_jpeg(np.ascontiguousarray(np.asarray(sheet)[:, :, ::-1]), quality=88)

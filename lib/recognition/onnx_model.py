@@ -7,6 +7,8 @@ Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,10 +25,15 @@ from lib.faces.alignment import ARCFACE, EYES
 from lib.recognition.model import resized_crops
 from lib.storage import read_bytes
 
+logger = logging.getLogger(__name__)
+
 METADATA_KEY = "conv-facenet"
 """Key in the file's metadata under which a model of this project stands as JSON: see `lib.recognition.exporting`."""
 
 ARCFACE_SIZE = 112
+
+_DTYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+"""Inputs of other types than float32 that get the same numbers."""
 
 _REFUSED = (
     ort_errors.Fail,
@@ -87,7 +94,10 @@ class OnnxModel:
             self.template = self.fingerprint.get("template", EYES)
         else:
             self.template = ARCFACE
+        if not (self._session.get_inputs() and self._session.get_outputs()):
+            raise UserError(f"{url!r} has no input or no output: a model that takes one picture is needed")
         self._input = self._session.get_inputs()[0]
+        self._dtype = _DTYPES.get(self._input.type, np.float32)
         self._size = self._about.get("image_size") or self._input_size()
         self.embedding_dim = self._probe()
 
@@ -109,8 +119,10 @@ class OnnxModel:
         wanted = self._wanted
         ordered_NHWC = crops_NHWC[..., ::-1] if wanted.color == "bgr" else crops_NHWC
         mean_C, std_C = np.array(wanted.mean, np.float32), np.array(wanted.std, np.float32)
-        images_NHWC = (ordered_NHWC.astype(np.float32) - mean_C) / std_C
-        return np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2)) if wanted.layout == "nchw" else images_NHWC
+        images = (ordered_NHWC.astype(np.float32) - mean_C) / std_C
+        if wanted.layout == "nchw":
+            images = images.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(images, self._dtype)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         try:
@@ -161,11 +173,21 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()  # 1 in a worker that has one CPU
     options.log_severity_level = 4
-    providers = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+    providers = ["CPUExecutionProvider"]
+    if device.startswith("cuda"):
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise UserError(f"{url!r} cannot run on {device!r}: this ONNX Runtime knows no GPU; see `make gpu`")
+        providers.insert(0, "CUDAExecutionProvider")
     try:
-        return onnxruntime.InferenceSession(content, options, providers=[*providers, "CPUExecutionProvider"])
+        # Without its own second try, which says on standard output that it tries.
+        session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
+        # Names that are no UTF-8 come to light when they are asked for.
+        ends = [(each.name, each.shape, each.type) for each in (*session.get_inputs(), *session.get_outputs())]
+        about = session.get_modelmeta().custom_metadata_map
     except _REFUSED as error:
         raise UserError(f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}") from error
+    logger.debug("%s: %s, %s", url, ends, about)
+    return session
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -192,7 +214,9 @@ def _own_metadata(url: str, session: onnxruntime.InferenceSession) -> dict[str, 
         about = None
     wanted = {"image_size": int, "fingerprint": dict, "threshold": float | int | None, "digest": str}
     if isinstance(about, dict) and all(isinstance(about.get(name), kind) for name, kind in wanted.items()):
-        return about
+        threshold = about["threshold"]
+        if 16 <= about["image_size"] <= 4096 and (threshold is None or math.isfinite(threshold)):
+            return about
     raise UserError(f"the metadata of {url!r} is damaged: make the file again with jobs/export.py")
 
 

@@ -3,6 +3,7 @@
 Every function has to be called by every worker, in the same order.
 """
 
+import gc
 from typing import TypeVar
 
 import numpy as np
@@ -62,3 +63,10 @@ def gathered(value: Value) -> list[Value]:
     values: list[Value] | None = [value] * num_workers() if rank() == 0 else None
     dist.gather_object(value, values, dst=0)
     return values or []
+
+
+def hang_up() -> None:
+    """Leave the others for good: those that wait for this worker get a RuntimeError instead of waiting on."""
+    gc.collect()  # a model in training would keep the connections open
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """The driver of a run: checks everything that can be checked before a GPU is held, starts the workers, watches them."""
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -9,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 
 from lib import cluster, storage
+from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import read_success
 from lib.parts import differences
@@ -43,6 +45,9 @@ FAILURE_LIMIT_S = 60.0
 
 LEAVE_LIMIT_S = 600.0
 """How long workers may take to write a checkpoint after they were asked to leave."""
+
+TOO_FEW_LIMIT_S = 10.0
+"""How long too few nodes for the workers are borne where lost ones do not come back."""
 
 
 Workers = Callable[[TrainConfig, ModelSpec, np.ndarray], dict[str, Any] | None]
@@ -145,6 +150,8 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
 
     from lib.training.loop import WorkerJob, train_worker
 
+    kind = "GPU" if config.use_gpu else "CPU"
+    cluster.wait_for(kind, config.workers[0] if config.workers else 1, limit_s=60 * config.wait_minutes)
     resources = worker_resources(config)
     control = create_control(config.run_url)
     store = create_store(config, labels_N)
@@ -169,7 +176,7 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
             ),
         )
         logger.info("training %s on %s", config.backbone, resources.text)
-        watch(trainer.fit, control, unit="image")
+        watch(trainer.fit, control, unit="image", resources=resources)
     return ray.get(control.result.remote())
 
 
@@ -205,6 +212,11 @@ class WorkerResources:
     each: dict[str, float]
     text: str
 
+    def fit(self, nodes: list[dict[str, float]]) -> bool:
+        """Return whether nodes with these resources hold the fewest workers that the run goes on with."""
+        least = self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+        return least <= sum(min(int(node.get(kind, 0) // n) for kind, n in self.each.items()) for node in nodes)
+
 
 def worker_resources(config: TrainConfig) -> WorkerResources:
     """Return the workers that the flags ask for and the connected cluster has.
@@ -214,15 +226,16 @@ def worker_resources(config: TrainConfig) -> WorkerResources:
     """
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    nodes = [node for node in cluster.node_resources() if node.get("CPU", 0) >= 1]
     kind = "GPU" if config.use_gpu else "CPU"
     places = [int(node.get(kind, 0)) for node in nodes]
     total = sum(places)
-    least = config.workers[0] if config.workers else (max(1, total) if config.use_gpu else len(nodes))
+    least = config.workers[0] if config.workers else max(1, total if config.use_gpu else len(nodes))
     if total < least:
-        advice = "leave out --use-gpu, or add nodes" if config.use_gpu else "ask for fewer by --workers, or add nodes"
+        advice = "leave out --use-gpu" if config.use_gpu else "ask for fewer by --workers"
         raise UserError(
-            f"{least} workers need {least} {kind}s, and this cluster of {len(nodes)} nodes has {total}: {advice}"
+            f"{least} workers need {least} {kind}s, and this cluster of {len(nodes)} nodes has {total}: {advice}, "
+            "add nodes, or give those of a cluster that grows --wait-minutes"
         )
     if config.use_gpu:
         num_cpus = min(int(node["CPU"]) // int(node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
@@ -247,8 +260,10 @@ def cpus_each(cpus_of_nodes: list[int], num_workers: int) -> int:
     )
 
 
-def watch(work: Callable[[], Any], control: Any, *, unit: str) -> bool:
+def watch(work: Callable[[], Any], control: Any, *, unit: str, resources: WorkerResources | None = None) -> bool:
     """Do the work on a thread, and show how far it is until it ends; return whether it was asked to leave early.
+
+    With `resources` the process ends, to be queued again, where lost nodes leave too few for them.
 
     Raises:
         UserError, JobError: what a worker gave up with, or Ray after the last restart.
@@ -271,13 +286,18 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str) -> bool:
         working.start()
         is_terminal = sys.stderr.isatty()
         with tqdm(unit=unit, disable=not is_terminal, dynamic_ncols=True) as bar:
+            fitted_at = time.monotonic()
             while not ended:
                 ended_in = asked.wait(WATCH_EVERY_S)
                 news = ray.get(control.news.remote())
                 _show(news, bar, is_terminal)
                 if news.failure:
-                    # The worker has returned. Leaving Ray while that thread still asks it would crash this process.
                     working.join(FAILURE_LIMIT_S)
+                    if working.is_alive():
+                        kind, message = news.failure
+                        if kind == "user":
+                            _abandon(f"error: {message}", EXIT_USER_ERROR)
+                        _abandon(f"failed: {message}", EXIT_FAILURE)
                     raise failure_error(news.failure)
                 if ended_in and leave_until is None:
                     logger.info("asked to stop: saving everything")
@@ -285,10 +305,7 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str) -> bool:
                     leave_until = time.monotonic() + LEAVE_LIMIT_S
                 if leave_until is not None:
                     time.sleep(WATCH_EVERY_S)
-                    if time.monotonic() > leave_until:
-                        raise JobError(
-                            "the workers did not leave in time: the same command goes on from the last epoch"
-                        )
+                fitted_at = _check_limits(leave_until, fitted_at, resources)
             _show(ray.get(control.news.remote()), bar, is_terminal)
     news = ray.get(control.news.remote())
     if news.failure:
@@ -296,6 +313,33 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str) -> bool:
     if ended[0] is not None:
         raise JobError(f"the workers failed too often: {_reason(ended[0])}") from ended[0]
     return leave_until is not None
+
+
+def _check_limits(leave_until: float | None, fitted_at: float, resources: WorkerResources | None) -> float:
+    """Return when the cluster last had the nodes that the run needs; end this process where waiting is of no use."""
+    now = time.monotonic()
+    if leave_until is not None and now > leave_until:
+        _abandon(
+            "failed: the workers did not leave in time: the same command goes on from the last epoch", EXIT_FAILURE
+        )
+    if resources is None or not cluster.nodes_are_fixed() or resources.fit(cluster.node_resources()):
+        return now
+    if now - fitted_at > TOO_FEW_LIMIT_S:
+        _abandon(
+            f"stopped: nodes are lost, too few are left for {resources.text}; on new ones the same command goes on "
+            "from the last checkpoint",
+            EXIT_STOPPED,
+        )
+    return fitted_at
+
+
+def _abandon(message: str, status: int) -> NoReturn:
+    """End this process although Ray's trainer waits in its thread: leaving Ray in an orderly way would then crash.
+
+    Ray ends what a driver leaves that is gone.
+    """
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _show(news: Any, bar: Any, is_terminal: bool) -> None:
@@ -323,10 +367,9 @@ def _stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    kinds = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(kind, lambda *_: asked.set()) for kind in kinds]
+    before = [signal.signal(kind, lambda *_: asked.set()) for kind in STOP_SIGNALS]
     try:
         yield asked
     finally:
-        for kind, handler in zip(kinds, before, strict=True):
+        for kind, handler in zip(STOP_SIGNALS, before, strict=True):
             signal.signal(kind, handler)

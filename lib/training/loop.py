@@ -85,7 +85,14 @@ def work(job: WorkerJob, device: torch.device) -> None:
         # Not raised: Ray Train would start all workers again. The driver ends the run as soon as it hears of this.
         ray.get(control.fail.remote("user" if isinstance(error, UserError) else "job", str(error)))
     except JobStopped:
-        pass  # everything is saved
+        return  # everything is saved
+    except RuntimeError:
+        # What a collective raises when another worker has hung up.
+        if not ray.get(control.has_failed.remote()):
+            raise
+    else:
+        return
+    collective.hang_up()
 
 
 class Worker:

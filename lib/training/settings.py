@@ -15,7 +15,7 @@ NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
 FREE_SETTINGS = (
     *("data", "faces", "name", "init", "workers", "use_gpu", "cache_dir", "loader_threads"),
-    *("checkpoint_minutes", "max_failures", "dry_run", "from_sweep"),
+    *("checkpoint_minutes", "max_failures", "wait_minutes", "dry_run", "from_sweep"),
 )
 """What may differ when a run goes on: where it computes and reads, but not what it computes."""
 
@@ -103,6 +103,8 @@ class TrainConfig:
 
     workers: tuple[int, ...] = ()
     """N, or MIN MAX to grow and shrink with the cluster. Default: one a GPU with --use-gpu, else one a node."""
+    wait_minutes: float = 0.0
+    """How long to wait for a CPU or GPU for each of N (or MIN) workers, on a cluster that grows when it is asked to."""
     use_gpu: bool = False
     """Train on GPUs."""
     precision: Precision = "fp32"
@@ -147,6 +149,7 @@ class TrainConfig:
             ("val-pairs", self.val_pairs, "20 or more", self.val_pairs >= 20),
             ("val-triplets", self.val_triplets, "1 or more", self.val_triplets >= 1),
             ("workers", self.workers, "N, or MIN MAX with 1 <= MIN <= MAX", _is_range(self.workers)),
+            ("wait-minutes", self.wait_minutes, "0 or more", self.wait_minutes >= 0),
             ("checkpoint-minutes", self.checkpoint_minutes, "above 0", self.checkpoint_minutes > 0),
             ("max-failures", self.max_failures, "0 or more", self.max_failures >= 0),
         ):

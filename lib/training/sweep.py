@@ -174,6 +174,8 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     os.environ.update(TUNE_SETTINGS)
     from ray import tune
 
+    kind = "GPU" if config.train.use_gpu else "CPU"
+    cluster.wait_for(kind, min(config.at_once or 1, len(todo)), limit_s=60 * config.train.wait_minutes)
     at_once, resources, fits_more = trial_resources(config, len(todo))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from lib.errors import UserError
-from lib.evaluation.metrics import far_key, pair_distances, verification_figures
+from lib.evaluation.curves import far_key
+from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import Pairs, made_pairs
 from lib.training import mining
 from lib.training.face_cache import FaceCache

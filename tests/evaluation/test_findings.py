@@ -19,10 +19,12 @@ def made(a: list[int], b: list[int], same: list[bool], fold: list[int] | None = 
 def test_the_worst_pairs_are_the_surest_errors() -> None:
     pairs = made([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [True, True, True, False, False, False])
     distances_P = np.array([0.2, 1.4, np.inf, 0.9, 0.3, -np.inf])
-    matches, non_matches = worst_pairs(distances_P, pairs, 1.0, 10)
+    (matches, num_matches), (non_matches, num_non_matches) = worst_pairs(distances_P, pairs, 1.0, 10)
+    assert (num_matches, num_non_matches) == (2, 1)
     assert [(each.a, each.b, each.distance) for each in matches] == [(4, 10, 0.3), (3, 9, 0.9)]
     assert [(each.a, each.b, each.distance) for each in non_matches] == [(1, 7, 1.4)]
-    assert len(worst_pairs(distances_P, pairs, 1.0, 1)[0]) == 1
+    (matches, num_matches), _ = worst_pairs(distances_P, pairs, 1.0, 1)
+    assert (len(matches), num_matches) == (1, 2)
 
 
 def people(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,3 +1,5 @@
+"""Figures of distances, against scikit-learn, counting, and choosing one by one."""
+
 import json
 
 import numpy as np
@@ -8,36 +10,8 @@ from sklearn import metrics as reference
 
 from lib.errors import UserError
 from lib.evaluation import metrics
-from lib.evaluation.pairs import Pairs, made_pairs
-
-unhurried = settings(deadline=None)  # a busy machine is no failure
-
-LABELLED = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=60).filter(
-    lambda rows: len({same for _, same in rows}) == 2
-)
-"""Distances with many ties, and both kinds of pairs."""
-
-
-def split(rows):
-    distances, same = zip(*rows, strict=True)
-    return np.array(distances, np.float64), np.array(same)
-
-
-def area(distances_P, same_P):
-    curve = metrics.roc_curve(distances_P, same_P)
-    return float(metrics.auc(curve.far_T, curve.tar_T))
-
-
-def random_pairs(num_pairs=2_000, num_photos=300, num_people=60, num_folds=10, seed=0):
-    rng = np.random.default_rng(seed)
-    identity_N = np.arange(num_photos) % num_people
-    a_P = rng.integers(num_photos, size=num_pairs)
-    same_P = np.arange(num_pairs) % 2 == 0
-    b_P = np.where(same_P, (a_P + num_people) % num_photos, (a_P + rng.integers(1, num_people, num_pairs)) % num_photos)
-    fold_P = (np.arange(num_pairs) // 2 % num_folds).astype(np.int16)
-    centres_ID = rng.standard_normal((num_people, 16))
-    embeddings_ND = (centres_ID[identity_N] + rng.standard_normal((num_photos, 16))).astype(np.float32)
-    return embeddings_ND, identity_N, Pairs(a_P=a_P, b_P=b_P, same_P=same_P, fold_P=fold_P)
+from lib.evaluation.pairs import made_pairs
+from tests.evaluation.drawn_pairs import LABELLED, random_pairs, split, unhurried
 
 
 def test_distances_agree_with_the_norm_of_the_difference_across_chunks(monkeypatch):
@@ -84,64 +58,6 @@ def test_a_threshold_parts_neighbouring_floats():
 def test_accuracy_is_the_same_when_labels_and_order_are_both_turned_round(rows):
     distances_P, same_P = split(rows)
     assert metrics.best_threshold(distances_P, same_P)[1] == metrics.best_threshold(-distances_P, ~same_P)[1]
-
-
-@unhurried
-@given(LABELLED)
-def test_auc_is_that_of_scikit_learn_and_of_counting_pairs(rows):
-    distances_P, same_P = split(rows)
-    nearer = distances_P[same_P][:, None] < distances_P[~same_P]
-    tied = distances_P[same_P][:, None] == distances_P[~same_P]
-    assert area(distances_P, same_P) == pytest.approx(float((nearer + tied / 2).mean()))
-    assert area(distances_P, same_P) == pytest.approx(reference.roc_auc_score(same_P, -distances_P))
-
-
-@unhurried
-@given(LABELLED)
-def test_auc_knows_only_the_order_and_turns_round_with_the_labels(rows):
-    distances_P, same_P = split(rows)
-    assert area(np.exp(distances_P) + 3, same_P) == area(distances_P, same_P)
-    assert area(distances_P, ~same_P) == pytest.approx(1 - area(distances_P, same_P))
-    assert area(-distances_P, ~same_P) == pytest.approx(area(distances_P, same_P))
-
-
-@unhurried
-@given(LABELLED)
-def test_roc_curve_is_that_of_scikit_learn(rows):
-    distances_P, same_P = split(rows)
-    curve = metrics.roc_curve(distances_P, same_P)
-    far_T, tar_T, _ = reference.roc_curve(same_P, -distances_P, drop_intermediate=False)
-    np.testing.assert_allclose(curve.threshold_T[1:], np.unique(curve.threshold_T[1:]))
-    for threshold, far, tar in zip(curve.threshold_T, curve.far_T, curve.tar_T, strict=True):
-        assert far == np.mean(distances_P[~same_P] <= threshold)
-        assert tar == np.mean(distances_P[same_P] <= threshold)
-    # The points left out lie on the lines between those given.
-    corners = {*zip(curve.far_T, curve.tar_T, strict=True)}
-    for far, tar in zip(far_T, tar_T, strict=True):
-        between = np.interp(far, curve.far_T, curve.tar_T)
-        vertical = [corner_tar for corner_far, corner_tar in corners if corner_far == far]
-        assert between == pytest.approx(tar) or min(vertical) <= tar <= max(vertical)
-    for far in (0, 0.1, 0.25, 0.5, 1):
-        assert metrics.tar_at_far(curve.far_T, curve.tar_T, far) == tar_T[far_T <= far].max()
-
-
-@unhurried
-@given(LABELLED)
-def test_eer_lies_where_the_curve_meets_the_falling_diagonal(rows):
-    distances_P, same_P = split(rows)
-    curve = metrics.roc_curve(distances_P, same_P)
-    far_T, tar_T, _ = reference.roc_curve(same_P, -distances_P, drop_intermediate=False)
-    # Walk the full curve in small steps of its length: the crossing is where FAR + TAR passes 1.
-    step = np.linspace(0, len(far_T) - 1, 200 * len(far_T))
-    walked_far, walked_tar = (np.interp(step, np.arange(len(far_T)), axis) for axis in (far_T, tar_T))
-    expected = walked_far[np.argmin(np.abs(walked_far + walked_tar - 1))]
-    assert float(metrics.eer(curve.far_T, curve.tar_T)) == pytest.approx(expected, abs=0.006)
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_a_curve_of_one_kind_is_refused(same):
-    with pytest.raises(UserError, match="both kinds"):
-        metrics.roc_curve(np.arange(3.0), np.full(3, same))
 
 
 def test_tar_is_none_where_ten_false_accepts_would_be_more_than_the_far_allows():
@@ -238,43 +154,6 @@ def test_only_failed_photos_are_refused():
     embeddings_ND, identity_N, pairs = random_pairs()
     with pytest.raises(UserError, match="no pair has an embedding on both sides"):
         metrics.verification_report(embeddings_ND, identity_N, pairs, failed_N=np.ones(len(embeddings_ND), bool))
-
-
-def bootstrap_one_by_one(distances_P, pairs, identity_N, num_resamples, seed):
-    """Repeat every pair as often as its people are drawn, and ask scikit-learn about each such list."""
-    people = np.unique(identity_N[np.concatenate([pairs.a_P, pairs.b_P])])
-    right_P = metrics.kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P).right_P
-    rng = np.random.default_rng(seed)
-    figures = []
-    for _ in range(num_resamples):
-        times = dict(
-            zip(people, np.bincount(rng.integers(len(people), size=len(people)), minlength=len(people)), strict=True)
-        )
-        repeated = []
-        for pair in range(len(pairs)):
-            a, b = identity_N[pairs.a_P[pair]], identity_N[pairs.b_P[pair]]
-            repeated += [pair] * int(times[a] if a == b else times[a] * times[b])
-        far_T, tar_T, _ = reference.roc_curve(pairs.same_P[repeated], -distances_P[repeated])
-        folds = [right_P[repeated][pairs.fold_P[repeated] == fold] for fold in np.unique(pairs.fold_P)]
-        accuracy = sum(fold.sum() for fold in folds) / len(repeated)  # the folds of this test are equally large
-        figures.append(
-            (
-                accuracy,
-                reference.roc_auc_score(pairs.same_P[repeated], -distances_P[repeated]),
-                tar_T[far_T <= 0.1].max(),
-            )
-        )
-    return np.quantile(figures, [0.025, 0.975], axis=0).T
-
-
-def test_bootstrap_intervals_agree_with_repeating_the_pairs(monkeypatch):
-    embeddings_ND, identity_N, pairs = random_pairs(num_pairs=400)
-    distances_P = metrics.pair_distances(embeddings_ND, pairs.a_P, pairs.b_P)
-    expected = bootstrap_one_by_one(distances_P, pairs, identity_N, num_resamples=25, seed=3)
-    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", 4 * 400 * 10)  # three chunks
-    intervals = metrics.bootstrap_intervals(distances_P, pairs, identity_N, num_resamples=25, seed=3)
-    np.testing.assert_allclose([intervals["accuracy"], intervals["auc"], intervals["tar_at_far"]["0.1"]], expected)
-    assert intervals["tar_at_far"]["0.001"] is None
 
 
 def test_intervals_hold_the_figures_and_widen_when_people_are_few():

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from lib.evaluation.metrics import roc_curve, verification_report
+from lib.evaluation.curves import roc_curve
+from lib.evaluation.metrics import verification_report
 from lib.evaluation.pairs import made_pairs
 from lib.evaluation.plots import det_plot, histogram_plot, history_plot, roc_plot
 from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, html
@@ -33,15 +34,16 @@ def report() -> Report:
         curves[label] = roc_curve(distances_P, pairs.same_P)
         plots.append(Plot(name=name, content=histogram_plot(label, distances_P, pairs.same_P, 1.0)))
     plots += [Plot(name="ROC", content=roc_plot(curves)), Plot(name="DET", content=det_plot(curves))]
-    plots.append(Plot(name="loss", content=history_plot("loss", [1, 2, 3], {"train_loss": [1.0, None, 0.5]})))
+    plots.append(Plot(name="loss", content=history_plot("loss", "Loss", [1, 2, 3], {"train_loss": [1.0, None, 0.5]})))
     crop = cv2.imencode(".jpg", np.full((240, 240, 3), MAGENTA, np.uint8))[1].tobytes()
     shown = ShownPhoto(name=HOSTILE, identity="somebody", crop=crop)
     pair = ShownPair(a=shown, b=ShownPhoto(name="no face.jpg", identity="other", crop=None), distance=0.25)
     return Report(
         title="first and second",
         models=models,
+        about=Table(title="What was measured", text="", header=["", "a", "b"], rows=[["Model", HOSTILE, "/m/b"]]),
         notes=[f"note {HOSTILE}"],
-        difference="1.00 % ± 0.10 %",
+        difference="+1.00 ± 0.10",
         plots=plots,
         tables=[Table(title="By attribute", text="x", header=["attribute"], rows=[[HOSTILE]])],
         galleries=[
@@ -53,9 +55,12 @@ def report() -> Report:
 
 def test_the_page_holds_its_pictures_and_asks_for_nothing(report: Report) -> None:
     page = html(report).decode()
-    sources = re.findall(r'(?:src|href)="([^"]{1,30})', page)
+    sources = re.findall(r'src="([^"]{1,30})', page)
     assert len(sources) == 5 + 3
     assert all(source.startswith("data:image/") for source in sources)
+    links = re.findall(r'href="([^"]*)', page)
+    assert {link.removeprefix("#") for link in links} == set(re.findall(r'id="([^"]*)', page))
+    assert len(links) == len(set(links)) > 3
     assert "url(" not in page
     assert "default-src 'none'" in page
     assert len(page) < 2_000_000
@@ -73,6 +78,8 @@ def test_the_figures_stand_in_the_page(report: Report) -> None:
         assert f"{100 * model['accuracy']:.2f} %" in page
         assert f"{100 * model['tar_at_far']['0.1']:.2f} %" in page
     assert "TAR at FAR 0.0001</td><td>–</td>" in page  # 1,000 different pairs do not support it
+    assert "1.00 ± 0.10</b> percentage" in page
+    assert "<td>/m/b</td>" in page
 
 
 def test_a_browser_shows_plots_and_pictures(report: Report, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_embeddings_that_are_not_finite_are_told(faces: list[dict]) -> None:
     [
         ("s3://b/runs/first é/model", "first é"),
         ("/m/mobile.onnx", "mobile"),
+        ("/runs/first é/model.onnx", "first é"),
         ("/my model/", "my model"),
         ("model", "model"),
     ],

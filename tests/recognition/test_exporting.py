@@ -62,11 +62,13 @@ def test_the_file_says_what_it_is(exported: tuple[str, dict], model_url: str) ->
     assert [dim.dim_value or dim.dim_param for dim in taken.type.tensor_type.shape.dim] == ["num_faces", 64, 64, 3]
 
 
-def test_the_file_stands_in_for_the_model(exported: tuple[str, dict], model_url: str, sample_data: Path) -> None:
+def test_the_file_stands_in_for_the_model(
+    exported: tuple[str, dict], model_url: str, sample_data: Path, aligned: list[dict]
+) -> None:
     file, folder = load_embedder(exported[0]), TorchEmbedder(model_url)
     for name in ("digest", "embedding_dim", "threshold", "fingerprint", "template"):
         assert getattr(file, name) == getattr(folder, name)
-    photo = next(sample_data.glob("photos/*.jpg"))
+    photo = sample_data / "photos" / aligned[0]["photo"]
     ours, theirs = (FaceRecognizer.load(url).faces(photo)[0].embedding_D for url in (exported[0], model_url))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -21,16 +22,18 @@ def onnx_file(
     inputs: int = 1,
     metadata: dict[str, str] | None = None,
     external: bool = False,
+    number: int = TensorProto.FLOAT,
 ) -> str:
     """Write a model whose vector holds the sums over each row of each channel, in the order that it gets them."""
     axis = len(shape) - 1
     axes = numpy_helper.from_array(np.array([axis], np.int64), "axes")
     flat = numpy_helper.from_array(np.array([0, -1], np.int64), "flat")
     nodes = [
-        helper.make_node("ReduceSum", ["faces", "axes"], ["sums"], keepdims=0),
+        helper.make_node("Cast", ["faces"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["floats", "axes"], ["sums"], keepdims=0),
         helper.make_node("Reshape", ["sums", "flat"], ["vector"]),
     ]
-    taken = [helper.make_tensor_value_info("faces", TensorProto.FLOAT, shape)]
+    taken = [helper.make_tensor_value_info("faces", number, shape)]
     taken += [helper.make_tensor_value_info(f"more{n}", TensorProto.FLOAT, [1]) for n in range(inputs - 1)]
     given = [helper.make_tensor_value_info("vector", TensorProto.FLOAT, [shape[0], "d"])]
     if external:
@@ -131,10 +134,85 @@ def test_an_input_that_does_not_fit_is_told(
         OnnxModel(onnx_file(tmp_path / "a.onnx", shape=shape, inputs=inputs), wanted)
 
 
+@pytest.mark.parametrize("number", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_numbers_of_another_precision_are_given_as_asked_for(tmp_path: Path, number: int) -> None:
+    single = OnnxModel(onnx_file(tmp_path / "a.onnx"), OnnxInput())
+    other = OnnxModel(onnx_file(tmp_path / "b.onnx", number=number), OnnxInput())
+    np.testing.assert_allclose(other.embed(crops()), single.embed(crops()), atol=2e-3)
+
+
+def test_a_model_that_gives_nothing_is_told(tmp_path: Path) -> None:
+    model = onnx.load(onnx_file(tmp_path / "a.onnx"))
+    del model.graph.output[:]
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=r"a\.onnx"):
+        load_embedder(str(tmp_path / "a.onnx"))
+
+
+def test_damaged_files_end_in_a_users_error_or_work(tmp_path: Path) -> None:
+    whole = Path(onnx_file(tmp_path / "a.onnx")).read_bytes()
+    rng = np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] = rng.integers(256)
+        (tmp_path / "a.onnx").write_bytes(damaged)
+        try:
+            load_embedder(str(tmp_path / "a.onnx")).embed(crops())
+        except UserError:
+            num_refused += 1
+    assert num_refused > 50
+
+
+def test_a_gpu_that_onnx_runtime_does_not_know_is_told(tmp_path: Path) -> None:
+    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    with pytest.raises(UserError, match="knows no GPU"):
+        OnnxModel(onnx_file(tmp_path / "a.onnx"), OnnxInput(), device="cuda")
+
+
+def own_file(path: Path, **changes: object) -> str:
+    """Write a file that says it is one of this project."""
+    about = {"image_size": 32, "fingerprint": {}, "threshold": 0.5, "digest": "0" * 16, **changes}
+    metadata = {METADATA_KEY: json.dumps(about)}
+    return onnx_file(path, shape=("n", 32, 32, 3), number=TensorProto.UINT8, metadata=metadata)
+
+
+def test_a_file_of_this_project_says_what_it_wants(tmp_path: Path) -> None:
+    model = load_embedder(own_file(tmp_path / "a.onnx"))
+    assert (model.threshold, model.digest, model.template) == (0.5, "0" * 16, EYES)
+    expected_ND = crops(size=32).astype(float).sum(axis=3).reshape(3, -1)
+    np.testing.assert_allclose(model.embed(crops()), expected_ND)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"image_size": 32}), json.dumps({"image_size": "32"})])
 def test_damaged_metadata_is_told(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"metadata of .* is damaged"):
         load_embedder(onnx_file(tmp_path / "a.onnx", metadata={METADATA_KEY: text}))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"image_size": 10**9}, {"image_size": -3}, {"threshold": float("nan")}, {"digest": 7}, {"fingerprint": []}],
+)
+def test_metadata_out_of_range_are_damaged(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(UserError, match=r"metadata of .* is damaged"):
+        load_embedder(own_file(tmp_path / "a.onnx", **wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"image_size": "x"}, "a fingerprint holds values of the wrong type"),
+        ({"min_score": None}, "a fingerprint holds values of the wrong type"),
+        ({"detector": []}, "allowed are"),
+        ({"template": "other"}, "allowed are"),
+        ({"margin": float("nan")}, "allowed are"),
+    ],
+)
+def test_a_fingerprint_out_of_range_is_told(tmp_path: Path, wrong: dict, said: str) -> None:
+    model = load_embedder(own_file(tmp_path / "a.onnx", fingerprint=wrong))
+    with pytest.raises(UserError, match=said):
+        extraction_settings(model)
 
 
 @pytest.mark.parametrize("wrong", [{"std": (1.0, 0.0, 1.0)}, {"input_size": 3}])

@@ -1,0 +1,53 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced on every node: the site's settings, and where python and ray come from.
+#   job_folder    on each node: Ray's files and the job's temporary ones; gone at its end
+#   inside        what stands before a command so that it runs in the environment
+#   step_options, step_prefix    the same for whole steps, where Slurm itself starts the container (pyxis)
+
+# shellcheck source=/dev/null
+if [ -f slurm/site.sh ]; then . slurm/site.sh; fi
+
+job_folder=${NODE_SCRATCH:-/tmp}/ray-$SLURM_JOB_ID
+export TMPDIR=$job_folder/tmp PYTHONPATH=$PWD USER=${USER:-$(id -un)}
+inside=() step_options=() step_prefix=()
+
+usage_error() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+enter_container() { # sets the arrays above; folders are mounted at their own paths
+    local folder mounts=("$PWD" ${CONTAINER_MOUNTS[@]+"${CONTAINER_MOUNTS[@]}"})
+    # The image's python, and the TMPDIR of outside: ch-run would mount that on the image's /tmp.
+    local prefix=(env "TMPDIR=$TMPDIR" "PATH=${CONTAINER_PATH:-/opt/venv/bin:/usr/local/bin:/usr/bin:/bin}")
+    [[ ${DATA_URL:-} != /* ]] || mounts+=("$DATA_URL")
+    [[ $job_folder == /tmp/* ]] || mounts+=("$NODE_SCRATCH")
+    if [[ $CONTAINER == *.sif ]]; then
+        inside=(apptainer exec --pwd "$PWD" ${SLURM_GPUS_ON_NODE:+--nv})
+        for folder in "${mounts[@]}"; do inside+=(--bind "$folder"); done
+        inside+=("$CONTAINER" "${prefix[@]}")
+    elif [ -d "$CONTAINER" ]; then
+        inside=(env -u TMPDIR ch-run "--cd=$PWD")
+        for folder in "${mounts[@]}"; do
+            mkdir -p "$CONTAINER$folder" || usage_error "$CONTAINER has no folder $folder to mount that on: make it"
+            inside+=("--bind=$folder")
+        done
+        inside+=("$CONTAINER" -- "${prefix[@]}")
+    elif srun --help | grep -q -e --container-image; then
+        local pairs=/tmp:/tmp
+        for folder in "${mounts[@]}"; do pairs+=,$folder:$folder; done
+        step_options=("--container-image=$CONTAINER" "--container-workdir=$PWD" "--container-mounts=$pairs")
+        step_prefix=("${prefix[@]}" IN_CONTAINER=1)
+    else
+        usage_error "CONTAINER is '$CONTAINER': an Apptainer image (*.sif), a folder with a root file system for" \
+            "Charliecloud, or an image of enroot where Slurm has the pyxis plugin; unset it to use .venv"
+    fi
+}
+
+if [ -n "${IN_CONTAINER:-}" ]; then
+    : # Slurm has started this in the container
+elif [ -n "${CONTAINER:-}" ]; then
+    enter_container
+elif [ -x .venv/bin/python ]; then
+    PATH=$PWD/.venv/bin:$PATH
+fi

@@ -1,0 +1,180 @@
+#!/bin/bash
+# Run a job on Ray over all nodes of the allocation:  slurm/ray-cluster.sh jobs/JOB.py [FLAG]...
+# The launchers beside it end in this. It starts Ray on each node, runs the job on the first, ends what it has started,
+# and exits as the job does. A job that was asked to save and leave is put back into the queue.
+set -u
+
+say() { printf '%(%F %T)T launcher: %s\n' -1 "$*" >&2; }
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "error: not in a Slurm job: start it from the project's folder by  sbatch slurm/train.sh  and the like" >&2
+    exit 2
+fi
+. slurm/environment.sh
+
+head=$SLURMD_NODENAME
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+num_cpus=() # of each node; Slurm says 4(x2),2
+IFS=, read -ra groups <<< "$SLURM_JOB_CPUS_PER_NODE"
+for group in "${groups[@]}"; do
+    [[ $group =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]]
+    for ((i = 0; i < ${BASH_REMATCH[3]:-1}; i++)); do num_cpus+=("${BASH_REMATCH[1]}"); done
+done
+# Three ports for each job, below those that Linux gives away by itself.
+port=$((20000 + SLURM_JOB_ID % 4000 * 3))
+logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray
+start_limit_s=${RAY_START_LIMIT_S:-300}
+output=$(mktemp -d "$job_folder-output.XXXXXX") # what the steps print
+mem_per_node=${SLURM_MEM_PER_NODE:-0} mem_per_cpu=${SLURM_MEM_PER_CPU:-0}
+# Steps would take these as wishes of their own.
+unset "${!SLURM_MEM_PER@}" "${!SLURM_GPUS_PER@}" SLURM_GPUS SLURM_NTASKS SLURM_NPROCS "${!SLURM_NTASKS_PER@}" \
+    "${!SLURM_CPUS_PER@}" "${!SLURM_TRES_PER@}" SLURM_TASKS_PER_NODE
+
+steps=() # process ids of the steps, in the order of the nodes
+driver=
+asked= # requeue or cancel
+trap 'asked=${asked:-requeue}; [ -z "$driver" ] || kill -USR1 "$driver" 2> /dev/null' USR1
+trap 'asked=cancel; rm -rf "$output"; [ -z "$driver" ] || kill -TERM "$driver" 2> /dev/null' TERM INT
+
+on_node() { # NODE COMMAND...: a step beside the others, with all that the job has there
+    local node=$1
+    shift
+    srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --mem=0 --cpu-bind=none --input=none --export=ALL \
+        "${step_options[@]}" "${step_prefix[@]}" "$@"
+}
+
+find_head_ip() { # the address Slurm itself uses, as a number: a node's own name may mean the loopback to it
+    local address
+    if [ -n "${RAY_INTERFACE:-}" ]; then
+        ip -4 -o address show dev "$RAY_INTERFACE" | sed 's/.*inet \([0-9.]*\).*/\1/'
+        return
+    fi
+    address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    { getent ahostsv4 "$address" | cut -d ' ' -f 1 && hostname -I | tr ' ' '\n'; } | grep -v '^127\.' | head -n 1
+}
+
+start_ray() {
+    local i memory_mb
+    for i in "${!nodes[@]}"; do
+        memory_mb=$((mem_per_node ? mem_per_node : mem_per_cpu * num_cpus[i]))
+        on_node "${nodes[i]}" bash slurm/ray-node.sh "$head" "$head_ip" $port "${num_cpus[i]}" $memory_mb \
+            > "$output/${nodes[i]}" 2>&1 &
+        steps+=($!)
+    done
+}
+
+await_ray() { # until Ray runs on every node; else says on which it does not, and why
+    local i missing limit=$((SECONDS + start_limit_s)) told=$((SECONDS + 15))
+    while [ -z "$asked" ]; do
+        missing=()
+        for i in "${!nodes[@]}"; do
+            grep -qs "Ray runtime started" "$output/${nodes[i]}" && continue
+            missing+=("${nodes[i]}")
+            if ! kill -0 "${steps[i]}" 2> /dev/null; then
+                say "failed: Ray did not start on ${nodes[i]}:"
+                tail -n 15 "$output/${nodes[i]}" >&2
+                return 1
+            fi
+        done
+        ((${#missing[@]})) || return 0
+        if ((SECONDS > limit)); then
+            say "failed: no Ray on ${missing[*]} after $start_limit_s s (RAY_START_LIMIT_S): can ${missing[*]}" \
+                "reach $head_ip:$port on $head? Leave a bad node out by  sbatch --exclude=NODE"
+            for i in "${missing[@]}"; do tail -n 5 "$output/$i" >&2; done
+            return 1
+        fi
+        if ((SECONDS > told)); then
+            say "waiting for Ray on ${missing[*]}"
+            told=$((SECONDS + 15))
+        fi
+        sleep 0.2
+    done
+}
+
+introduce() {
+    say "Ray runs on ${#nodes[@]} node(s): ${nodes[*]} (start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID)"
+    say "dashboard http://$head_ip:$((port + 2)); from your own machine:" \
+        "ssh -L 8265:$head_ip:$((port + 2)) $USER@$SLURM_SUBMIT_HOST  and http://localhost:8265"
+    say "its token: srun --jobid=$SLURM_JOB_ID --overlap --nodes=1 --ntasks=1 --nodelist=$head cat $job_folder/token"
+    say "running $*"
+}
+
+run_job() { # returns the job's exit status
+    local i lost=()
+    if ((${#step_options[@]})); then
+        on_node "$head" python "$@" &
+    else
+        "${inside[@]}" python "$@" &
+    fi
+    driver=$!
+    while kill -0 $driver 2> /dev/null; do
+        for i in "${!nodes[@]}"; do
+            if [ -z "${lost[i]:-}$asked" ] && ! kill -0 "${steps[i]}" 2> /dev/null; then
+                lost[i]=yes
+                say "Ray has ended on ${nodes[i]}, nobody here asked it to:"
+                tail -n 3 "$output/${nodes[i]}" >&2
+                if [ "${nodes[i]}" = "$head" ]; then
+                    end_job
+                    return 1
+                fi
+            fi
+        done
+        sleep 0.5
+    done
+    wait $driver
+}
+
+end_job() {
+    local i
+    kill -TERM $driver 2> /dev/null
+    for ((i = 0; i < 20; i++)); do
+        kill -0 $driver 2> /dev/null || return
+        sleep 0.5
+    done
+    kill -KILL $driver 2> /dev/null
+    wait $driver 2> /dev/null # quietly: bash would say that it was killed
+}
+
+keep_ray_logs() {
+    local i copies=()
+    for i in "${!nodes[@]}"; do
+        kill -0 "${steps[i]}" 2> /dev/null || continue
+        mkdir -p "$logs/${nodes[i]}"
+        on_node "${nodes[i]}" cp -r "$job_folder/session_latest/logs/." "$logs/${nodes[i]}" > "$output/copying" 2>&1 &
+        copies+=($!)
+    done
+    wait "${copies[@]}"
+    say "Ray's own logs are in $logs/"
+}
+
+end_ray() {
+    kill -TERM "${steps[@]}" 2> /dev/null # srun passes it on
+    wait
+    rm -rf "$output"
+}
+
+head_ip=$(find_head_ip)
+[ -n "$head_ip" ] || usage_error "no address of $head is found: set RAY_INTERFACE in slurm/site.sh, see site.example.sh"
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
+unset RAY_ADDRESS
+start_ray
+status=1
+if await_ray && [ -z "$asked" ]; then
+    introduce "$@"
+    export RAY_ADDRESS=$head_ip:$port FIXED_NODES=1
+    run_job "$@"
+    status=$?
+    # Slurm may have asked Ray alone to end, as it does before it takes the nodes away.
+    if ((status != 0 && status != 2)) && grep -qsx "asked to end" "$output/$head"; then status=75; fi
+fi
+case $status in 0 | 2 | 75) ;; *) [ -n "$asked" ] || keep_ray_logs ;; esac
+end_ray
+
+# 75: all is saved. Over 128: the signal came before the job could heed it; what was done by then is there.
+if [ "$asked" != cancel ] && { ((status == 75)) || { [ "$asked" = requeue ] && ((status > 128 || status == 1)); }; }; then
+    say "the job is stopped and goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" || say "it could not be queued again: submit the same command, it goes on"
+    status=75
+fi
+exit $status

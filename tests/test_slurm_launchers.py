@@ -1,0 +1,86 @@
+"""The launchers without Slurm: what they ask it for, and that the command they end in is one the job understands."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.job_runner import ROOT, environment
+
+JOBS = ["preprocess", "train", "embed", "evaluate"]
+
+
+def bash(*command: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
+    without_slurm = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(
+        ["bash", *command],
+        cwd=cwd,
+        env={**without_slurm, **environment(extra)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_launcher_asks_slurm_for_what_the_others_ask_for(job: str) -> None:
+    """Two nodes with one Ray each, one log, and notice before the end, after which the job is queued again."""
+    script = (ROOT / "slurm" / f"{job}.sh").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", script, re.MULTILINE))
+    resources = {"nodes": "2", "ntasks-per-node": "1", "cpus-per-task": "4"}
+    log = {"job-name": job, "output": "logs/%x-%j.out", "open-mode": "append"}
+    assert asked == resources | log | {"requeue": "", "no-kill": "", "signal": "B:USR1@120"}
+    assert script.startswith("#!/bin/bash\n")
+    assert len(re.findall("^#SBATCH", script, re.MULTILINE)) == len(asked)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_command_of_a_launcher_is_one_the_job_understands(
+    job: str, sample_data: Path, faces_url: str, model_url: str, tmp_path: Path
+) -> None:
+    flags = {
+        "preprocess": ["--data", str(sample_data)],
+        "train": ["--data", str(tmp_path), "--faces", faces_url, "--backbone", "test_convnext", "--name", "a 'b'"],
+        "embed": ["--model", model_url, "--faces", faces_url, "--output", str(tmp_path / 'a "b"')],
+        "evaluate": ["--model", model_url, "--faces", faces_url, "--output", str(tmp_path / "c d")],
+    }
+    launcher = (ROOT / "slurm" / f"{job}.sh").read_text()
+    assert launcher.count("exec slurm/ray-cluster.sh ") == 1
+    without_ray = launcher.replace("exec slurm/ray-cluster.sh ", "exec python ")
+    done = bash("-c", without_ray, f"{job}.sh", *flags[job], "--dry-run", SLURM_JOB_NUM_NODES="2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["job"], result["dry_run"]) == (job, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("job", "flags"),
+    [("preprocess", "--gpus 6"), ("train", "--use-gpu"), ("embed", "--gpus 6"), ("evaluate", "--gpus 6")],
+)
+def test_a_launcher_hands_the_gpus_of_all_nodes_to_the_job(job: str, flags: str) -> None:
+    echoed = (ROOT / "slurm" / f"{job}.sh").read_text().replace("exec slurm/ray-cluster.sh ", "echo ")
+    done = bash("-c", echoed, f"{job}.sh", "--name", "a  b", SLURM_JOB_NUM_NODES="3", SLURM_GPUS_ON_NODE="2")
+    assert done.stdout == f"jobs/{job}.py {flags} --name a  b\n"
+
+
+def test_outside_of_slurm_the_next_step_is_told() -> None:
+    done = bash("slurm/ray-cluster.sh", "jobs/train.py")
+    assert done.returncode == 2
+    assert "sbatch slurm/train.sh" in done.stderr
+
+
+def test_a_container_that_cannot_be_is_refused_with_what_can() -> None:
+    done = bash("slurm/ray-cluster.sh", "jobs/train.py", SLURM_JOB_ID="1", SLURMD_NODENAME="n", CONTAINER="/no/image")
+    assert done.returncode == 2
+    assert "error: CONTAINER is '/no/image': an Apptainer image (*.sif)" in done.stderr
+
+
+def test_the_example_of_site_settings_changes_nothing_until_it_is_edited() -> None:
+    before, after = (bash("-c", f"{source}; set").stdout for source in ("true", ". slurm/site.example.sh"))
+    unlike = {line for line in {*before.splitlines()} ^ {*after.splitlines()} if not line.startswith(("BASH", "_="))}
+    assert unlike == set()
