@@ -100,7 +100,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--photos", type=int, default=1000, help="drawn photos, where $BENCH_DATA has no celeba/")
+    parser.add_argument("--photos", type=int, default=4000, help="drawn photos, where $BENCH_DATA has no celeba/")
     options = parser.parse_args()
     if problem := why_impossible():
         raise SystemExit(f"error: {problem}")

@@ -93,7 +93,7 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     (JOB, "metadata.name", "1train", "is not allowed"),
     (JOB, "metadata", lambda metadata: metadata.update(generateName=metadata.pop("name") + "-"), "generateName"),
     (JOB, "metadata.labels.x", "a b/c", "the label x"),
-    (JOB, "metadata.labels.x", 1, "the label x is 1"),
+    (JOB, "metadata.labels.x", 1, "labels.x: 1 is not of type"),
     (JOB, "metadata.label", {"a": "b"}, "metadata has label"),
     (JOB, "metadata.namespace", "nosuch", "the namespace 'nosuch' is not made before it"),
     (CONFIG, "data.RUN", 3, "data.RUN: 3 is not of type"),

@@ -59,14 +59,14 @@ def faces(cluster: SlurmCluster) -> str:
 @pytest.fixture(scope="module", autouse=True)
 def chain(cluster: SlurmCluster, data: Path) -> dict[str, int]:
     """Submit the whole chain on two nodes, and embed to run beside evaluate on the same nodes; return the jobs' ids."""
-    where = "--nodelist=node1,node2"
+    where = ["--nodelist=node1,node2", "--cpus-per-task=2"]
     training = ["--name", RUN, *TINY, "--image-size", "48", "--epochs", "2", "--triplets-per-epoch", "960"]
     extra = {"DATA_URL": str(data)}
-    submitted = cluster.login("slurm/pipeline.sh", where, "--", *training, extra=extra)
+    submitted = cluster.login("slurm/pipeline.sh", *where, "--", *training, extra=extra)
     ids = {name: int(number) for name, number in map(str.split, submitted.splitlines())}
     assert list(ids) == ["preprocess", "train", "evaluate"]
     model = ["--model", f"{data}/runs/{RUN}", "--output", f'{data}/embeddings/"quoted" and spaced']
-    ids["embed"] = cluster.submit(where, f"--dependency=afterok:{ids['train']}", "slurm/embed.sh", *model, extra=extra)
+    ids["embed"] = cluster.submit(*where, f"--dependency=afterok:{ids['train']}", "slurm/embed.sh", *model, extra=extra)
     return ids
 
 
@@ -147,7 +147,7 @@ def test_a_cancelled_job_leaves_no_process_and_no_file(cluster: SlurmCluster, fa
     job = cluster.submit(*SMALL, "-w", "node3,node4", "slurm/train.sh", *training(folder, faces, "--epochs", "1000"))
     cluster.wait_until(lambda: has_done_an_epoch(folder), job, 400)
     for host in ("node3", "node4"):
-        assert {"raylet", "ray::RayTrainWor"} <= set(cluster.processes(host))
+        assert {"raylet", "ray::RayTrainWo"} <= set(cluster.processes(host))
         assert f"ray-{job}" in cluster.files_in_tmp(host)
     cluster.login("scancel", str(job))
     assert cluster.wait(job)["JobState"] == "CANCELLED"
