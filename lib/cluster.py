@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.config import heed_stop_signals, in_submitted_job
+from lib.config import heed_stop_signals, in_submitted_job, signal_noticed
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ def connected() -> Iterator[None]:
     heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
     try:
         yield
+    except KeyboardInterrupt:
+        signal_noticed()  # else it would come again while Ray is left
+        raise
     finally:
         ray.shutdown()
 

@@ -24,6 +24,7 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a launcher that sees it queues the same command again."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+RAISE_EVERY_S = 1.0
 
 
 def default_data_url() -> str:
@@ -87,9 +88,11 @@ def run_job(
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except StopSignal:
+        signal_noticed()
         print("stopped: asked by a signal; what is done stays, and the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     except KeyboardInterrupt:
+        signal_noticed()
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except Exception:  # noqa: BLE001 - the last resort: a traceback and exit status 1
@@ -100,11 +103,23 @@ def run_job(
 
 
 def heed_stop_signals() -> None:
-    """Raise `StopSignal` at SIGTERM and SIGUSR1, as Slurm, Kubernetes and `ray job stop` send before they end a job."""
+    """Raise `StopSignal` at SIGTERM and SIGUSR1, as Slurm, Kubernetes and `ray job stop` send before they end a job.
+
+    SIGINT raises KeyboardInterrupt, as ever. Either comes again every second until `signal_noticed` is called, for
+    where Python calls a destructor or a callback of a library an exception is lost.
+    """
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
+        for number in (*STOP_SIGNALS, signal.SIGINT):
             signal.signal(number, _raise_stop)
 
 
-def _raise_stop(*_: object) -> NoReturn:
-    raise StopSignal
+def signal_noticed() -> None:
+    """Raise no more for the signal that came."""
+    if threading.current_thread() is threading.main_thread():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _raise_stop(number: int, _: object) -> NoReturn:
+    signal.signal(signal.SIGALRM, lambda *_: _raise_stop(number, None))
+    signal.setitimer(signal.ITIMER_REAL, RAISE_EVERY_S)
+    raise KeyboardInterrupt if number == signal.SIGINT else StopSignal

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import pytest
 
 from lib.config import absolute_url, default_data_url, in_submitted_job, run_job
 from lib.errors import JobError, UserError
+from tests.job_runner import environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,3 +196,32 @@ def test_a_submitted_job_refuses_what_would_vanish_with_it(monkeypatch: pytest.M
     assert absolute_url("s3://bucket/data", "--faces") == "s3://bucket/data"
     monkeypatch.chdir(tmp_path)
     assert not in_submitted_job()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 1)])
+def test_a_signal_that_comes_within_a_destructor_is_not_lost(number: int, status: int) -> None:
+    code = f"""
+import dataclasses, os, time
+from lib.config import run_job
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0)
+
+@dataclasses.dataclass
+class Config:
+    pass
+
+def job(config):
+    Dying()
+    print("still there")
+    time.sleep(60)
+
+run_job(Config, job, description="")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert "still there" in done.stderr, "the exception was ignored"
+    assert done.returncode == status
