@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
+from lib import storage
 from lib.recognition.model import load_model
 from lib.training import checkpoints
 from tests.job_runner import (
@@ -57,7 +57,8 @@ def flags(folder: Path, faces: str, *more: str) -> list[str]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "runs" / "default" / "history.parquet"
-    return pq.read_table(path).to_pylist() if path.exists() else []
+    # One opening, not pq.read_table's two: the job may put another file in its place between them.
+    return storage.read_parquet(str(path)).to_pylist() if path.exists() else []
 
 
 def same_but_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from lib import storage
 from lib.faces.sample import SampleConfig, make_sample
 from lib.training import checkpoints
 from tests.job_runner import wait_until
@@ -87,7 +88,8 @@ def training(folder: Path, faces: str, *more: str) -> list[str]:
 
 
 def history(folder: Path, name: str = "default") -> list[dict[str, Any]]:
-    return pq.read_table(folder / "runs" / name / "history.parquet").to_pylist()
+    # One opening, not pq.read_table's two: the job may put another file in its place between them.
+    return storage.read_parquet(str(folder / "runs" / name / "history.parquet")).to_pylist()
 
 
 def result(cluster: SlurmCluster, job: int) -> dict[str, Any]:
