@@ -34,7 +34,15 @@ from lib.errors import UserError
 from lib.evaluation.metrics import kfold_accuracy, pair_distances, verification_figures
 from lib.evaluation.pairs import Pairs, made_pairs, read_pairs
 from lib.faces.table import SPLITS
-from lib.recognition.model import EmbeddingModel, ModelSpec, embed, initial_model, normalized_images
+from lib.recognition.model import (
+    EmbeddingModel,
+    ModelSpec,
+    embed,
+    fix_statistics,
+    freeze_stages,
+    initial_model,
+    normalized_images,
+)
 from lib.training.augmentation import BatchLoader, Level, LoadTask, Prefetcher
 from lib.training.face_cache import FaceCache, build_cache
 from lib.training.losses import batch_softmax_loss, batch_triplet_loss
@@ -66,7 +74,7 @@ def semihard() -> BatchMean:
 
 def softmax() -> BatchMean:
     """Return the softmax over the batch's negatives."""
-    return lambda embeddings_ND, labels_N: batch_softmax_loss(embeddings_ND, labels_N, temperature=0.1).mean
+    return lambda embeddings_ND, labels_N: batch_softmax_loss(embeddings_ND, labels_N, temperature=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,34 +84,26 @@ class Recipe:
     loss: Callable[[], BatchMean]
     people: int = 16
     photos: int = 4
-    single_people: int = 0
-    """People with one photo in a batch, whose photo stands twice in it."""
     lr: float = 3e-4
     cosine: bool = False
     """Warm-up over 5 % and a fall to zero, rather than a constant rate."""
     ema: float = 0.0
     level: Level = "original"
-    sizes: tuple[tuple[int, float], ...] = ((IMAGE_SIZE, 1.0),)
-    """Sides of the images in pixels, and the share of the time for each."""
-    time_share: float = 1.0
-    """Share of the time that is used."""
-
-    @property
-    def images_per_step(self) -> int:
-        """Images of a batch."""
-        return self.people * self.photos + 2 * self.single_people
+    fixed_statistics: bool = False
+    """BatchNorm goes by the statistics that came with the weights."""
+    frozen_stages: int = 0
 
 
-GROWING = ((80, 0.45), (96, 0.25), (IMAGE_SIZE, 0.3))
 AVERAGED: dict[str, Any] = {"cosine": True, "ema": 0.99, "level": "strong"}
-SOFTMAX: dict[str, Any] = {"loss": softmax, "people": 24, "lr": 9e-4, "sizes": GROWING, **AVERAGED}
+SOFTMAX: dict[str, Any] = {"loss": softmax, "people": 24, "lr": 9e-4, **AVERAGED}
 RECIPES = {
     "pytorch-metric-learning, semi-hard": Recipe(loss=library_semihard),
-    "the same, averaged, cosine, strong augmentation": Recipe(loss=library_semihard, **AVERAGED),
-    "semi-hard, averaged, cosine, strong, growing": Recipe(loss=semihard, sizes=GROWING, **AVERAGED),
-    "softmax, averaged, cosine, strong, growing": Recipe(**SOFTMAX),
-    "softmax at half the time": Recipe(**SOFTMAX, time_share=0.5),
-    "softmax with people of one photo": Recipe(**{**SOFTMAX, "people": 16}, single_people=16),
+    "the same, fixed statistics": Recipe(loss=library_semihard, fixed_statistics=True),
+    "softmax, averaged, cosine, strong": Recipe(**SOFTMAX),
+    "the same softmax, fixed statistics": Recipe(**SOFTMAX, fixed_statistics=True),
+    "the same softmax, fixed statistics, three frozen stages": Recipe(
+        **SOFTMAX, fixed_statistics=True, frozen_stages=3
+    ),
 }
 
 
@@ -154,17 +154,6 @@ def drawn_pairs(cache: FaceCache, rows: npt.NDArray[np.integer]) -> Pairs:
     )
 
 
-def single_photo_batches(index: PhotoIndex, num_people: int, seed: int) -> Iterator[npt.NDArray[np.integer]]:
-    """Yield rows of people who have one photo only, each before any comes again."""
-    rows = np.flatnonzero(index.usable_N)
-    singles = rows[np.bincount(index.labels_N[rows])[index.labels_N[rows]] == 1]
-    rng = np.random.default_rng((seed, 1))  # not the stream that the people with more photos are drawn from
-    while True:
-        singles = rng.permutation(singles)
-        for start in range(0, len(singles) - num_people + 1, max(1, num_people)):
-            yield singles[start : start + num_people]
-
-
 class Arm:
     """A model in training by a recipe."""
 
@@ -172,29 +161,28 @@ class Arm:
         torch.manual_seed(seed)
         spec = ModelSpec(backbone="tf_efficientnet_lite0", image_size=IMAGE_SIZE)
         self.model = initial_model(spec, "efficientnet-lite0").to(memory_format=torch.channels_last)
+        freeze_stages(self.model, recipe.frozen_stages)
         self.averaged = AveragedModel(self.model, use_buffers=True) if recipe.ema else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=recipe.lr, weight_decay=0.01)
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(learning, lr=recipe.lr, weight_decay=0.01)
         self._recipe, self._data, self._seed = recipe, data, seed
         self._loss = recipe.loss()
+        self._loader = BatchLoader(cache=data.cache, size=IMAGE_SIZE, level=recipe.level, seed=seed, epoch=0)
         self._num_steps = 0
 
-    def batches(self, sizes: list[int]) -> Iterator[tuple[int, LoadTask]]:
-        """Yield the photos of each step with the side of its images."""
-        recipe, index = self._recipe, self._data.photos
+    def batches(self, num_steps: int) -> Iterator[LoadTask]:
+        """Yield the photos of each step."""
+        recipe = self._recipe
         sampler = IdentityBatchSampler(
-            index=index, num_people=recipe.people, num_photos=recipe.photos, seed=self._seed
-        ).batches(0, len(sizes))
-        singles = single_photo_batches(index, recipe.single_people, self._seed)
-        for step, (size, rows_PK) in enumerate(zip(sizes, sampler, strict=True)):
-            rows = np.concatenate([rows_PK.ravel(), np.repeat(next(singles), 2)])
-            yield size, LoadTask(rows=rows, first_draw=step * len(rows))
+            index=self._data.photos, num_people=recipe.people, num_photos=recipe.photos, seed=self._seed
+        )
+        for step, rows in enumerate(sampler.batches(0, num_steps)):
+            yield LoadTask(rows=rows, first_draw=step * rows.size)
 
-    def load(self, sized_task: tuple[int, LoadTask]) -> tuple[Tensor, Tensor]:
+    def load(self, task: LoadTask) -> tuple[Tensor, Tensor]:
         """Return images and labels."""
-        size, task = sized_task
-        loader = BatchLoader(cache=self._data.cache, size=size, level=self._recipe.level, seed=self._seed, epoch=0)
-        batch = loader(task)
-        labels = np.where(batch.failed, -1, self._data.cache.labels_N[batch.rows]).astype(np.int64)
+        batch = self._loader(task)
+        labels = np.where(batch.failed, -1, self._data.cache.labels_N[batch.rows.ravel()]).astype(np.int64)
         return normalized_images(torch.from_numpy(batch.images), self.model.spec), torch.from_numpy(labels)
 
     def step(self, images_NCHW: Tensor, labels_N: Tensor, progress: float) -> None:
@@ -204,6 +192,8 @@ class Arm:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(recipe.lr, progress, 0.05)
         self.model.train()
+        if recipe.fixed_statistics:
+            fix_statistics(self.model)
         loss = self._loss(self.model(images_NCHW), labels_N)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -221,29 +211,19 @@ class Arm:
         return self.model if self.averaged is None else self.averaged.module  # type: ignore[return-value]
 
 
-def step_seconds(recipes: dict[str, Recipe], data: Data) -> dict[tuple[str, int], float]:
-    """Return the median seconds of a step, loading included, of each recipe and image size, all taking turns."""
-    arms: dict[str, Arm] = {}
-    seconds: dict[tuple[str, int], list[float]] = {}
-    for name, recipe in recipes.items():
-        arms[name] = Arm(recipe, data, seed=0)
-        seconds.update({(name, size): [] for size, _ in recipe.sizes})
+def step_seconds(recipes: dict[str, Recipe], data: Data) -> dict[str, float]:
+    """Return the median seconds of a step, loading included, of each recipe, all taking turns."""
+    arms = {name: Arm(recipe, data, seed=0) for name, recipe in recipes.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in recipes}
     for turn in range(NUM_TIMED_STEPS + 1):
-        for (name, size), times in seconds.items():
+        for name, arm in arms.items():
             began = time.perf_counter()
             # Loading has a thread of its own in training, yet on as many cores as this.
-            for sized_task in arms[name].batches([size]):
-                arms[name].step(*arms[name].load(sized_task), progress=0.5)
+            for task in arm.batches(1):
+                arm.step(*arm.load(task), progress=0.5)
             if turn:  # the first turn warms up
-                times.append(time.perf_counter() - began)
-    return {key: statistics.median(times) for key, times in seconds.items()}
-
-
-def planned_sizes(name: str, recipe: Recipe, seconds: dict[tuple[str, int], float], time_s: float) -> list[int]:
-    """Return the side of the images of each step."""
-    used_s = time_s * recipe.time_share
-    steps = [(size, max(1, round(used_s * share / seconds[name, size]))) for size, share in recipe.sizes]
-    return [size for size, num_steps in steps for _ in range(num_steps)]
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 class Result(NamedTuple):
@@ -268,18 +248,17 @@ def judge(model: EmbeddingModel, data: Data) -> tuple[dict[str, dict[str, Any]],
     return figures, right
 
 
-def train(recipe: Recipe, data: Data, sizes: list[int], seed: int) -> Result:
+def train(recipe: Recipe, data: Data, num_steps: int, seed: int) -> Result:
     """Train and judge; the time for judging is nobody's."""
     arm = Arm(recipe, data, seed)
-    marks = {math.ceil(len(sizes) * (point + 1) / NUM_POINTS) for point in range(NUM_POINTS)}
+    marks = {math.ceil(num_steps * (point + 1) / NUM_POINTS) for point in range(NUM_POINTS)}
     curve = []
-    with Prefetcher(arm.load, arm.batches(sizes), num_threads=1, num_ahead=3) as batches:
+    with Prefetcher(arm.load, arm.batches(num_steps), num_threads=1, num_ahead=3) as batches:
         for step, (images_NCHW, labels_N) in enumerate(batches, start=1):
-            arm.step(images_NCHW, labels_N, (step - 1) / len(sizes))
+            arm.step(images_NCHW, labels_N, (step - 1) / num_steps)
             if step in marks:
                 figures, right = judge(arm.judged_model, data)
-                share = recipe.time_share * step / len(sizes)
-                curve.append((share, {name: figure["accuracy"] for name, figure in figures.items()}))
+                curve.append((step / num_steps, {name: figure["accuracy"] for name, figure in figures.items()}))
     return Result(figures, right, curve)
 
 
@@ -358,14 +337,14 @@ def main() -> None:
         seconds = step_seconds(recipes, data)
         time_s = 60 * flags.minutes
         if flags.yardstick_steps:
-            time_s = flags.yardstick_steps * seconds[yardstick, IMAGE_SIZE]
+            time_s = flags.yardstick_steps * seconds[yardstick]
         results: dict[str, list[Result]] = {name: [] for name in recipes}
         for seed in range(flags.seeds):
             for name, recipe in recipes.items():
-                sizes = planned_sizes(name, recipe, seconds, time_s)
-                results[name].append(train(recipe, data, sizes, seed))
+                num_steps = max(1, round(time_s / seconds[name]))
+                results[name].append(train(recipe, data, num_steps, seed))
                 accuracies = {judged: round(f["accuracy"], 4) for judged, f in results[name][-1].figures.items()}
-                print(f"seed {seed}, {name}: {len(sizes)} steps, {accuracies}", flush=True)
+                print(f"seed {seed}, {name}: {num_steps} steps, {accuracies}", flush=True)
     print("| recipe | seeds | " + " | ".join(f"{judged}, % (AUC) | ahead by" for judged in data.judged) + " |")
     print("| --- " * (2 + 2 * len(data.judged)) + "|")
     for name, seeds in results.items():
@@ -375,7 +354,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "training_recipes",
-                "step_s": {f"{name}, {size} px": round(value, 3) for (name, size), value in seconds.items()},
+                "step_s": {name: round(value, 3) for name, value in seconds.items()},
                 "recipes": {
                     name: {
                         **{key: value for key, value in dataclasses.asdict(RECIPES[name]).items() if key != "loss"},

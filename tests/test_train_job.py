@@ -187,6 +187,27 @@ def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp
     assert load_model(done.result["model"]).spec.mean == (0.1, 0.2, 0.3)
 
 
+def test_statistics_and_frozen_stages_stay_as_they_came_with_the_weights(
+    head: RayHead, data: Path, tmp_path: Path
+) -> None:
+    spec = ModelSpec(backbone="test_efficientnet", embedding_dim=16, image_size=40)
+    earlier = EmbeddingModel(spec)
+    for _ in range(30):
+        earlier(torch.rand(8, 3, 40, 40))  # in training mode: the norms take up its statistics
+    save_model(earlier, str(tmp_path / "earlier"))
+    more = ["--epochs", "1", "--batch-size", "48", "--triplets-per-epoch", "480", "--workers", "2"]
+    more += ["--backbone", spec.backbone, "--init", str(tmp_path / "earlier"), "--frozen-stages", "2"]
+    done = run_job("train.py", *flags(data, "frozen", *more), extra=head.environment)
+    assert done.status == 0, done.errors
+    before, after = earlier.backbone.state_dict(), load_model(done.result["model"]).backbone.state_dict()
+    statistics = [name for name in before if "running" in name]
+    assert statistics
+    for name in [*statistics, "conv_stem.weight", "bn1.weight", "blocks.0.0.conv.weight"]:
+        torch.testing.assert_close(after[name], before[name], msg=name)
+    assert not torch.equal(after["conv_head.weight"], before["conv_head.weight"])
+    assert not torch.equal(after["bn2.weight"], before["bn2.weight"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -200,6 +221,9 @@ def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp
         (["--init", "/nowhere/weights.pth"], "/nowhere/weights.pth"),
         (["--deterministic", "--workers", "2"], "--deterministic"),
         (["--batch-size", "4"], "--batch-size 4 is too small"),
+        (["--batch-norm", "fixed"], "come with no statistics"),
+        (["--frozen-stages", "6"], "none of test_convnext's 6 stages"),
+        (["--temperature", "0"], "--temperature is 0"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(

@@ -52,6 +52,8 @@ class Progress:
     best: float | None = None
     """The best value of `--best-by` so far; more is better."""
     best_epoch: int = 0
+    fixed_statistics: bool = False
+    """Whether BatchNorm goes by the statistics that came with the initial weights."""
     finished: bool = False
     """No further epoch follows."""
     sums: dict[str, float] = field(default_factory=dict)

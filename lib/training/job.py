@@ -21,7 +21,7 @@ from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import read_success
 from lib.parts import differences
-from lib.recognition.model import EmbeddingModel, ModelSpec, initial_model
+from lib.recognition.model import EmbeddingModel, ModelSpec, freeze_stages, has_statistics, initial_model
 from lib.training import checkpoints
 from lib.training.checkpoints import Progress
 from lib.training.control import create_control, failure_error
@@ -127,9 +127,13 @@ def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelS
     """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
     torch.manual_seed(config.seed)
     model = initial_model(spec, config.initial_weights())
+    freeze_stages(model, config.frozen_stages)
+    fixed = config.batch_norm != "batch" and has_statistics(model)
+    if config.batch_norm == "fixed" and not fixed:
+        raise UserError(f"--batch-norm fixed: the weights of {spec.backbone} come with no statistics: use batch")
     storage.check_writable(config.run_url)
     phase = first_phase(config.negatives)
-    progress = Progress(epoch=1, negatives=phase.negatives, phase_first_epoch=phase.first_epoch)
+    progress = Progress(epoch=1, negatives=phase.negatives, phase_first_epoch=phase.first_epoch, fixed_statistics=fixed)
     checkpoints.write(config.run_url, progress, checkpoints.prefixed("model", model.state_dict()))
     storage.write_json(storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME), model.spec.to_json())
     storage.write_json(storage.join(config.run_url, CONFIG_NAME), plan)

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib import storage
 from lib.errors import JobError, JobStopped, UserError
-from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
+from lib.recognition.model import EmbeddingModel, ModelSpec, fix_statistics, freeze_stages, normalized_images
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
 from lib.training.checkpoints import Progress
@@ -129,6 +129,7 @@ class Worker:
 
         model = EmbeddingModel(job.spec).to(device).to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoints.without_prefix("model", checkpoint.tensors))
+        freeze_stages(model, job.config.frozen_stages)
         self.model = model
         self.averaged: AveragedModel | None = None
         if job.config.ema:
@@ -241,6 +242,8 @@ class Worker:
         began = time.perf_counter()
         told = 0.0
         self.trained.train()
+        if progress.fixed_statistics:
+            fix_statistics(self.model)
         with batches:
             for step, batch in enumerate(batches, start=first_step):
                 share_done = (progress.epoch - 1 + step / num_steps) / config.epochs
@@ -419,7 +422,7 @@ def _distributed(model: EmbeddingModel, device: torch.device) -> DistributedData
 
 def _parameter_groups(model: EmbeddingModel, weight_decay: float) -> list[dict[str, Any]]:
     """Leave norms and biases, the parameters of one dimension, without weight decay."""
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -45,17 +45,6 @@ class BatchLoss(NamedTuple):
     """Both over the pairs of all triplets, without gradient; NaN where there is no pair."""
 
 
-class SoftmaxLoss(NamedTuple):
-    """Loss over the pairs of a batch, each against all negatives of its anchor."""
-
-    mean: Tensor
-    """Over the pairs; zero, with a zero gradient, where there is none."""
-    num_pairs: Tensor
-    """Pairs of an anchor and a positive; each two photos of a person are two of them."""
-    beaten_share: Tensor
-    """Share of the pairs whose positive is farther away than the nearest negative; NaN where there is no pair."""
-
-
 def triplet_margin_loss(
     anchor_BD: Tensor, positive_BD: Tensor, negative_BD: Tensor, *, margin: float, squared: bool = False
 ) -> TripletLoss:
@@ -99,19 +88,11 @@ def batch_triplet_loss(
     Memory grows with N x M, not with the number of triplets: once the semi-hard triplets are chosen, the loss is a
     weighted sum of distances, where a distance weighs as often as triplets use it; only those counts are needed.
     """
-    pool_MD, pool_labels_M = embeddings_ND, labels_N
-    if extra_negatives_QD is not None and extra_labels_Q is not None:
-        pool_MD = torch.cat([embeddings_ND, extra_negatives_QD.detach().to(embeddings_ND.dtype)])
-        pool_labels_M = torch.cat([labels_N, extra_labels_Q])
+    pool_MD, pool_labels_M = _with_extra(embeddings_ND, labels_N, extra_negatives_QD, extra_labels_Q)
     distances_NM = torch.cdist(embeddings_ND.float(), pool_MD.float())
     if squared:
         distances_NM = distances_NM.square()
-    known_NM = (labels_N >= 0)[:, None] & (pool_labels_M >= 0)
-    same_NM = labels_N[:, None] == pool_labels_M
-    positive_NM = (same_NM & known_NM).fill_diagonal_(False)
-    positive_NM[:, len(labels_N) :] = False
-    negative_NM = ~same_NM & known_NM
-
+    positive_NM, negative_NM = _pairs(labels_N, pool_labels_M)
     weights_NM, num_semihard = _semihard_weights(distances_NM.detach(), positive_NM, negative_NM, margin)
     total = (weights_NM * distances_NM).sum() + margin * num_semihard
     num_positives_N, num_negatives_N = positive_NM.sum(dim=1), negative_NM.sum(dim=1)
@@ -143,33 +124,54 @@ def _semihard_weights(
     return weights_NM, num_semihard
 
 
-def batch_softmax_loss(embeddings_ND: Tensor, labels_N: Tensor, *, temperature: float) -> SoftmaxLoss:
-    """Return the mean over anchors a and positives p of log(1 + sum over negatives n of exp((s(a, n) - s(a, p)) / T)).
+def batch_softmax_loss(
+    embeddings_ND: Tensor,
+    labels_N: Tensor,
+    *,
+    temperature: float,
+    extra_negatives_QD: Tensor | None = None,
+    extra_labels_Q: Tensor | None = None,
+) -> Tensor:
+    """Return the mean over anchors a and positives p of log(1 + sum over negatives n of exp(s(a, n) - s(a, p))).
 
-    s is the cosine similarity, T the temperature. Every image is an anchor, but for those with a label below zero,
-    which are left out; positives and negatives come from the batch. Each pair meets all negatives at once, the nearest
-    weighing most; as T goes to zero, T times the loss becomes that of the hardest triplet with a margin of zero.
+    s(x, y) is -|x - y|^2 / 2T, with T the temperature: the cosine similarity over T, but for a constant, where vectors
+    have length 1. Anchors, positives and negatives are those of `batch_triplet_loss`. Each pair meets all negatives at
+    once, the nearest weighing most; as T goes to zero, T times the loss becomes that of the pair's hardest triplet, by
+    half the squared distances and without a margin. Zero, with a zero gradient, where there is no pair.
 
-    Formula: Sohn 2016 (multi-class N-pair loss), equation 6, with each positive of the batch in turn, and with cosine
-    similarity over a temperature as in Khosla et al. 2020 (supervised contrastive learning); unlike there, the other
-    positives do not stand among the negatives.
+    Formula: Sohn 2016 (multi-class N-pair loss), equation 6, with each positive of the batch in turn, and with a
+    temperature as in Khosla et al. 2020 (supervised contrastive learning); unlike there, the other positives do not
+    stand among the negatives.
     """
+    pool_MD, pool_labels_M = _with_extra(embeddings_ND, labels_N, extra_negatives_QD, extra_labels_Q)
     with torch.autocast(embeddings_ND.device.type, enabled=False):
-        directions_ND = functional.normalize(embeddings_ND.float(), dim=1)
-        scores_NN = directions_ND @ directions_ND.T / temperature
-    known_NN = (labels_N >= 0)[:, None] & (labels_N >= 0)
-    same_NN = labels_N[:, None] == labels_N
-    positive_NN = (same_NN & known_NN).fill_diagonal_(False)
+        anchors_ND, pool_MD = embeddings_ND.float(), pool_MD.float()
+        # |a|^2 is left out: it is the same in all scores of an anchor, and they are only compared with each other.
+        scores_NM = (anchors_ND @ pool_MD.T - pool_MD.square().sum(dim=1) / 2) / temperature
+    positive_NM, negative_NM = _pairs(labels_N, pool_labels_M)
     # A finite number, because an anchor without negatives would have NaN for a gradient with an infinite one.
-    negative_scores_NN = scores_NN.masked_fill(same_NN | ~known_NN, torch.finfo(scores_NN.dtype).min)
-    losses_NN = functional.softplus(torch.logsumexp(negative_scores_NN, dim=1, keepdim=True) - scores_NN)
-    num_pairs = positive_NN.sum()
-    beaten_NN = positive_NN & (scores_NN < negative_scores_NN.max(dim=1, keepdim=True).values)
-    return SoftmaxLoss(
-        mean=losses_NN.where(positive_NN, 0).sum() / num_pairs.clamp(min=1),
-        num_pairs=num_pairs,
-        beaten_share=beaten_NN.sum() / num_pairs,
-    )
+    negative_scores_NM = scores_NM.masked_fill(~negative_NM, torch.finfo(scores_NM.dtype).min)
+    losses_NM = functional.softplus(torch.logsumexp(negative_scores_NM, dim=1, keepdim=True) - scores_NM)
+    return losses_NM.where(positive_NM, 0).sum() / positive_NM.sum().clamp(min=1)
+
+
+def _with_extra(
+    embeddings_ND: Tensor, labels_N: Tensor, extra_QD: Tensor | None, extra_labels_Q: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return all vectors that can be negatives, and their labels."""
+    if extra_QD is None or extra_labels_Q is None:
+        return embeddings_ND, labels_N
+    pool_MD = torch.cat([embeddings_ND, extra_QD.detach().to(embeddings_ND.dtype)])
+    return pool_MD, torch.cat([labels_N, extra_labels_Q])
+
+
+def _pairs(labels_N: Tensor, pool_labels_M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which vectors are positives, and which negatives, of each image [N, M]."""
+    known_NM = (labels_N >= 0)[:, None] & (pool_labels_M >= 0)
+    same_NM = labels_N[:, None] == pool_labels_M
+    positive_NM = (same_NM & known_NM).fill_diagonal_(False)
+    positive_NM[:, len(labels_N) :] = False
+    return positive_NM, ~same_NM & known_NM
 
 
 def gather_batch(embeddings_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Shape suffixes: N images of a batch, D dimensions of an embedding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lib.training.batches import TrainingBatch
-from lib.training.losses import batch_triplet_loss, gather_batch, triplet_margin_loss
+from lib.training.losses import BatchLoss, batch_softmax_loss, batch_triplet_loss, gather_batch, triplet_margin_loss
 from lib.training.settings import TrainConfig
 
 
@@ -43,14 +44,7 @@ def objective(
     if batch.stored is not None:
         extra = torch.from_numpy(batch.stored.vectors_QD).to(embeddings_ND.device)
         extra_labels = torch.from_numpy(batch.stored.labels_Q.astype(np.int64)).to(embeddings_ND.device)
-    loss = batch_triplet_loss(
-        all_ND,
-        all_labels_N,
-        margin=config.margin,
-        squared=config.squared,
-        extra_negatives_QD=extra,
-        extra_labels_Q=extra_labels,
-    )
+    loss = people_loss(all_ND, all_labels_N, config, extra, extra_labels)
     return StepFigures(
         loss=loss.mean,
         num_active=loss.num_semihard,
@@ -58,6 +52,22 @@ def objective(
         positive_distance=loss.mean_positive_distance.nan_to_num(),
         negative_distance=loss.mean_negative_distance.nan_to_num(),
     )
+
+
+def people_loss(
+    embeddings_ND: Tensor,
+    labels_N: Tensor,
+    config: TrainConfig,
+    extra_negatives_QD: Tensor | None = None,
+    extra_labels_Q: Tensor | None = None,
+) -> BatchLoss:
+    """Return the loss of a people x photos batch by `--loss`; the counts are those of semi-hard triplets by either."""
+    extra: dict[str, Any] = {"extra_negatives_QD": extra_negatives_QD, "extra_labels_Q": extra_labels_Q}
+    with torch.set_grad_enabled(config.loss == "semihard" and torch.is_grad_enabled()):
+        loss = batch_triplet_loss(embeddings_ND, labels_N, margin=config.margin, squared=config.squared, **extra)
+    if config.loss == "semihard":
+        return loss
+    return loss._replace(mean=batch_softmax_loss(embeddings_ND, labels_N, temperature=config.temperature, **extra))
 
 
 def _triplets(embeddings_ND: Tensor, batch: TrainingBatch, config: TrainConfig) -> StepFigures:

@@ -179,6 +179,7 @@ class RunRecord:
                 "epoch": progress.epoch,
                 "steps": progress.step,
                 "batch": config.batch,
+                **({"loss": config.loss} if config.batch == "identities" else {}),
                 "negatives": row["negatives"],
                 "margin": config.margin,
                 "lr": config.lr,

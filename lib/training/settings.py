@@ -11,6 +11,8 @@ from lib.recognition.weights import INIT_NAMES
 from lib.training.augmentation import Level
 
 BatchKind = Literal["triplets", "identities"]
+BatchLossName = Literal["softmax", "semihard"]
+BatchNorm = Literal["auto", "batch", "fixed"]
 NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
 FREE_SETTINGS = (
@@ -49,7 +51,12 @@ class TrainConfig:
     """Side of the model's input in pixels; 0 takes that of the faces."""
 
     batch: BatchKind = "identities"
-    """identities: P people x K photos, every semi-hard triplet of them. triplets: one negative chosen for each pair."""
+    """identities: P people x K photos, every triplet of them. triplets: one negative chosen for each pair."""
+    loss: BatchLossName = "softmax"
+    """Of --batch identities. softmax: each pair against all negatives at once. semihard: --margin, over the triplets
+    whose negative is farther than the positive by less. --batch triplets has --margin."""
+    temperature: float = 0.1
+    """Of --loss softmax: the lower, the more the nearest negatives count."""
     negatives: NegativePolicy = "auto"
     """Where negatives come from. auto: random until the validation loss stops falling, then hard."""
     candidates: int = 2000
@@ -85,6 +92,11 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     ema: float = 0.99
     """Decay a step of the averaged weights that are validated and kept as the model; 0 keeps the latest weights."""
+    batch_norm: BatchNorm = "auto"
+    """What BatchNorm goes by: batch (the images of a step), fixed (the statistics that came with the weights), or auto:
+    fixed where there are any. Few people a batch make their own statistics a clue that unseen photos lack."""
+    frozen_stages: int = 0
+    """So many first stages of the backbone, its stem being one, keep their initial weights: a step takes less time."""
     augment: Level = "strong"
     """none, original (flip, rotation, auto contrast), or strong (and crop, light, grey, blur, JPEG)."""
 
@@ -138,11 +150,13 @@ class TrainConfig:
             ("epochs", self.epochs, "1 or more", self.epochs >= 1),
             ("triplets-per-epoch", self.triplets_per_epoch, "1 or more, or 0", self.triplets_per_epoch >= 0),
             ("margin", self.margin, "above 0", self.margin > 0),
+            ("temperature", self.temperature, "above 0", self.temperature > 0),
             ("lr", self.lr, "above 0", self.lr > 0),
             ("weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
             ("warmup-share", self.warmup_share, "0 up to, not with, 1", 0 <= self.warmup_share < 1),
             ("clip-norm", self.clip_norm, "above 0", self.clip_norm > 0),
             ("ema", self.ema, "0 up to, not with, 1", 0 <= self.ema < 1),
+            ("frozen-stages", self.frozen_stages, "0 or more", self.frozen_stages >= 0),
             ("patience", self.patience, "1 or more", self.patience >= 1),
             ("stop-after", self.stop_after, "0 or more", self.stop_after >= 0),
             ("val-photos", self.val_photos, "8 or more", self.val_photos >= 8),
@@ -163,7 +177,7 @@ class TrainConfig:
         if self.batch == "identities" and self.negatives in ("semihard", "exact"):
             raise UserError(
                 f"--negatives {self.negatives} chooses one negative for each pair, as --batch triplets does; "
-                "--batch identities uses every semi-hard triplet of a batch, and hard fills it with confusable people"
+                "--batch identities uses every triplet of a batch, and hard fills it with confusable people"
             )
         if self.deterministic and (self.use_gpu or self.workers not in ((), (1,), (1, 1))):
             raise UserError("--deterministic is for one worker on the CPU: leave out --use-gpu and --workers")

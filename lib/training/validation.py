@@ -19,7 +19,8 @@ from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import Pairs, made_pairs
 from lib.training import mining
 from lib.training.face_cache import FaceCache
-from lib.training.losses import batch_triplet_loss, triplet_margin_loss
+from lib.training.losses import triplet_margin_loss
+from lib.training.objective import people_loss
 from lib.training.settings import TrainConfig
 from lib.training.triplets import IdentityBatchSampler, PhotoIndex, Triplets, draw_triplets
 
@@ -121,14 +122,15 @@ class Validation:
         assert self._index is not None
         total, count = 0.0, 0
         for rows in self._batches:
-            loss = batch_triplet_loss(
+            loss = people_loss(
                 torch.from_numpy(embeddings_VD[rows.ravel()]),
                 torch.from_numpy(self._index.labels_N[rows.ravel()].astype(np.int64)),
-                margin=self._config.margin,
-                squared=self._config.squared,
+                self._config,
             )
-            total += loss.mean.item() * loss.num_semihard.item()
-            count += int(loss.num_semihard.item())
+            # All batches have as many pairs, but not as many semi-hard triplets.
+            weight = int(loss.num_semihard.item()) if self._config.loss == "semihard" else 1
+            total += loss.mean.item() * weight
+            count += weight
         return total / count if count else 0.0
 
     def _mined(self, embeddings_VD: Floats, negatives: str) -> Triplets:

@@ -8,7 +8,7 @@ import torch
 
 from lib.training.augmentation import LoadedBatch
 from lib.training.batches import StoredVectors, TrainingBatch
-from lib.training.losses import batch_triplet_loss, triplet_margin_loss
+from lib.training.losses import batch_softmax_loss, batch_triplet_loss, triplet_margin_loss
 from lib.training.objective import SUM_NAMES, EpochSums, objective
 from lib.training.settings import TrainConfig
 
@@ -28,7 +28,7 @@ def embeddings(num: int) -> torch.Tensor:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(data="d", **changes)
+    return TrainConfig(data="d", **{"loss": "semihard", **changes})
 
 
 def test_a_failed_image_takes_its_triplet_out_of_the_loss() -> None:
@@ -53,6 +53,20 @@ def test_a_failed_image_is_no_part_of_a_batch_of_people() -> None:
     torch.testing.assert_close(figures.loss, wanted.mean)
     assert figures.num_triplets == wanted.num_triplets
     torch.testing.assert_close(figures.negative_distance, wanted.mean_negative_distance)
+
+
+def test_the_softmax_has_the_counts_of_semihard_triplets_and_its_own_gradient() -> None:
+    rows, labels = np.arange(12).reshape(3, 4), torch.from_numpy(LABELS[:12])
+    vectors, same = embeddings(12), embeddings(12)
+    figures = objective(vectors, batch(rows, []), LABELS, config(loss="softmax", temperature=0.2))
+    wanted = batch_softmax_loss(same, labels, temperature=0.2)
+    torch.testing.assert_close(figures.loss, wanted)
+    counts = batch_triplet_loss(vectors.detach(), labels, margin=0.2)
+    assert figures.num_active == counts.num_semihard
+    assert figures.num_triplets == counts.num_triplets
+    figures.loss.backward()
+    wanted.backward()
+    torch.testing.assert_close(vectors.grad, same.grad)
 
 
 def test_stored_vectors_are_negatives_but_for_those_that_are_not_there() -> None:
