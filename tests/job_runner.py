@@ -77,12 +77,14 @@ def copy_project(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def start_job(script: str, *arguments: str, extra: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def start_job(
+    script: str, *arguments: str, extra: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> subprocess.Popen[str]:
     """Start a job in a session, and so a process group, of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / script), *arguments],
         env=environment(extra),
-        cwd=ROOT,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -101,9 +103,15 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> Finished:
     return Finished(process.returncode, output, errors)
 
 
-def run_job(script: str, *arguments: str, extra: Mapping[str, str] | None = None, timeout_s: float = 240) -> Finished:
+def run_job(
+    script: str,
+    *arguments: str,
+    extra: Mapping[str, str] | None = None,
+    timeout_s: float = 240,
+    cwd: Path = ROOT,
+) -> Finished:
     """Run a job to its end."""
-    return finish(start_job(script, *arguments, extra=extra), timeout_s)
+    return finish(start_job(script, *arguments, extra=extra, cwd=cwd), timeout_s)
 
 
 def run_here(script: str, *arguments: str, extra: Mapping[str, str] | None = None) -> Finished:

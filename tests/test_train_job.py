@@ -1,6 +1,7 @@
 """`jobs/train.py` as users run it: what it makes, what it refuses, and that it learns."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -181,9 +182,12 @@ def test_a_dry_run_starts_nothing_and_says_what_it_would_do(data: Path) -> None:
 def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp_path: Path) -> None:
     spec = ModelSpec(backbone="test_convnext", embedding_dim=16, image_size=40, mean=(0.1, 0.2, 0.3))
     save_model(EmbeddingModel(spec), str(tmp_path / "an earlier model"))
-    arguments = [*flags(data, "tuned", "--epochs", "1"), "--init", str(tmp_path / "an earlier model")]
-    done = run_job("train.py", *arguments, extra=head.environment)
+    # All paths as seen from another folder, which is not the workers' own.
+    there = os.path.relpath(data, tmp_path)
+    arguments = [*flags(Path(there), "tuned", "--epochs", "1"), "--init", "an earlier model"]
+    done = run_job("train.py", *arguments, extra=head.environment, cwd=tmp_path)
     assert done.status == 0, done.errors
+    assert done.result["model"] == str(data / "runs" / "tuned" / "model")
     assert load_model(done.result["model"]).spec.mean == (0.1, 0.2, 0.3)
 
 

@@ -62,6 +62,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         JobStopped: asked by a signal, after everything was saved.
     """
     started = time.monotonic()
+    config = config.with_absolute_paths()
     success = read_success(config.faces_url)
     spec = ModelSpec(
         backbone=config.backbone,
@@ -126,7 +127,7 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
 def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSpec:
     """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
     torch.manual_seed(config.seed)
-    model = initial_model(spec, config.initial_weights())
+    model = initial_model(spec, config.init)
     freeze_stages(model, config.frozen_stages)
     fixed = config.batch_norm != "batch" and has_statistics(model)
     if config.batch_norm == "fixed" and not fixed:

@@ -1,6 +1,6 @@
 """The flags of training, what they may be, and which of them make a run another run."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lib import storage
@@ -213,9 +213,15 @@ class TrainConfig:
         """Where the run goes."""
         return storage.join(absolute_url(self.data, "--data"), "runs", self.name)
 
-    def initial_weights(self) -> str:
-        """Return `init` with a path in it made absolute: workers have other working directories."""
-        return self.init if self.init in INIT_NAMES else absolute_url(self.init, "--init")
+    def with_absolute_paths(self) -> "TrainConfig":
+        """Return the same settings with absolute paths: workers have other working directories."""
+        return replace(
+            self,
+            data=absolute_url(self.data, "--data"),
+            faces=self.faces_url,
+            init=self.init if self.init in INIT_NAMES else absolute_url(self.init, "--init"),
+            cache_dir=self.cache_dir and absolute_url(self.cache_dir, "--cache-dir"),
+        )
 
     def content(self, faces: dict[str, Any]) -> dict[str, Any]:
         """Return what `config.json` holds: every setting that decides the result, and the faces' own run."""

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         UserError: the flags, the faces or the folder; JobError: no trial came to anything; JobStopped: by a signal.
     """
     started = time.monotonic()
+    config = replace(config, train=config.train.with_absolute_paths())
     success = read_success(config.train.faces_url)
     trials = plan_trials(config)
     plan = _plan(config, success)
@@ -84,7 +86,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     }
     if result["winner"] is None:
         raise JobError(f"no trial has a figure to be chosen by: {result['report']} says why of each")
-    storage.write_json(storage.join(config.url, RESULTS_NAME), {**result, "init": config.train.initial_weights()})
+    storage.write_json(storage.join(config.url, RESULTS_NAME), {**result, "init": config.train.init})
     return result
 
 
@@ -98,7 +100,7 @@ def _plan(config: SweepConfig, success: dict[str, Any]) -> dict[str, Any]:
         "max_trials": config.max_trials,
         "min_epochs": config.first_stage,
         "keep_one_in": config.keep_one_in,
-        "init": config.train.initial_weights(),
+        "init": config.train.init,
     }
 
 

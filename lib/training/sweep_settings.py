@@ -183,7 +183,6 @@ def plan_trials(config: SweepConfig) -> list[Trial]:
                     data=config.url,
                     faces=config.train.faces_url,
                     name=_trial_name(n, told),
-                    init=config.train.initial_weights(),
                     workers=(1,),
                 ),
             )
