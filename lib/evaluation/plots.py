@@ -94,13 +94,20 @@ def histogram_plot(name: str, distances_P: NDArray, same_P: NDArray[np.bool_], t
 
 
 def history_plot(
-    title: str, y_label: str, epochs: Sequence[float], lines: Mapping[str, Sequence[float | None]]
+    title: str,
+    y_label: str,
+    epochs: Sequence[float],
+    lines: Mapping[str, Sequence[float | None]],
+    *,
+    is_logarithmic: bool = False,
 ) -> bytes:
     """Return figures of a training run over its epochs; a gap where an epoch has none."""
     figure, axes = _figure("Epoch", y_label, title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, values in lines.items():
         axes.plot(epochs, [np.nan if value is None else value for value in values], marker=".", label=name)
+    if is_logarithmic:
+        axes.set_yscale("log", nonpositive="mask")
     axes.legend(fontsize="small")
     return _png(figure)
 

@@ -33,8 +33,10 @@ NUM_SHOWN = 24
 """Pairs of each kind of error, and suspects of each kind, that the report shows; suspects.csv holds all of those."""
 
 HISTORY_NAME = "history.parquet"
+LOSS_LABEL = "Loss (logarithmic)"
+"""A softmax over many negatives and a triplet's margin have losses of other magnitudes."""
 HISTORY_PLOTS = {
-    "Training: loss": ("Loss", ("loss",)),
+    "Training: loss": (LOSS_LABEL, ("loss",)),
     "Training: verification": ("Share", ("accuracy", "auc", "tar_at_far")),
 }
 """Plots of a run's history: what their axis says, and what stands in the names of the columns that they show."""
@@ -201,6 +203,12 @@ def _history_plots(measured: Measured) -> list[Plot]:
             and (pa.types.is_floating(kind) or pa.types.is_integer(kind))
         }
         if lines:
-            content = plots.history_plot(f"{title} ({measured.name})", y_label, history["epoch"].to_pylist(), lines)
+            content = plots.history_plot(
+                f"{title} ({measured.name})",
+                y_label,
+                history["epoch"].to_pylist(),
+                lines,
+                is_logarithmic=y_label == LOSS_LABEL,
+            )
             made.append(Plot(name=title, content=content))
     return made
