@@ -289,7 +289,7 @@ def normalized_images(crops_NHWC: torch.Tensor, spec: ModelSpec) -> torch.Tensor
     """Return uint8 RGB crops as images_NCHW, the model's input: (value / 255 - mean) / std, float32, channels last."""
     mean_C = torch.tensor(spec.mean, device=crops_NHWC.device)
     std_C = torch.tensor(spec.std, device=crops_NHWC.device)
-    return ((crops_NHWC.float() / 255 - mean_C) / std_C).permute(0, 3, 1, 2)
+    return (crops_NHWC.float() / 255).sub_(mean_C).div_(std_C).permute(0, 3, 1, 2)  # in place: half the time
 
 
 def embed(
