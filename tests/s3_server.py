@@ -3,15 +3,15 @@
 import http.client
 import json
 import os
-import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.job_runner import free_ports
 
 READY_TIMEOUT_S = 60
 USERS = {"ci": ["Admin", "Read", "Write", "List", "Tagging"], "ro": ["Read", "List"], "rw": ["Read", "Write", "List"]}
@@ -35,7 +35,7 @@ class S3Server:
         self._host, self._within = host, within
         # Not pytest's own folder: its name is too long for the address of a socket.
         self._folder = Path(tempfile.mkdtemp(prefix="s3-"))
-        self._ports = _free_ports(len(PORT_FLAGS))
+        self._ports = free_ports(len(PORT_FLAGS))
         self._process: subprocess.Popen | None = None
         self.endpoint = f"http://{host}:{self._ports[0]}"
         (self._folder / "data").mkdir()
@@ -121,13 +121,3 @@ class S3Server:
             return False
         finally:
             connection.close()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on, below those that Linux gives to outgoing connections meanwhile."""
-    ports: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 1000):
-        with socket.socket() as probe:
-            if len(ports) < count and probe.connect_ex(("127.0.0.1", port)) != 0:
-                ports.append(port)
-    return ports
