@@ -15,6 +15,7 @@ again by whoever embeds the stalest photos; meanwhile the other shards answer.
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ NEVER = -1
 
 MAX_WRITES_IN_FLIGHT = 16
 """Writes a client leaves unfinished before it waits for one: bounds the memory that a slow shard can hold up."""
+
+RETURN_LIMIT_S = 120.0
+"""How long all shards may be away: Ray starts them anew once it has found their node dead, after 10 s or more."""
 
 ANSWER_TIMEOUT_S = 60.0
 """How long a client waits for a shard before it goes on without it; a shard that died answers with an error at once."""
@@ -134,20 +138,19 @@ class Shard:
 class Search:
     """A question under way: asked before a training step and read after it, the shards work while the step computes."""
 
-    def __init__(self, store: FeatureStore, answers: list[Any], beyond_squared_B: Floats | None) -> None:
+    def __init__(
+        self, store: FeatureStore, num_queries: int, answers: list[Any], beyond_squared_B: Floats | None
+    ) -> None:
         self._store = store
+        self._num_queries = num_queries
         self._answers = answers
         self._beyond_squared_B = beyond_squared_B
 
     def result(self) -> Negatives:
-        """Return the negatives among what the shards that answered hold.
-
-        Raises:
-            JobError: no shard answered.
-        """
+        """Return the negatives among what the shards that answered hold: none where no shard did."""
         parts = [part for part in self._store.collect(self._answers) if part is not None]
         if not parts:
-            raise JobError("no shard of the feature store answers: the cluster has lost the nodes that hold it")
+            return mining.no_negatives(self._num_queries)
         return mining.merge(parts, beyond_squared_B=self._beyond_squared_B)
 
 
@@ -245,9 +248,8 @@ class FeatureStore:
         The candidates follow from the seed alone, not from the number of shards.
         """
         if policy == "exact":
-            return Search(
-                self, [shard.search_all.remote(queries_BD, labels_B, ceiling) for shard in self._shards], None
-            )
+            asked = [shard.search_all.remote(queries_BD, labels_B, ceiling) for shard in self._shards]
+            return Search(self, len(queries_BD), asked, None)
         assert (positives_BD is not None) == (policy == "semihard")
         beyond_squared_B = None if positives_BD is None else mining.semihard_bounds(queries_BD, positives_BD)
         pool = mining.draw_candidates(
@@ -263,7 +265,7 @@ class FeatureStore:
             answers[index] = self._shards[index].search.remote(
                 queries, pool.rows[mine_P], blocked, beyond_squared_B, ceiling
             )
-        return Search(self, answers, beyond_squared_B)
+        return Search(self, len(queries_BD), answers, beyond_squared_B)
 
     def stamps(self) -> Ints:
         """Return the step at which each photo's feature was computed, `NEVER` where there is none or no answer."""
@@ -286,6 +288,18 @@ class FeatureStore:
     def stalest(self, num: int) -> Ints:
         """Return the `num` rows that wait longest for a new feature: first those without any, then the oldest."""
         return np.argsort(self.stamps(), kind="stable")[:num]
+
+    def await_shards(self, limit_s: float = RETURN_LIMIT_S) -> None:
+        """Wait until a shard answers.
+
+        Raises:
+            JobError: none did.
+        """
+        deadline = time.monotonic() + limit_s
+        while all(part is None for part in self.collect([shard.stamps.remote() for shard in self._shards])):
+            if time.monotonic() > deadline:
+                raise JobError("no shard of the feature store answers: the cluster has lost the nodes that hold it")
+            time.sleep(1)
 
     def missing(self) -> Ints:
         """Return the rows without a feature: what a shard that came back needs."""

@@ -221,6 +221,16 @@ def _most_similar(suspects: Suspects) -> Suspects:
     )
 
 
+def no_negatives(num_queries: int) -> Negatives:
+    """Return the answer that finds nothing."""
+    nothing = np.empty(0, np.int64)
+    return Negatives(
+        rows=np.full(num_queries, NO_ROW),
+        squared_distances=np.full(num_queries, np.inf, np.float32),
+        suspects=Suspects(anchors=nothing, rows=nothing, similarities=np.empty(0, np.float32)),
+    )
+
+
 def merge(parts: Sequence[Negatives], *, beyond_squared_B: Floats | None = None) -> Negatives:
     """Return the answer over all candidates from answers over parts of them, given in ascending order of rows."""
     squared_SB = np.stack([part.squared_distances for part in parts])

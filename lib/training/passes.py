@@ -74,8 +74,16 @@ class StoreUpkeep:
     how: EmbeddingPass
 
     def fill(self, model: EmbeddingModel, step: int) -> int:
-        """Embed every photo that has no feature; return how many there were."""
-        return self._embed(self.store.missing() if collective.rank() == 0 else None, model, step)
+        """Embed every photo that has no feature; return how many there were.
+
+        Raises:
+            JobError: no shard of the store answers.
+        """
+        missing = None
+        if collective.rank() == 0:
+            self.store.await_shards()
+            missing = self.store.missing()
+        return self._embed(missing, model, step)
 
     def refresh(self, model: EmbeddingModel, step: int, used_rows: Ints, share: float) -> int:
         """Embed again `share` of all photos: those without a feature, then half of them photos that the epoch used,

@@ -202,8 +202,12 @@ def test_training_goes_on_with_the_others_while_a_shard_is_dead(make_store: Call
         store.snapshot()
 
     ray.kill(store._shards[0])
+    for policy in ("hard", "exact"):
+        found = store.search(queries, own, policy=policy, num_candidates=200, seed=0).result()
+        assert (found.rows == mining.NO_ROW).all()  # the random negatives stay
+        assert not len(found.suspects.anchors)
     with pytest.raises(JobError, match="no shard"):
-        store.search(queries, own, policy="hard", num_candidates=200, seed=0).result()
+        store.await_shards(limit_s=2)
 
 
 def test_shards_start_on_a_cluster_whose_every_cpu_is_taken(make_store: Callable[..., FeatureStore]) -> None:
