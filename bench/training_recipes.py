@@ -38,14 +38,13 @@ from lib.recognition.model import (
     EmbeddingModel,
     ModelSpec,
     embed,
-    fix_statistics,
-    freeze_stages,
     initial_model,
     normalized_images,
 )
 from lib.training.augmentation import BatchLoader, Level, LoadTask, Prefetcher
 from lib.training.face_cache import FaceCache, build_cache
-from lib.training.losses import batch_softmax_loss, batch_triplet_loss
+from lib.training.freezing import fix_statistics, freeze_stages
+from lib.training.losses import batch_softmax_loss
 from lib.training.schedule import learning_rate
 from lib.training.triplets import IdentityBatchSampler, PhotoIndex
 
@@ -65,11 +64,6 @@ def library_semihard() -> BatchMean:
     """Return pytorch-metric-learning's semi-hard triplet loss."""
     miner, loss = TripletMarginMiner(margin=0.2, type_of_triplets="semihard"), TripletMarginLoss(margin=0.2)
     return lambda embeddings_ND, labels_N: loss(embeddings_ND, labels_N, miner(embeddings_ND, labels_N))
-
-
-def semihard() -> BatchMean:
-    """Return our semi-hard triplet loss."""
-    return lambda embeddings_ND, labels_N: batch_triplet_loss(embeddings_ND, labels_N, margin=0.2).mean
 
 
 def softmax() -> BatchMean:

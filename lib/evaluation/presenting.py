@@ -33,13 +33,13 @@ NUM_SHOWN = 24
 """Pairs of each kind of error, and suspects of each kind, that the report shows; suspects.csv holds all of those."""
 
 HISTORY_NAME = "history.parquet"
-LOSS_LABEL = "Loss (logarithmic)"
-"""A softmax over many negatives and a triplet's margin have losses of other magnitudes."""
 HISTORY_PLOTS = {
-    "Training: loss": (LOSS_LABEL, ("loss",)),
-    "Training: verification": ("Share", ("accuracy", "auc", "tar_at_far")),
+    # A softmax over many negatives and a triplet's margin have losses of other magnitudes.
+    "Training: loss": ("Loss", ("loss",), True),
+    "Training: verification": ("Share", ("accuracy", "auc", "tar_at_far"), False),
 }
-"""Plots of a run's history: what their axis says, and what stands in the names of the columns that they show."""
+"""Plots of a run's history: what their axis says, what stands in the names of the columns that they show, and whether
+the axis is logarithmic."""
 ORIGINAL_COLUMNS = ("Train Loss", "Test Loss")
 """Repeated in the history under the names of ours."""
 
@@ -193,7 +193,7 @@ def _history_plots(measured: Measured) -> list[Plot]:
     if "epoch" not in history.column_names:
         return []
     made = []
-    for title, (y_label, parts) in HISTORY_PLOTS.items():
+    for title, (y_label, parts, is_logarithmic) in HISTORY_PLOTS.items():
         lines = {
             name: history[name].to_pylist()
             for name, kind in zip(history.column_names, history.schema.types, strict=True)
@@ -208,7 +208,7 @@ def _history_plots(measured: Measured) -> list[Plot]:
                 y_label,
                 history["epoch"].to_pylist(),
                 lines,
-                is_logarithmic=y_label == LOSS_LABEL,
+                is_logarithmic=is_logarithmic,
             )
             made.append(Plot(name=title, content=content))
     return made

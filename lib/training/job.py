@@ -21,12 +21,13 @@ from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import read_success
 from lib.parts import differences
-from lib.recognition.model import EmbeddingModel, ModelSpec, freeze_stages, has_statistics, initial_model
+from lib.recognition.model import EmbeddingModel, ModelSpec, initial_model
 from lib.training import checkpoints
 from lib.training.checkpoints import Progress
 from lib.training.control import create_control, failure_error
 from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
+from lib.training.freezing import freeze_stages, has_statistics
 from lib.training.history import read_rows
 from lib.training.record import MODEL_FOLDER, run_result
 from lib.training.schedule import first_phase
@@ -128,7 +129,7 @@ def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelS
     """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
     torch.manual_seed(config.seed)
     model = initial_model(spec, config.init)
-    freeze_stages(model, config.frozen_stages)
+    freeze_stages(model, config.frozen_stages)  # the workers do it again: what cannot be is refused here
     fixed = config.batch_norm != "batch" and has_statistics(model)
     if config.batch_norm == "fixed" and not fixed:
         raise UserError(f"--batch-norm fixed: the weights of {spec.backbone} come with no statistics: use batch")

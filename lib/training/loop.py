@@ -23,13 +23,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib import storage
 from lib.errors import JobError, JobStopped, UserError
-from lib.recognition.model import EmbeddingModel, ModelSpec, fix_statistics, freeze_stages, normalized_images
+from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
 from lib.training.checkpoints import Progress
 from lib.training.control import connect_control
 from lib.training.face_cache import FaceCache, build_cache
 from lib.training.feature_store import FeatureStore
+from lib.training.freezing import fix_statistics, freeze_stages
 from lib.training.objective import SUM_NAMES, EpochSums, objective
 from lib.training.passes import EmbeddingPass, StoreUpkeep
 from lib.training.record import EpochOutcome, RunRecord

@@ -201,6 +201,13 @@ class TrainConfig:
             return self.batch_size // 3
         return self.people_per_batch(num_pairable) * self.photos_per_person
 
+    def loss_settings(self) -> dict[str, str | float]:
+        """Return the settings that the loss goes by."""
+        if self.batch == "identities" and self.loss == "softmax":
+            return {"loss": self.loss, "temperature": self.temperature}
+        loss = "semihard" if self.batch == "identities" else "triplet margin"
+        return {"loss": loss, "margin": self.margin}
+
     @property
     def faces_url(self) -> str:
         """Where the faces are."""

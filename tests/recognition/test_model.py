@@ -17,9 +17,6 @@ from lib.recognition.model import (
     EmbeddingModel,
     ModelSpec,
     embed,
-    fix_statistics,
-    freeze_stages,
-    has_statistics,
     initial_model,
     load_model,
     normalized_images,
@@ -314,40 +311,6 @@ def test_an_earlier_run_of_another_backbone_is_refused(folder: Path) -> None:
 def test_an_init_that_is_nothing_lists_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="efficientnet-lite0"):
         initial_model(SPEC, str(tmp_path))
-
-
-def test_fixed_statistics_stay_while_scale_and_shift_learn() -> None:
-    model = EmbeddingModel(ModelSpec(backbone="test_efficientnet", image_size=64)).train()
-    norm = model.backbone.bn1
-    assert not has_statistics(model)
-    model(torch.rand(4, 3, 64, 64))
-    assert has_statistics(model)
-    fix_statistics(model)
-    before = norm.running_mean.clone()
-    together = model(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    alone = model(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))[:1])
-    torch.testing.assert_close(together[:1], alone, rtol=1e-3, atol=1e-5)
-    together.sum().backward()
-    assert torch.equal(norm.running_mean, before)
-    assert norm.weight.grad.any()
-
-
-@pytest.mark.parametrize("backbone", ["test_convnext", "test_efficientnet", "tf_efficientnet_lite0"])
-def test_frozen_stages_are_the_first_ones(backbone: str) -> None:
-    model = EmbeddingModel(ModelSpec(backbone=backbone, image_size=64))
-    freeze_stages(model, 0)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    freeze_stages(model, 2)
-    learns = [parameter.requires_grad for parameter in model.parameters()]
-    assert learns == sorted(learns)
-    assert 0 < learns.count(False) < len(learns) / 2
-    model(torch.rand(2, 3, 64, 64)).sum().backward()
-    assert [parameter.grad is not None for parameter in model.parameters()] == learns
-
-
-def test_no_stage_left_to_train_is_refused(model: EmbeddingModel) -> None:
-    with pytest.raises(UserError, match="--frozen-stages 6 leaves none of test_convnext's 6 stages to train"):
-        freeze_stages(model, 6)
 
 
 def test_random_initial_weights_follow_the_seed() -> None:

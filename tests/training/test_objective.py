@@ -69,6 +69,16 @@ def test_the_softmax_has_the_counts_of_semihard_triplets_and_its_own_gradient() 
     torch.testing.assert_close(vectors.grad, same.grad)
 
 
+def test_the_settings_of_a_loss_are_those_it_goes_by() -> None:
+    assert config(loss="softmax", temperature=0.2, margin=0.7).loss_settings() == {
+        "loss": "softmax",
+        "temperature": 0.2,
+    }
+    assert config(loss="semihard", margin=0.7).loss_settings() == {"loss": "semihard", "margin": 0.7}
+    triplets = config(loss="softmax", batch="triplets", margin=0.7)
+    assert triplets.loss_settings() == {"loss": "triplet margin", "margin": 0.7}
+
+
 def test_stored_vectors_are_negatives_but_for_those_that_are_not_there() -> None:
     rows = np.arange(8).reshape(2, 4)
     vectors, extra = embeddings(8), embeddings(4).detach().numpy()[::-1].copy()
