@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +35,10 @@ def connected() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
-        runtime_env = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
+        paths = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
         try:
             _knock(address)
-            ray.init(address=address, runtime_env=runtime_env)
+            ray.init(address=address, runtime_env={**paths, **_quoted_python()})
         except (OSError, ValueError) as error:
             raise UserError(
                 f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: name the port of its head such as "
@@ -46,7 +48,7 @@ def connected() -> Iterator[None]:
     else:
         # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
-        ray.init(address="local", include_dashboard=False)
+        ray.init(address="local", include_dashboard=False, runtime_env=_quoted_python())
     heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
     try:
         yield
@@ -55,6 +57,15 @@ def connected() -> Iterator[None]:
         raise
     finally:
         ray.shutdown()
+
+
+def _quoted_python() -> dict[str, str]:
+    """Return the part of a runtime environment without which no worker starts where Python's path has a space in it.
+
+    Ray hands the path to a shell as it is, for every worker that has an environment of its own.
+    """
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def _knock(address: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import made_pairs
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
 from lib.training.face_cache import FaceCache, build_cache
-from tests.job_runner import RayHead, ray_head, run_here, run_job
+from tests.job_runner import ROOT, RayHead, environment, ray_head, run_here, run_job
 from tests.training.learnable_faces import write_faces
 
 pytestmark = pytest.mark.timeout(300)
@@ -189,6 +191,17 @@ def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp
     assert done.status == 0, done.errors
     assert done.result["model"] == str(data / "runs" / "tuned" / "model")
     assert load_model(done.result["model"]).spec.mean == (0.1, 0.2, 0.3)
+
+
+def test_a_path_of_python_with_a_space_in_it_is_no_obstacle(data: Path, tmp_path: Path) -> None:
+    """On a Ray of its own, whose workers are started by the path that this process was."""
+    (tmp_path / "my env").symlink_to(sys.prefix)
+    command = [tmp_path / "my env" / "bin" / "python", ROOT / "jobs" / "train.py", *flags(data, "spaced")]
+    done = subprocess.run(
+        [*command, "--epochs", "1"], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(history(data, "spaced")) == 1
 
 
 def test_statistics_and_frozen_stages_stay_as_they_came_with_the_weights(
