@@ -51,7 +51,7 @@ def test_a_draw_of_combinations_follows_from_the_seed() -> None:
         ({"keep_one_in": 1}, "--keep-one-in is 1"),
         ({"train": {"workers": (2,)}}, "--workers is (2,): 1: a trial has one worker"),
         ({"train": {"from_sweep": "x"}}, "--from-sweep"),
-        ({"lrs": ("1e-3,fast",)}, "--lrs is 1e-3,fast: values such as 0.0003"),
+        ({"lrs": ("1e-3,fast",)}, "--lrs is 1e-3,fast: values such as 0.0009"),
         ({"lrs": ("0",)}, "--lr is 0.0: above 0"),
         ({"normalizations": ("maybe",)}, "--normalizations is maybe: values such as"),
         ({"heads": ("128,x",)}, "--head is '128,x'"),
