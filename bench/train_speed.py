@@ -2,64 +2,136 @@
 
     python -m bench.train_speed
 
-Three rounds, in alternation: a bare loop over tensors that are already in memory, the job with random negatives, the
-job with hard ones. Prints one line of JSON with the medians. Faces are those of drawn people.
+Machines here change their speed from second to second, so nothing is compared that lies a minute apart: the worker of a
+real job (Ray, store, loader, history, checkpoints) makes some steps of a bare loop over tensors in memory after every
+few of its own, and its epochs have random and hard negatives in turns. Prints one line of JSON with the medians over
+all such pairs of blocks. Faces are those of drawn people.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from bench.inputs import drawn, run_job
-from lib.recognition.model import EmbeddingModel, ModelSpec
+from lib.recognition.model import EmbeddingModel
+from lib.training import loop
+from lib.training.batches import ASK_AHEAD, LOAD_AHEAD
+from lib.training.job import train
 from lib.training.losses import batch_triplet_loss, triplet_margin_loss
+from lib.training.settings import TrainConfig
 
 BATCH_SIZE = 96
-PHOTOS_PER_PERSON = 4
+NUM_STEPS = 6
+"""Of a block, the job's or the bare loop's."""
+NUM_UNTIMED = LOAD_AHEAD + ASK_AHEAD + 1
+"""Steps of the job after a bare block: their batches were loaded while that ran."""
+NUM_BLOCKS = 3
+"""Of each kind in an epoch."""
+TIMES_NAME = "times.json"
 
 
-def bare_rate(backbone: str, image_size: int, batch: str, num_steps: int) -> float:
-    """Return the images/s of forward, loss, backward and AdamW on one batch that stays in memory."""
-    torch.manual_seed(0)
-    model = EmbeddingModel(ModelSpec(backbone=backbone, image_size=image_size)).to(memory_format=torch.channels_last)
-    images = torch.randn(BATCH_SIZE, 3, image_size, image_size).to(memory_format=torch.channels_last)
-    labels = torch.arange(BATCH_SIZE) // PHOTOS_PER_PERSON
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    model.train()
-    began = 0.0
-    for step in range(num_steps + 3):
-        if step == 3:
-            began = time.perf_counter()
-        embeddings = model(images)
-        if batch == "identities":
-            loss = batch_triplet_loss(embeddings, labels, margin=0.2).mean
+class TimedWorker(loop.Worker):
+    """A worker that makes bare steps between its own and takes the time of both."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        torch.manual_seed(0)
+        size, batch_size = self.model.spec.image_size, self.config.batch_size
+        self._bare_model = EmbeddingModel(self.model.spec).to(memory_format=torch.channels_last).train()
+        self._bare_optimizer = torch.optim.AdamW(self._bare_model.parameters(), lr=3e-4)
+        self._images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
+        self._labels = torch.arange(batch_size) // self.config.photos_per_person
+        self._times: dict[str, list[float]] = {"random": [], "hard": [], "bare random": [], "bare hard": []}
+        self._shares: dict[str, list[float]] = {"data_wait": [], "store_wait": [], "refresh": []}
+
+    def run(self) -> None:
+        """Train, and write down the times."""
+        super().run()
+        (Path(self.config.run_url) / TIMES_NAME).write_text(json.dumps({**self._times, **self._shares}))
+
+    def _train_epoch(self) -> tuple[dict[str, float], float, float, float]:
+        hard = self.progress
+        self._policy = "hard" if self.progress.epoch % 2 else "random"
+        self.progress = dataclasses.replace(hard, negatives=self._policy)
+        self._num_own, self._bare_s = 0, 0.0
+        sums, data_wait_s, store_wait_s, train_s = super()._train_epoch()
+        self.progress = dataclasses.replace(self.progress, negatives=hard.negatives)
+        self._own_s = train_s - self._bare_s
+        if self._policy == "hard":
+            self._shares["data_wait"].append(data_wait_s / self._own_s)
+            self._shares["store_wait"].append(store_wait_s / self._own_s)
+        return sums, data_wait_s, store_wait_s, train_s
+
+    def _step(self, *arguments: Any) -> None:
+        super()._step(*arguments)
+        self._num_own += 1
+        in_round = self._num_own % (NUM_UNTIMED + NUM_STEPS)
+        if in_round == NUM_UNTIMED:
+            self._block_began = time.perf_counter()
+        elif in_round == 0:
+            ended = time.perf_counter()
+            for _ in range(NUM_STEPS):
+                self._bare_step()
+            bare_s = time.perf_counter() - ended
+            self._bare_s += bare_s
+            if self.progress.epoch > 2:  # in the first of each kind everything is met for the first time
+                self._times[self._policy].append(ended - self._block_began)
+                self._times[f"bare {self._policy}"].append(bare_s)
+
+    def _bare_step(self) -> None:
+        embeddings = self._bare_model(self._images)
+        if self.config.batch == "identities":
+            loss = batch_triplet_loss(embeddings, self._labels, margin=self.config.margin).mean
         else:
-            loss = triplet_margin_loss(*embeddings.chunk(3), margin=0.2).mean
-        optimizer.zero_grad(set_to_none=True)
+            loss = triplet_margin_loss(*embeddings.chunk(3), margin=self.config.margin).mean
+        self._bare_optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-    return num_steps * BATCH_SIZE / (time.perf_counter() - began)
+        self._bare_optimizer.step()
+
+    def _refresh_store(self) -> float:
+        seconds = super()._refresh_store()
+        if self._policy == "hard":
+            self._shares["refresh"].append(seconds / (self._own_s + seconds))
+        return seconds
 
 
-def job_rows(data: Path, name: str, options: argparse.Namespace, negatives: str) -> list[dict[str, Any]]:
-    """Train and return the history without its first epoch, in which everything is read for the first time."""
-    run_job(
-        "train.py",
-        *("--data", str(data), "--name", name, "--cache-dir", str(data / "cache"), "--init", "none"),
-        *("--backbone", options.backbone, "--image-size", str(options.image_size), "--batch", options.batch),
-        *("--negatives", negatives, "--batch-size", str(BATCH_SIZE), "--epochs", str(options.epochs)),
-        *("--triplets-per-epoch", str(options.triplets_per_epoch)),
-        *("--candidates", "2000", "--refresh-fraction", "0.1", "--val-photos", "200", "--val-pairs", "200"),
+def train_timed_worker(settings: dict[str, Any]) -> None:
+    """Take the place of the function that Ray Train calls on every worker."""
+    loop.Worker = TimedWorker  # type: ignore[misc, assignment]
+    loop.train_worker(settings)
+
+
+def times_of_job(data: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Train, and return the seconds of all blocks and the shares of each epoch."""
+    num_steps = NUM_BLOCKS * (NUM_UNTIMED + NUM_STEPS)
+    config = TrainConfig(
+        data=str(data),
+        name="timed",
+        cache_dir=str(data / "cache"),
+        init="none",
+        backbone=options.backbone,
+        image_size=options.image_size,
+        batch=options.batch,
+        negatives="hard",
+        batch_size=BATCH_SIZE,
+        epochs=2 * (1 + options.rounds),
+        triplets_per_epoch=num_steps * BATCH_SIZE // (3 if options.batch == "triplets" else 1),
+        candidates=2000,
+        lr=1e-4,  # hard negatives from random weights: no collapse
+        val_photos=200,
+        val_pairs=200,
     )
-    return pq.read_table(data / "runs" / name / "history.parquet").to_pylist()[1:]
+    loop.train_worker = train_timed_worker
+    train(config)
+    return json.loads((Path(config.run_url) / TIMES_NAME).read_text())
 
 
 def main() -> None:
@@ -69,35 +141,37 @@ def main() -> None:
     parser.add_argument("--batch", default="triplets", choices=["triplets", "identities"])
     parser.add_argument("--identities", type=int, default=180)
     parser.add_argument("--photos-per-identity", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--triplets-per-epoch", type=int, default=640)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help=f"of {NUM_BLOCKS} pairs of blocks for either negatives")
     options = parser.parse_args()
 
-    rates: dict[str, list[float]] = {"bare": [], "random": [], "hard": []}
-    shares: dict[str, list[float]] = {"data_wait_share": [], "store_wait_share": [], "refresh_share": []}
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     with tempfile.TemporaryDirectory() as folder:
         data = drawn(Path(folder), options.identities, options.photos_per_identity)
         run_job("preprocess.py", "--data", str(data))
-        for number in range(options.rounds):
-            rates["bare"].append(bare_rate(options.backbone, options.image_size, options.batch, num_steps=20))
-            for negatives in ("random", "hard"):
-                rows = job_rows(data, f"{negatives} {number}", options, negatives)
-                rates[negatives].append(statistics.median(row["images_per_s"] for row in rows))
-                shares["data_wait_share"] += [row["data_wait_share"] for row in rows]
-                if negatives == "hard":
-                    shares["store_wait_share"] += [row["store_wait_share"] for row in rows]
-                    shares["refresh_share"] += [row["refresh_s"] / row["seconds"] for row in rows]
-            print({name: [round(value, 1) for value in values] for name, values in rates.items()}, file=sys.stderr)
-    medians = {name: statistics.median(values) for name, values in {**rates, **shares}.items()}
-    ratios = [(job / bare, hard / job) for bare, job, hard in zip(*rates.values(), strict=True)]
-    result = {
-        **{name: round(value, 4) for name, value in medians.items()},
-        "job_to_bare": round(statistics.median(a for a, _ in ratios), 3),
-        "hard_to_random": round(statistics.median(b for _, b in ratios), 3),
-        **vars(options),
+        times = times_of_job(data, options)
+    to_bare = {
+        policy: [bare / own for bare, own in zip(times[f"bare {policy}"], times[policy], strict=True)]
+        for policy in ("random", "hard")
     }
-    print(json.dumps(result))
+    medians = {policy: statistics.median(ratios) for policy, ratios in to_bare.items()}
+    print(
+        json.dumps(
+            {
+                "bench": "train_speed",
+                "images_per_s": round(NUM_STEPS * BATCH_SIZE / statistics.median(times["random"]), 1),
+                "job_to_bare": round(medians["random"], 3),
+                "hard_to_bare": round(medians["hard"], 3),
+                "hard_to_random": round(medians["hard"] / medians["random"], 3),
+                **{
+                    f"{name}_share": round(statistics.median(times[name]), 4)
+                    for name in ("data_wait", "store_wait", "refresh")
+                },
+                "ratios": {policy: [round(ratio, 3) for ratio in sorted(ratios)] for policy, ratios in to_bare.items()},
+                **vars(options),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

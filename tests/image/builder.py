@@ -120,7 +120,8 @@ class Builder:
 @contextmanager
 def builder() -> Iterator[Builder]:
     """Give a builder whose storage is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="oci-", dir=os.environ.get("IMAGE_TEST_FOLDER")))
+    # Not in /tmp, which the hosts of the Slurm cluster have for themselves.
+    folder = Path(tempfile.mkdtemp(prefix="oci-", dir=os.environ.get("IMAGE_TEST_FOLDER", "/var/tmp")))
     made = Builder(folder)
     try:
         yield made

@@ -19,6 +19,7 @@ import yaml
 from tests.image.builder import IMAGE, Builder, builder, require_tools
 from tests.job_runner import ROOT, SCRIPTS
 from tests.k8s.checks import RAY_VERSION, VERSION, load_folder, pods
+from tests.slurm.slurm_cluster import SlurmCluster, photos_by_node, result, why_impossible
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1500)]
 
@@ -199,6 +200,26 @@ def test_the_head_of_the_train_job_runs_as_a_pod_from_waiting_to_the_report(
         oci.run("podman", "pod", "rm", "--force", "train-head")
     assert "succeeded" in log, log
     assert (volume / "runs" / "pod" / "report" / "report.html").is_file()
+
+
+def test_two_slurm_nodes_run_the_image_as_a_folder_in_charliecloud(
+    oci: Builder, volume: Path, faces: dict[str, object], request: pytest.FixtureRequest
+) -> None:
+    """With nothing of the project's own environment: the image's Python, Ray and detector do the work."""
+    if problem := why_impossible():
+        assert not os.environ.get("CI"), problem
+        pytest.skip(problem)
+    oci.must("buildah", "from", "--pull-never", "--name", "unpacked", IMAGE)
+    request.addfinalizer(lambda: oci.run("buildah", "rm", "unpacked"))
+    image = {"CONTAINER": oci.must("buildah", "mount", "unpacked").strip(), "DATA_URL": str(volume)}
+    cluster = SlurmCluster(num_hosts=2)
+    request.addfinalizer(cluster.close)
+    (cluster.project / ".venv").unlink()
+    small = ("--cpus-per-task=1", "--mem-per-cpu=2G")
+    job = cluster.submit(*small, "slurm/preprocess.sh", "--faces", f"{volume}/faces of Slurm", extra=image)
+    made = result(cluster, job)
+    assert {name: made[name] for name in ("photos", "aligned")} == {name: faces[name] for name in ("photos", "aligned")}
+    assert sum(photos_by_node(cluster, job).values()) == faces["photos"]
 
 
 def test_nothing_is_left_of_a_builder() -> None:

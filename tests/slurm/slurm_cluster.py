@@ -1,5 +1,6 @@
 """A real Slurm cluster for the tests, and what they ask of it: jobs submitted as users do, states, processes."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.job_runner import ROOT, copy_project
 
@@ -126,6 +128,21 @@ class SlurmCluster:
 
     def _script(self, command: str, *arguments: str) -> None:
         subprocess.run([ROOT / "tests" / "slurm" / "cluster.sh", command, self.folder, *arguments], check=True)
+
+
+def result(cluster: SlurmCluster, job: int) -> dict[str, Any]:
+    """Return what the last line of a job says that has done its work."""
+    ended = cluster.wait(job)
+    log = cluster.log(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
+    return json.loads(log.splitlines()[-1])
+
+
+def photos_by_node(cluster: SlurmCluster, job: int) -> dict[str, int]:
+    """Return how many photos, or faces, each node has done."""
+    told = re.search(r"(?:photo|face)s by node: (.*)", cluster.log(job))
+    assert told is not None, cluster.log(job)
+    return {node: int(number) for node, number in map(str.split, told[1].split(", "))}
 
 
 def user_environment() -> dict[str, str]:

@@ -3,7 +3,6 @@
 Jobs are submitted as users do. What does not depend on each other runs side by side: `chain` goes on while others test.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from lib.faces.sample import SampleConfig, make_sample
 from lib.training import checkpoints
 from tests.job_runner import wait_until
 from tests.s3_server import S3Server
-from tests.slurm.slurm_cluster import SlurmCluster, why_impossible
+from tests.slurm.slurm_cluster import SlurmCluster, photos_by_node, result, why_impossible
 from tests.test_train_faults import same_but_times
 from tests.training.learnable_faces import write_faces
 
@@ -92,14 +91,6 @@ def history(folder: Path, name: str = "default") -> list[dict[str, Any]]:
     return storage.read_parquet(str(folder / "runs" / name / "history.parquet")).to_pylist()
 
 
-def result(cluster: SlurmCluster, job: int) -> dict[str, Any]:
-    """Return what the last line of a job says that has done its work."""
-    ended = cluster.wait(job)
-    log = cluster.log(job)
-    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), log
-    return json.loads(log.splitlines()[-1])
-
-
 def is_within_an_epoch(folder: Path) -> bool:
     progress = checkpoints.newest_progress(str(folder / "runs" / "default"))
     return progress is not None and progress.epoch > 1 and progress.anchors_done > 0
@@ -107,13 +98,6 @@ def is_within_an_epoch(folder: Path) -> bool:
 
 def has_done_an_epoch(folder: Path) -> bool:
     return (folder / "runs" / "default" / "history.parquet").exists()
-
-
-def photos_by_node(cluster: SlurmCluster, job: int) -> dict[str, int]:
-    """Return how many photos, or faces, each node has done."""
-    told = re.search(r"(?:photo|face)s by node: (.*)", cluster.log(job))
-    assert told is not None, cluster.log(job)
-    return {node: int(number) for node, number in map(str.split, told[1].split(", "))}
 
 
 def test_wrong_arguments_end_a_job_with_2_and_one_line_in_its_log(cluster: SlurmCluster, data: Path) -> None:
