@@ -211,12 +211,16 @@ def test_two_slurm_nodes_run_the_image_as_a_folder_in_charliecloud(
         pytest.skip(problem)
     oci.must("buildah", "from", "--pull-never", "--name", "unpacked", IMAGE)
     request.addfinalizer(lambda: oci.run("buildah", "rm", "unpacked"))
-    image = {"CONTAINER": oci.must("buildah", "mount", "unpacked").strip(), "DATA_URL": str(volume)}
+    data = oci.folder / "photos of Slurm"  # of the user who submits: a container has no rights on those of others
+    data.mkdir()
+    shutil.copytree(volume / "photos", data / "photos")
+    shutil.copy(volume / "identities.txt", data)
+    image = {"CONTAINER": oci.must("buildah", "mount", "unpacked").strip(), "DATA_URL": str(data)}
     cluster = SlurmCluster(num_hosts=2)
     request.addfinalizer(cluster.close)
     (cluster.project / ".venv").unlink()
     small = ("--cpus-per-task=1", "--mem-per-cpu=2G")
-    job = cluster.submit(*small, "slurm/preprocess.sh", "--faces", f"{volume}/faces of Slurm", extra=image)
+    job = cluster.submit(*small, "slurm/preprocess.sh", extra=image)
     made = result(cluster, job)
     assert {name: made[name] for name in ("photos", "aligned")} == {name: faces[name] for name in ("photos", "aligned")}
     assert sum(photos_by_node(cluster, job).values()) == faces["photos"]
