@@ -13,6 +13,7 @@ from lib.errors import JobError, UserError
 from lib.training import feature_store, mining
 from lib.training.feature_store import NEVER, FeatureStore, Shard
 from lib.training.mining import NO_ROW, Negatives
+from tests.job_runner import wait_until
 
 NUM_PHOTOS = 600
 DIM = 16
@@ -187,12 +188,19 @@ def test_a_killed_shard_comes_back_empty_and_is_filled_again(store: FeatureStore
     assert store.num_restarts == num_restarts + 1
 
 
+def kill_for_good(store: FeatureStore, index: int) -> None:
+    """Kill a shard, and wait until it is dead: it may answer once more until then."""
+    ray.kill(store._shards[index])
+    rows = np.arange(store._bounds[index], store._bounds[index + 1])
+    wait_until(lambda: np.isin(rows, store.missing()).all(), timeout_s=30)
+
+
 def test_training_goes_on_with_the_others_while_a_shard_is_dead(make_store: Callable[..., FeatureStore]) -> None:
     store = make_store("dying", 2)
     fill(store)
     queries, own = features()[:16], labels()[:16]
 
-    ray.kill(store._shards[1])  # for good
+    kill_for_good(store, 1)
     store.write(np.arange(NUM_PHOTOS), features(), step=2)
     store.flush()
     found = store.search(queries, own, policy="hard", num_candidates=200, seed=0).result()
@@ -201,7 +209,7 @@ def test_training_goes_on_with_the_others_while_a_shard_is_dead(make_store: Call
     with pytest.raises(JobError, match="does not answer"):
         store.snapshot()
 
-    ray.kill(store._shards[0])
+    kill_for_good(store, 0)
     for policy in ("hard", "exact"):
         found = store.search(queries, own, policy=policy, num_candidates=200, seed=0).result()
         assert (found.rows == mining.NO_ROW).all()  # the random negatives stay
