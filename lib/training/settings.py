@@ -89,7 +89,8 @@ class TrainConfig:
     warmup_share: float = 0.05
     """Share of the training in which the learning rate rises; then it falls to zero by a cosine."""
     clip_norm: float = 100.0
-    """Gradients are scaled down to this norm; those of --loss softmax have 10 to 20, so only a spike is met."""
+    """Gradients are scaled down to this norm; those of --loss softmax have 10 to 20, so only a spike is met. From
+    random weights 5, which scales each of them, learns sooner."""
     ema: float = 0.99
     """Decay a step of the averaged weights that are validated and kept as the model; 0 keeps the latest weights."""
     batch_norm: BatchNorm = "auto"
