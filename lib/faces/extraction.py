@@ -11,11 +11,11 @@ import numpy as np
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.alignment import EYES, Alignment, align
-from lib.faces.detection import DETECTORS, Detections, detector_sha256, load_detector
+from lib.faces.alignment import EYES, Alignment, align, alignment_matrix, reduction_wanted
+from lib.faces.detection import CLOSE_UP_SIDE, DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised whenever the same photo with the same settings would give another crop."""
 
 POLICIES = ("prominent", "all")
@@ -27,6 +27,18 @@ _LARGEST_MEGAPIXELS = 178
 
 _RETRY_SIZES = (320, 1280)
 """Long sides tried in turn for a photo without a face: very large faces outgrow the anchors, very small ones vanish."""
+
+_CLOSE_UP = Alignment(image_size=CLOSE_UP_SIDE, eye_height=0.45, margin=0.0)
+"""How a face lies when it is looked at again."""
+
+_TILTED_DEG = 5.0
+"""Roll of the eyes from which a face is looked at again."""
+
+_MIRRORED = [1, 0, 2, 4, 3]
+"""Which landmark of a mirrored face each one is: left and right change places."""
+
+_SAME_FACE = 0.1
+"""How far, as a share of the close-up's side, the second look may put the landmarks and still be of the same face."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +176,9 @@ class FaceExtractor:
         shrink = max(1.0, factor / reduction)
         if shrink > 1.0:
             size = (max(1, round(photo.width / factor)), max(1, round(photo.height / factor)))
-            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+            # Down to a half, bilinear reads every pixel, in a ninth of the time that their mean by area takes.
+            how = cv2.INTER_LINEAR if shrink <= 2.0 else cv2.INTER_AREA
+            pixels = cv2.resize(pixels, size, interpolation=how)
         (found,) = self._detect([pixels])
         return found.scaled(max(photo.width, photo.height) / max(pixels.shape[:2]))
 
@@ -191,8 +205,33 @@ class FaceExtractor:
             return {"status": table.LOW_SCORE, **row}
         if max(box[2] - box[0], box[3] - box[1]) < self.settings.min_face:
             return {"status": table.TOO_SMALL, **row}
+        landmarks = self.refined_landmarks(photo, box, landmarks)
+        row["landmarks"] = landmarks.reshape(10).astype(np.float32)
         crop = align(photo, box, landmarks, self.settings.alignment)
         return {"status": table.ALIGNED, **row, "crop": to_jpeg(crop, JPEG_QUALITY)}
+
+    def refined_landmarks(self, photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray) -> np.ndarray:
+        """Return the landmarks [5, 2]; of a tilted face, their mean with those found in it levelled and mirrored.
+
+        A detector sees less roll than there is, and leans to one side: of the two looks, one has neither the roll nor
+        the same lean. Where the second does not find the face, the landmarks stay.
+        """
+        across = landmarks_52[1] - landmarks_52[0]
+        if abs(np.degrees(np.arctan2(across[1], across[0]))) < _TILTED_DEG:
+            return landmarks_52
+        to_crop_23 = alignment_matrix(box_4, landmarks_52, _CLOSE_UP)
+        expected_52 = landmarks_52 @ to_crop_23[:, :2].T + to_crop_23[:, 2]
+        # From the pixels that the crop itself is made of: another size of the photo would be decoded for this alone.
+        ours, its = (reduction_wanted(box_4, landmarks_52, wanted) for wanted in (_CLOSE_UP, self.settings.alignment))
+        crop = align(photo, box_4, landmarks_52, _CLOSE_UP, reduction=max(its, ours // 2))
+        (mirrored,) = self._detect([np.ascontiguousarray(crop[:, ::-1])])
+        found_N52 = mirrored.landmarks_N52[:, _MIRRORED] * [-1, 1] + [_CLOSE_UP.image_size - 1, 0]
+        distances_N = np.linalg.norm(found_N52 - expected_52, axis=2).mean(axis=1)
+        if distances_N.min(initial=np.inf) > _SAME_FACE * _CLOSE_UP.image_size:
+            return landmarks_52
+        to_photo_23 = cv2.invertAffineTransform(to_crop_23)
+        seen_52 = found_N52[np.argmin(distances_N)] @ to_photo_23[:, :2].T + to_photo_23[:, 2]
+        return (landmarks_52 + seen_52) / 2
 
 
 def most_prominent(found: Detections, width: int, height: int, min_score: float) -> int:

@@ -141,9 +141,14 @@ class EmbeddingModel(nn.Module):
     The head is linear layers with ReLU between them. It has no norm of its own: timm's ConvNeXt ends its pooled
     features with the LayerNorm that stands before the classifier, so the default head is LayerNorm and Linear.
 
+    Attributes:
+        is_pretrained: whether `initial_model` found weights for the backbone.
+
     Raises:
         UserError: timm does not know the backbone, or the backbone does not take the image size.
     """
+
+    is_pretrained = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -197,6 +202,7 @@ def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
         return _continue_from(model, init)
     normalization = load_pretrained(model.backbone, init)
     if normalization:
+        model.is_pretrained = True
         model.spec = dataclasses.replace(spec, mean=normalization.mean, std=normalization.std)
     return model
 
@@ -225,6 +231,7 @@ def _continue_from(model: EmbeddingModel, init: str) -> EmbeddingModel:
             earlier.spec.layer_widths,
             model.spec.layer_widths,
         )
+    model.is_pretrained = True
     model.spec = dataclasses.replace(model.spec, mean=earlier.spec.mean, std=earlier.spec.std)
     return model
 

@@ -17,6 +17,7 @@ import torch
 
 from lib import storage
 from lib.errors import JobError, UserError
+from lib.training.schedule import PRETRAINED_CLIP_NORM
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Progress:
     best_epoch: int = 0
     fixed_statistics: bool = False
     """Whether BatchNorm goes by the statistics that came with the initial weights."""
+    clip_norm: float = PRETRAINED_CLIP_NORM
+    """Norm that gradients are scaled down to."""
     finished: bool = False
     """No further epoch follows."""
     sums: dict[str, float] = field(default_factory=dict)

@@ -274,7 +274,7 @@ class Worker:
         figures = objective(embeddings_ND, batch, self.cache.labels_N, config)
         self.optimizer.zero_grad(set_to_none=True)
         figures.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.progress.clip_norm)
         # The gradients are the workers' mean, so that all of them see it, and before the weights have changed.
         if not torch.isfinite(norm):
             raise JobError(

@@ -9,6 +9,9 @@ from lib.training.history import has_collapsed, has_plateaued
 
 Hardness = Literal["random", "hard", "semihard", "exact"]
 
+PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM = 100.0, 5.0
+"""Norm that gradients are scaled down to, by the backbone's initial weights (docs/measurements.md compares)."""
+
 
 def learning_rate(highest: float, progress: float, warmup_share: float) -> float:
     """Return the rate at `progress` (0 to 1) of the training: a linear rise, then half a cosine down to zero.

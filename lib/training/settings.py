@@ -88,9 +88,9 @@ class TrainConfig:
     """Of weights; not of norms and biases."""
     warmup_share: float = 0.05
     """Share of the training in which the learning rate rises; then it falls to zero by a cosine."""
-    clip_norm: float = 100.0
-    """Gradients are scaled down to this norm; those of --loss softmax have 10 to 20, so only a spike is met. From
-    random weights 5, which scales each of them, learns sooner."""
+    clip_norm: float | None = None
+    """Norm that gradients are scaled down to. Default: 100 for pretrained weights, which of --loss softmax, whose
+    gradients have 10 to 20, meets only a spike; 5 for random ones, which learn sooner so."""
     ema: float = 0.99
     """Decay a step of the averaged weights that are validated and kept as the model; 0 keeps the latest weights."""
     batch_norm: BatchNorm = "auto"
@@ -155,7 +155,7 @@ class TrainConfig:
             ("lr", self.lr, "above 0", self.lr > 0),
             ("weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
             ("warmup-share", self.warmup_share, "0 up to, not with, 1", 0 <= self.warmup_share < 1),
-            ("clip-norm", self.clip_norm, "above 0", self.clip_norm > 0),
+            ("clip-norm", self.clip_norm, "above 0", self.clip_norm is None or self.clip_norm > 0),
             ("ema", self.ema, "0 up to, not with, 1", 0 <= self.ema < 1),
             ("frozen-stages", self.frozen_stages, "0 or more", self.frozen_stages >= 0),
             ("patience", self.patience, "1 or more", self.patience >= 1),

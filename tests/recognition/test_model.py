@@ -314,8 +314,10 @@ def test_an_init_that_is_nothing_lists_what_is_allowed(tmp_path: Path) -> None:
 
 
 def test_random_initial_weights_follow_the_seed() -> None:
-    states = []
+    models = []
     for _ in range(2):
         torch.manual_seed(7)
-        states.append(initial_model(SPEC, "none").state_dict())
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+        models.append(initial_model(SPEC, "none"))
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not models[0].is_pretrained

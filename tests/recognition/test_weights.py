@@ -72,6 +72,7 @@ def test_timm_weights_load_from_a_file_without_their_classifier(
         torch.equal(tensor, classifier.state_dict()[name]) for name, tensor in model.backbone.state_dict().items()
     )
     assert (model.spec.mean, model.spec.std) == (HALF, HALF)  # timm's test models are trained with 0.5
+    assert model.is_pretrained
 
 
 def test_torchvision_convnext_gives_the_same_features_in_timm(tmp_path: Path) -> None:
