@@ -30,7 +30,8 @@ _MEAN_BGR = (104.0, 117.0, 123.0)
 CLOSE_UP_SIDE = 160
 """Side of a levelled face that is looked at again: as small as its landmarks are still placed well."""
 
-_CANVAS_STEP, _CLOSE_UP_STEP = 64, 32
+_CLOSE_UP_STEP, _STEP, _LONG_STEP = 32, 64, 128
+_FULL_SIZE = 640
 
 Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 Network = Callable[[np.ndarray], Outputs]
@@ -282,11 +283,16 @@ def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
     """Return height and width of the canvas that holds pictures of these shapes.
 
     A runtime compiles anew for each size, once in a process, for the time of two pictures: few sizes cost that, many
-    the black around the pictures (docs/measurements.md compares). Close-ups of faces are all of one size.
+    the black around the pictures. Photos that were shrunk have one long side, smaller ones get one of a few
+    (docs/measurements.md compares); close-ups of faces are all of one size.
     """
-    height, width = (max(shape[i] for shape in shapes) for i in (0, 1))
-    step = _CLOSE_UP_STEP if max(height, width) <= CLOSE_UP_SIDE else _CANVAS_STEP
-    return -(-height // step) * step, -(-width // step) * step
+    sides = [max(shape[i] for shape in shapes) for i in (0, 1)]
+    longest = max(sides)
+    steps = [_LONG_STEP if side == longest < _FULL_SIZE else _STEP for side in sides]
+    if longest <= CLOSE_UP_SIDE:
+        steps = [_CLOSE_UP_STEP, _CLOSE_UP_STEP]
+    height, width = (-(-side // step) * step for side, step in zip(sides, steps, strict=True))
+    return height, width
 
 
 @lru_cache(maxsize=512)

@@ -94,8 +94,12 @@ def faces_one_by_one(
     picture: np.ndarray, network: Network, *, voting: bool
 ) -> list[tuple[float, list[float], list[float]]]:
     """Return (score, box, landmarks) of a picture from a network's outputs, anchor by anchor in plain Python."""
-    step = 64 if max(picture.shape) > 160 else 32  # as small as close-ups of faces
-    height, width = (-(-side // step) * step for side in picture.shape[:2])
+    longest = max(picture.shape)
+    height, width = (
+        -(-side // step) * step
+        for side in picture.shape[:2]
+        for step in [32 if longest <= 160 else 128 if side == longest < 640 else 64]
+    )
     canvas = np.zeros((1, height, width, 3), np.uint8)
     canvas[0, : picture.shape[0], : picture.shape[1]] = picture
     offsets, probabilities, points = (output[0] for output in network(canvas))
