@@ -65,7 +65,7 @@ def against_batch_face(photos: list[Path], weights: Path) -> dict[str, Any]:
         "retinaface": load_detector("retinaface"),
         "batch-face": load_detector("batch-face", str(weights)),
     }
-    points: dict[str, list[np.ndarray | None]] = {name: [] for name in detectors}
+    distances = []
     seconds = dict.fromkeys(detectors, 0.0)
     for path in photos:
         photo = Photo(path.read_bytes(), max_pixels=10**8)
@@ -74,15 +74,11 @@ def against_batch_face(photos: list[Path], weights: Path) -> dict[str, Any]:
             start = time.perf_counter()
             found = FaceExtractor(ExtractionSettings(), detector.detect).find(photo)
             seconds[name] += time.perf_counter() - start
-            best = most_prominent(found, photo.width, photo.height, 0.9) if len(found) else None
-            points[name].append(None if best is None else found.landmarks_N52[best])
         (row,) = extractor.rows(path.read_bytes())
-        points["retinaface"][-1] = row["landmarks"].reshape(5, 2) if row["status"] == table.ALIGNED else None
-    distances = []
-    for ours, theirs in zip(points["retinaface"], points["batch-face"], strict=True):
-        if ours is not None and theirs is not None:
-            eye_distance = np.linalg.norm(theirs[1] - theirs[0])
-            distances.append(np.linalg.norm(ours - theirs, axis=1).mean() / eye_distance)
+        if row["status"] == table.ALIGNED and len(found):  # what batch-face, the last, has found
+            theirs = found.landmarks_N52[most_prominent(found, photo.width, photo.height, 0.9)]
+            distance = np.linalg.norm(row["landmarks"].reshape(5, 2) - theirs, axis=1).mean()
+            distances.append(distance / np.linalg.norm(theirs[1] - theirs[0]))
     return {
         "median_landmark_distance": round(float(np.median(distances)), 4),
         "ms_a_photo": {name: round(total / len(photos) * 1e3, 1) for name, total in seconds.items()},

@@ -219,17 +219,18 @@ class FaceExtractor:
         across = landmarks_52[1] - landmarks_52[0]
         if abs(np.degrees(np.arctan2(across[1], across[0]))) < _TILTED_DEG:
             return landmarks_52
-        to_crop_23 = alignment_matrix(box_4, landmarks_52, _CLOSE_UP)
-        expected_52 = landmarks_52 @ to_crop_23[:, :2].T + to_crop_23[:, 2]
+        to_close_up_23 = alignment_matrix(box_4, landmarks_52, _CLOSE_UP)
+        expected_52 = landmarks_52 @ to_close_up_23[:, :2].T + to_close_up_23[:, 2]
         # From the pixels that the crop itself is made of: another size of the photo would be decoded for this alone.
-        ours, its = (reduction_wanted(box_4, landmarks_52, wanted) for wanted in (_CLOSE_UP, self.settings.alignment))
-        crop = align(photo, box_4, landmarks_52, _CLOSE_UP, reduction=max(its, ours // 2))
-        (mirrored,) = self._detect([np.ascontiguousarray(crop[:, ::-1])])
+        its_own = reduction_wanted(box_4, landmarks_52, _CLOSE_UP)
+        crops = reduction_wanted(box_4, landmarks_52, self.settings.alignment)
+        close_up = align(photo, box_4, landmarks_52, _CLOSE_UP, reduction=max(crops, its_own // 2))
+        (mirrored,) = self._detect([np.ascontiguousarray(close_up[:, ::-1])])
         found_N52 = mirrored.landmarks_N52[:, _MIRRORED] * [-1, 1] + [_CLOSE_UP.image_size - 1, 0]
         distances_N = np.linalg.norm(found_N52 - expected_52, axis=2).mean(axis=1)
         if distances_N.min(initial=np.inf) > _SAME_FACE * _CLOSE_UP.image_size:
             return landmarks_52
-        to_photo_23 = cv2.invertAffineTransform(to_crop_23)
+        to_photo_23 = cv2.invertAffineTransform(to_close_up_23)
         seen_52 = found_N52[np.argmin(distances_N)] @ to_photo_23[:, :2].T + to_photo_23[:, 2]
         return (landmarks_52 + seen_52) / 2
 

@@ -89,8 +89,8 @@ class TrainConfig:
     warmup_share: float = 0.05
     """Share of the training in which the learning rate rises; then it falls to zero by a cosine."""
     clip_norm: float | None = None
-    """Norm that gradients are scaled down to. Default: 100 for pretrained weights, which of --loss softmax, whose
-    gradients have 10 to 20, meets only a spike; 5 for random ones, which learn sooner so."""
+    """Norm that gradients are scaled down to. Default: 5 for random weights, which learn sooner so; 100 for pretrained
+    ones, which meets only a spike, for the gradients of --loss softmax have norms of 10 to 20."""
     ema: float = 0.99
     """Decay a step of the averaged weights that are validated and kept as the model; 0 keeps the latest weights."""
     batch_norm: BatchNorm = "auto"

@@ -45,16 +45,16 @@ def faces(*found: tuple[float, tuple[float, float, float, float]]) -> Detections
 
 
 class Scripted:
-    """A detect function that answers what it is told, call by call, and remembers which sizes it saw."""
+    """A detect function that answers what it is told and remembers which sizes it saw."""
 
     def __init__(self, *answers: Detections) -> None:
         self.answers = list(answers)
         self.sizes: list[tuple[int, int]] = []
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        (size,) = {(picture.shape[1], picture.shape[0]) for picture in pictures}
-        self.sizes.append(size)
-        return [self.answers[min(len(self.sizes), len(self.answers)) - 1]] * len(pictures)
+        (picture,) = pictures
+        self.sizes.append((picture.shape[1], picture.shape[0]))
+        return [self.answers[min(len(self.sizes), len(self.answers)) - 1]]
 
 
 def blank(width: int, height: int) -> bytes:
