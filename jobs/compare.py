@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Compare runs on one page, also runs that are still going."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.training.comparing import CompareConfig, compare
 

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Turn faces, or photos, into a Parquet table of embeddings; started again it goes on where it was."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.recognition.embedding import EmbedConfig, embed_job
 

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Measure how well a model tells people apart: figures, and a report with pictures in one HTML file."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.evaluation.evaluating import EvaluateConfig, evaluate
 

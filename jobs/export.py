@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Make one ONNX file of a model, checked against it on real faces."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.recognition.exporting import ExportConfig, export
 

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Say who is in photos: the nearest faces of a gallery for every face, and who it is, or that nobody knows."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.recognition.identifying import IdentifyConfig, identify
 

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Draw photos of people who do not exist, with their identities and landmarks, to try everything on."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.faces.sample import SampleConfig, make_sample
 

@@ -1,6 +1,11 @@
 #!/usr/bin/env python3
 """Choose backbone and settings by measurement: every combination trained, compared; started again it goes on."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+
 from lib.config import run_job
 from lib.training.sweep import SweepConfig, sweep
 

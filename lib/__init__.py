@@ -1,3 +1,12 @@
 """conv-facenet: photos become aligned faces, aligned faces become a verified embedding model."""
 
+import os
+import sys
+
 __version__ = "0.1.0"
+
+# Every job, worker and notebook comes through here before it imports what would report to its vendor. These packages
+# read their switch at their import, and a child inherits the environment.
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1")
+# OpenVINO knows no switch but a file in the user's home. Without this package it takes a stub that sends nothing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

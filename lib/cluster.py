@@ -1,17 +1,16 @@
 """The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
 
+import contextlib
 import logging
 import os
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from lib import local_ray, ray_watch, remote_ray
 from lib.config import heed_stop_signals, in_submitted_job, signal_noticed
-from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -20,43 +19,42 @@ WAIT_EVERY_S = 1.0
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
-@contextmanager
+@contextlib.contextmanager
 def connected() -> Iterator[None]:
     """Connect to Ray for the duration: `$RAY_ADDRESS` where it is set, as in a submitted job, else a local cluster.
 
     Raises:
-        UserError: `$RAY_ADDRESS` names a cluster that does not answer.
+        UserError: `$RAY_ADDRESS` names no cluster that lets us in; JobError: Ray does not start or answer.
     """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
-        paths = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
+    with contextlib.ExitStack() as stack:
+        address = os.environ.get("RAY_ADDRESS")
+        if address and address != "local":
+            # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
+            paths = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
+            remote_ray.join(address, {**paths, **_quoted_python()})
+            stack.callback(ray.shutdown)
+            watch = ray_watch.watched(ray_watch.raylet_of_this_driver(), None if address == "auto" else address)
+        else:
+            # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+            stack.enter_context(local_ray.started(_quoted_python()))
+            watch = ray_watch.watched(local_ray.daemons())
+        heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
         try:
-            _knock(address)
-            ray.init(address=address, runtime_env={**paths, **_quoted_python()})
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there: name the port of its head such as "
-                "host:6379 (8265 is its dashboard), start one with `ray start --head`, or unset it to run on this "
-                "machine alone"
-            ) from error
-    else:
-        # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
-        ray.init(address="local", include_dashboard=False, runtime_env=_quoted_python())
-    heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
-    try:
-        yield
-    except KeyboardInterrupt:
-        signal_noticed()  # else it would come again while Ray is left
-        raise
-    finally:
-        ray.shutdown()
+            with watch:
+                yield
+        except KeyboardInterrupt:
+            signal_noticed()  # else it would come again while Ray is left
+            raise
+        finally:
+            leave = stack.pop_all()
+            with ray_watch.limited_leave():
+                leave.close()
 
 
 def _quoted_python() -> dict[str, str]:
@@ -66,13 +64,6 @@ def _quoted_python() -> dict[str, str]:
     """
     quoted = shlex.quote(sys.executable)
     return {} if quoted == sys.executable else {"py_executable": quoted}
-
-
-def _knock(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def nodes_are_fixed() -> bool:

@@ -26,6 +26,10 @@ EXIT_STOPPED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RAISE_EVERY_S = 1.0
 
+_STOPPED = ("stopped: asked by a signal; what is done stays, and the same command goes on from here", EXIT_STOPPED)
+_INTERRUPTED = ("interrupted: the same command goes on from here", EXIT_FAILURE)
+_signals_that_came: list[int] = []
+
 
 def default_data_url() -> str:
     """Return `$DATA_URL`, or `./data` where it is not set."""
@@ -69,6 +73,7 @@ def run_job(
     from outside and has saved everything.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    _signals_that_came.clear()
     heed_stop_signals()
     try:
         if defaults is None:
@@ -87,14 +92,11 @@ def run_job(
     except JobStopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    except StopSignal:
+    except (StopSignal, KeyboardInterrupt) as signalled:
         signal_noticed()
-        print("stopped: asked by a signal; what is done stays, and the same command goes on from here", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    except KeyboardInterrupt:
-        signal_noticed()
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(EXIT_FAILURE)
+        line, status = _STOPPED if isinstance(signalled, StopSignal) else _INTERRUPTED
+        print(line, file=sys.stderr)
+        sys.exit(status)
     except Exception:  # noqa: BLE001 - the last resort: a traceback and exit status 1
         traceback.print_exc()
         sys.exit(EXIT_FAILURE)
@@ -119,7 +121,15 @@ def signal_noticed() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def end_of_a_signal() -> tuple[str, int] | None:
+    """Return the last line and the exit status of a process that was sent a signal to stop, or None where none came."""
+    if not _signals_that_came:
+        return None
+    return _INTERRUPTED if _signals_that_came[-1] == signal.SIGINT else _STOPPED
+
+
 def _raise_stop(number: int, _: object) -> NoReturn:
+    _signals_that_came.append(number)
     signal.signal(signal.SIGALRM, lambda *_: _raise_stop(number, None))
     signal.setitimer(signal.ITIMER_REAL, RAISE_EVERY_S)
     raise KeyboardInterrupt if number == signal.SIGINT else StopSignal

@@ -1,0 +1,132 @@
+"""The end of a job whose Ray has died: at once and in one line; Ray would try for a minute and dump its stacks."""
+
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lib.config import EXIT_FAILURE, end_of_a_signal
+from lib.errors import JobError, UserError
+from lib.remote_ray import host_and_port
+
+KNOCK_EVERY_S = 2.0
+ABSENT_LIMIT_S = 10.0
+"""For so long a head may not answer: one that is only slow, or was started again with what it knew, comes back."""
+SIGNAL_GRACE_S = 1.5
+"""A signal to the whole process group ends Ray's daemons before Python gets to it here."""
+LEAVE_LIMIT_S = 45.0
+SIGNALLED_LEAVE_LIMIT_S = 8.0
+
+_NAMES = {"gcs_server": "Ray's head service (gcs_server)", "raylet": "Ray's raylet on this machine"}
+
+
+@contextmanager
+def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[None]:
+    """End this process with one line when a daemon dies meanwhile, by its process id, or the head does not answer.
+
+    The threads of Ray in this process can be neither asked nor waited for then. Leaving Ray afterwards has a limit too.
+    """
+    leaving = threading.Event()
+    place = host_and_port(address) if address else None
+    thread = threading.Thread(target=_watch, args=(dict(daemons), place, leaving), daemon=True, name="ray-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        leaving.set()
+        thread.join()
+
+
+@contextmanager
+def limited_leave() -> Iterator[None]:
+    """End this process with one line where the block, which leaves Ray, takes too long."""
+    done = threading.Event()
+    error = sys.exception()
+    reason = f"{error}; then Ray did not let go" if isinstance(error, UserError | JobError) else "Ray does not let go"
+
+    def wait() -> None:
+        started = time.monotonic()
+        while not done.wait(0.2):
+            limit_s = SIGNALLED_LEAVE_LIMIT_S if end_of_a_signal() else LEAVE_LIMIT_S
+            if time.monotonic() - started > limit_s:
+                _end(reason)
+
+    threading.Thread(target=wait, daemon=True, name="ray-leave").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def raylet_of_this_driver() -> dict[str, int]:
+    """Return the process id of the raylet that this process is connected to, where it runs on the same machine."""
+    from ray._private import worker
+
+    node = worker._global_node
+    path = None if node is None else node.raylet_socket_name
+    if not path or not Path(path).exists():
+        return {}
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(KNOCK_EVERY_S)
+        try:
+            probe.connect(path)
+        except OSError:
+            return {}
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return {"raylet": pid} if pid > 0 else {}
+
+
+def _watch(daemons: dict[str, int], place: tuple[str, int] | None, leaving: threading.Event) -> None:
+    dead = select.poll()
+    names = {}
+    for name, pid in daemons.items():
+        with suppress(OSError):  # of another process namespace, say
+            descriptor = os.pidfd_open(pid)
+            names[descriptor] = name
+            dead.register(descriptor, select.POLLIN)
+    seen = time.monotonic()
+    next_knock = seen + KNOCK_EVERY_S
+    try:
+        while not leaving.is_set():
+            for descriptor, _ in dead.poll(200):
+                if not leaving.is_set():
+                    _end(f"{_NAMES[names[descriptor]]} has died: killed, or out of memory")
+            if place is not None and time.monotonic() >= next_knock:
+                if _answers(place):
+                    seen = time.monotonic()
+                elif time.monotonic() - seen > ABSENT_LIMIT_S and not leaving.is_set():
+                    _end(f"the Ray cluster at {place[0]}:{place[1]} answers no more")
+                next_knock = time.monotonic() + KNOCK_EVERY_S
+    finally:
+        for descriptor in names:
+            os.close(descriptor)
+
+
+def _answers(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=KNOCK_EVERY_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _end(reason: str) -> None:
+    """Say why in one line and end, without the exit handlers of Ray. Its own daemons end with this process."""
+    deadline = time.monotonic() + SIGNAL_GRACE_S
+    while end_of_a_signal() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    line, status = end_of_a_signal() or (
+        f"failed: {reason}; what is done stays, and the same command goes on from here",
+        EXIT_FAILURE,
+    )
+    if sys.stderr.isatty():
+        line = "\n" + line  # below the bar of progress
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
