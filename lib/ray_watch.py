@@ -21,7 +21,7 @@ ABSENT_LIMIT_S = 10.0
 SIGNAL_GRACE_S = 1.5
 """A signal to the whole process group ends Ray's daemons before Python gets to it here."""
 LEAVE_LIMIT_S = 45.0
-SIGNALLED_LEAVE_LIMIT_S = 8.0
+SIGNALLED_LEAVE_LIMIT_S = 5.0
 
 _NAMES = {"gcs_server": "Ray's head service (gcs_server)", "raylet": "Ray's raylet on this machine"}
 
@@ -119,6 +119,9 @@ def _answers(place: tuple[str, int]) -> bool:
 
 def _end(reason: str) -> None:
     """Say why in one line and end, without the exit handlers of Ray. Its own daemons end with this process."""
+    terminal = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # Ray's threads dump their stacks until this process ends
     deadline = time.monotonic() + SIGNAL_GRACE_S
     while end_of_a_signal() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -126,7 +129,7 @@ def _end(reason: str) -> None:
         f"failed: {reason}; what is done stays, and the same command goes on from here",
         EXIT_FAILURE,
     )
-    if sys.stderr.isatty():
+    if os.isatty(terminal):
         line = "\n" + line  # below the bar of progress
-    print(line, file=sys.stderr, flush=True)
+    os.write(terminal, f"{line}\n".encode())
     os._exit(status)
