@@ -66,6 +66,11 @@ def _quoted_python() -> dict[str, str]:
     return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
+def is_local() -> bool:
+    """Return whether the connected cluster is one that this process has started on this machine."""
+    return bool(local_ray.daemons())
+
+
 def nodes_are_fixed() -> bool:
     """Return whether a node that is lost will not come back: so it is in a Slurm job, whose launcher says it."""
     return bool(os.environ.get("FIXED_NODES"))

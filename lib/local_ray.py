@@ -20,6 +20,7 @@ LONGEST_SOCKET_NAME = len("/session_2000-01-01_00-00-00_000000_4194304/sockets/p
 LONGEST_SOCKET_PATH = 107
 """Of Linux, in bytes, without the zero that ends it."""
 SURELY_LOCKED_S = 60.0
+_OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @contextmanager
@@ -31,16 +32,21 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
     """
     import ray
     from ray._private import ray_constants
+    from ray._private.node import Node
 
     with _folder() as folder:
-        before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        # Ray starts its dashboard even where none is wanted, to ask the metadata hosts of clouds where it runs.
+        api_server, Node.start_api_server = Node.start_api_server, _start_no_api_server
+        before = {name: os.environ.get(name) for name in _OWN_VARIABLES}
         _give_token()
+        os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
         # Off, Ray listens on the loopback alone, as it does where it knows no clusters of several machines. Its daemons
         # read the variable; Ray here may have been imported already.
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         try:
-            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), runtime_env=dict(python))
+            # One below ours: Ray opens its own to everybody.
+            ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
         except Exception as error:
             ray.shutdown()
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -49,6 +55,7 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
                 "RAY_TMPDIR names another folder)"
             ) from error
         finally:
+            Node.start_api_server = api_server
             ray_constants.ENABLE_RAY_CLUSTER = clusters
             del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         try:
@@ -69,6 +76,10 @@ def daemons() -> dict[str, int]:
     node = worker._global_node
     processes = {} if node is None else node.all_processes
     return {name: processes[name][0].process.pid for name in ("gcs_server", "raylet") if name in processes}
+
+
+def _start_no_api_server(*_: object, **__: object) -> None:
+    """Stand in for the start of Ray's dashboard."""
 
 
 def _give_token() -> None:
@@ -106,7 +117,7 @@ def _folder() -> Iterator[Path]:
 
 def _longest_parent() -> int:
     """Return how many bytes the path of the folder's parent may have."""
-    return LONGEST_SOCKET_PATH - LONGEST_SOCKET_NAME - len(f"/{FOLDER_PREFIX}12345678")
+    return LONGEST_SOCKET_PATH - LONGEST_SOCKET_NAME - len(f"/{FOLDER_PREFIX}12345678/r")
 
 
 def _parent() -> Path:

@@ -163,18 +163,20 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
     from ray.train.torch import TorchConfig
 
     from lib.training.loop import WorkerJob, train_worker
+    from lib.training.one_machine import OneMachine
 
     kind = "GPU" if config.use_gpu else "CPU"
     cluster.wait_for(kind, config.workers[0] if config.workers else 1, limit_s=60 * config.wait_minutes)
     resources = worker_resources(config)
     control = create_control(config.run_url)
     store = create_store(config, labels_N)
+    # Arrays of the CPU travel by gloo also where gradients travel by nccl.
+    backend = "cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = _trainer_class()(
             train_worker,
             train_loop_config={"job": WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0)},
-            # Arrays of the CPU travel by gloo also where gradients travel by nccl.
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"),
+            torch_config=OneMachine(backend, folder=folder) if cluster.is_local() else TorchConfig(backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.num_workers,
                 use_gpu=config.use_gpu,
