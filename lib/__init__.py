@@ -1,7 +1,9 @@
 """conv-facenet: photos become aligned faces, aligned faces become a verified embedding model."""
 
+import getpass
 import os
 import sys
+import tempfile
 
 __version__ = "0.1.0"
 
@@ -10,3 +12,11 @@ __version__ = "0.1.0"
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1")
 # OpenVINO knows no switch but a file in the user's home. Without this package it takes a stub that sends nothing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+# Ray and torch ask for a home and a name when they are imported. The user id of a container often has neither.
+if os.path.expanduser("~") == "~":  # noqa: PTH111 - pathlib raises
+    os.environ["HOME"] = tempfile.gettempdir()
+try:
+    getpass.getuser()
+except (KeyError, OSError):
+    os.environ["USER"] = str(os.getuid())
