@@ -34,7 +34,7 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
     from ray._private import ray_constants
     from ray._private.node import Node
 
-    with _folder() as folder:
+    with private_folder() as folder:
         # Ray starts its dashboard even where none is wanted, to ask the metadata hosts of clouds where it runs.
         api_server, Node.start_api_server = Node.start_api_server, _start_no_api_server
         before = {name: os.environ.get(name) for name in _OWN_VARIABLES}
@@ -95,7 +95,7 @@ def _give_token() -> None:
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
+def private_folder() -> Iterator[Path]:
     """Make a folder that only this user can enter, with a path short enough for sockets, and remove it at the end."""
     parent = _parent()
     _sweep(parent)

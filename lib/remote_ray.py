@@ -22,11 +22,15 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
         UserError: there is none at this address, or none for us. JobError: it answers, and then does not let us in.
     """
     import ray
+    from ray._raylet import GcsClient
     from ray.exceptions import AuthenticationError
 
     knock(address)
     _send_a_token_that_is_there()
     try:
+        if not address.startswith("ray://") and host_and_port(address):
+            # Once: ray.init would go on asking with a wrong token for 20 s, and then not say so.
+            GcsClient(address=address)
         ray.init(address=address, runtime_env=dict(runtime_env))
     except AuthenticationError as error:
         ray.shutdown()

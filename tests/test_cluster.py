@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from tests.job_runner import ROOT, environment
+from lib import local_ray, remote_ray
+from lib.errors import UserError
+from tests.job_runner import ROOT, environment, finish, kill_session, session_processes, start_job, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -64,9 +69,8 @@ def test_no_job_looks_a_name_up(watched: Watched) -> None:
 
 
 def test_no_job_leaves_a_file_where_it_was_not_told_to(watched: Watched) -> None:
-    assert {path.parent for path in watched.home.rglob("*") if path.is_file()} <= {
-        watched.home / ".cache" / "matplotlib"
-    }
+    kept_at_home = {path.parent for path in watched.home.rglob("*") if path.is_file()}
+    assert kept_at_home <= {watched.home / ".cache" / "matplotlib"}
     assert list(watched.current.iterdir()) == []
     known = ("conv-facenet", "torchinductor")
     assert [path for path in watched.temporary.iterdir() if not path.name.startswith(known)] == []
@@ -81,3 +85,159 @@ def test_a_local_run_has_a_token_and_a_folder_of_its_own(watched: Watched) -> No
     assert watched.seen["folder_mode"] == "0o700"
     assert watched.seen["token_is_ours"]
     assert not (watched.home / ".ray").exists()
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """Return a folder whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def test_the_folder_of_a_run_is_private_and_goes_with_it(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    with local_ray.private_folder() as folder:
+        assert folder.parent == short
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "log").write_text("of Ray")
+    assert list(short.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_and_what_a_running_one_has_stays(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    killed, others = short / "cf-ray-killed", short / "mine"
+    others.mkdir()
+    (others / "cf-ray-link").symlink_to(others)
+    (killed / "logs").mkdir(parents=True)
+    (short / "cf-ray-link").symlink_to(others)
+    with local_ray.private_folder() as running:
+        for folder in (killed, running):
+            os.utime(folder, (0, 0))
+        with local_ray.private_folder():
+            assert not killed.exists()
+            assert running.exists()
+    assert sorted(path.name for path in short.iterdir()) == ["cf-ray-link", "mine"]
+    assert (others / "cf-ray-link").is_symlink()
+
+
+def test_a_folder_with_too_long_a_path_gives_way_to_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 20)))
+    with local_ray.private_folder() as folder:
+        assert folder.parent == Path("/tmp")
+
+
+@pytest.mark.parametrize("name", ["/" + "long" * 20, "relative", "/proc/nothing"])
+def test_a_folder_that_ray_cannot_use_is_refused_by_the_name_of_its_variable(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", name)
+    with pytest.raises(UserError, match=r"RAY_TMPDIR .*path of up to \d+ bytes"), local_ray.private_folder():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("head", "no HOST:PORT"),
+        ("head:port", "no HOST:PORT"),
+        ("head:70000", "no HOST:PORT"),
+        (":6379", "no HOST:PORT"),
+        ("http://127.0.0.1:1", "no host"),
+        ("no-such-host.invalid:6379", "no host 'no-such-host.invalid' is known"),
+        ("127.0.0.1:1", "Connection refused"),
+        ("a..b:1", "no name of a host"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_by_its_reason(address: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"RAY_ADDRESS is '{address}'.*{reason}"):
+        remote_ray.knock(address)
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-server\r\n", b""])
+def test_another_server_than_ray_is_told_from_a_head(answer: bytes) -> None:
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(64)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        with pytest.raises(UserError, match="what listens there is no head of a Ray cluster"):
+            remote_ray.knock(f"127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+
+
+def test_a_user_without_a_home_and_a_name_is_given_both() -> None:
+    nameless = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
+    code = "import lib, getpass, pathlib; print(getpass.getuser(), pathlib.Path('~').expanduser().is_dir())"
+    variables = {name: value for name, value in environment().items() if name not in ("HOME", "USER", "LOGNAME")}
+    done = subprocess.run(
+        [*nameless, sys.executable, "-c", code], env=variables, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "54321 True\n", done.stderr
+
+
+def test_a_job_takes_its_own_lib_before_another_package_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").write_text("raise ImportError('the wrong one')")
+    for job in sorted((ROOT / "jobs").glob("*.py")):
+        lines = job.read_text().splitlines()
+        first = next(index for index, line in enumerate(lines) if line.startswith("from lib"))
+        assert "sys.path.insert" in "".join(lines[:first]), job
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "sample.py", "--help"],
+        env=environment({"PYTHONPATH": str(tmp_path)}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _kill_once_it_works(job: subprocess.Popen[str], faces: Path, daemon: str) -> None:
+    """Kill a daemon of a job's Ray, or signal its whole process group, once a part is there."""
+    wait_until(lambda: any(faces.glob("split=*/*.parquet")), job)
+    if daemon == "group":
+        os.killpg(job.pid, signal.SIGTERM)
+        return
+    (pid,) = (pid for pid, command in session_processes(job.pid).items() if f"/{daemon} " in command)
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("daemon", "status", "line"),
+    [
+        ("gcs_server", 1, "failed: Ray's head service (gcs_server) has died"),
+        ("raylet", 1, "failed: Ray's raylet on this machine has died"),
+        ("group", 75, "stopped: asked by a signal"),
+    ],
+)
+def test_a_job_whose_ray_dies_ends_soon_in_one_line_and_goes_on(
+    sample_data: Path, tmp_path: Path, daemon: str, status: int, line: str
+) -> None:
+    faces = tmp_path / "faces"
+    for path in (sample_data / "photos").iterdir():  # more than are done before the kill
+        for copy in range(8):
+            target = tmp_path / "photos" / f"{copy}" / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, target)
+    job = start_job("preprocess.py", "--data", str(tmp_path))
+    try:
+        _kill_once_it_works(job, faces, daemon)
+        done = finish(job, timeout_s=15)
+    finally:
+        kill_session(job.pid)
+    assert done.status == status
+    assert done.last_error.startswith(line)
+    assert "the same command goes on from here" in done.last_error
+    assert "Traceback" not in done.errors
+    if daemon == "raylet":
+        again = finish(start_job("preprocess.py", "--data", str(tmp_path)))
+        assert again.status == 0, again.errors
+        assert again.result["rows"] == 8 * len(list((sample_data / "photos").iterdir()))
+        assert again.result["photos_processed"] < again.result["rows"]
