@@ -84,14 +84,18 @@ def _start_no_api_server(*_: object, **__: object) -> None:
 
 def _give_token() -> None:
     """Let this process and its children know a token, which Ray would else write to the user's home for all to read."""
-    from ray import _raylet
-
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return  # switched off by the user
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    # Ray has read its settings when it was imported.
-    _raylet.Config.initialize("")
-    _raylet.AuthenticationTokenLoader.instance().reset_cache()
+    read_token_settings()
+
+
+def read_token_settings() -> None:
+    """Let Ray read the variables of its token again: it has read them when it was imported."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

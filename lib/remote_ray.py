@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import JobError, UserError
+from lib.local_ray import read_token_settings
 
 ANSWER_LIMIT_S = 10.0
 
@@ -22,12 +23,14 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
         UserError: there is none at this address, or none for us. JobError: it answers, and then does not let us in.
     """
     import ray
-    from ray._raylet import GcsClient
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     knock(address)
     _send_a_token_that_is_there()
     try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)
         if not address.startswith("ray://") and host_and_port(address):
             # Once: ray.init would go on asking with a wrong token for 20 s, and then not say so.
             GcsClient(address=address)
@@ -100,13 +103,10 @@ def host_and_port(address: str) -> tuple[str, int] | None:
 
 def _send_a_token_that_is_there() -> None:
     """Send the token that `ray start` on this machine would ask for, which Ray does by itself for `auto` alone."""
-    from ray import _raylet
-
     if os.environ.get("RAY_AUTH_MODE"):
         return
     home = os.environ.get("HOME")
     given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if given or (home and (Path(home) / ".ray" / "auth_token").is_file()):
         os.environ["RAY_AUTH_MODE"] = "token"
-        _raylet.Config.initialize("")
-        _raylet.AuthenticationTokenLoader.instance().reset_cache()
+        read_token_settings()

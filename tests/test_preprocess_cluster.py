@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.job_runner import (
     environment,
     finish,
     ray_head,
+    run_job,
     start_job,
     wait_until,
 )
@@ -99,6 +101,47 @@ def test_a_relative_place_in_a_submitted_job_is_refused(head: RayHead, checkout:
     assert "exit code 2" in refused.stdout + refused.stderr
     assert "would vanish with the job's temporary working directory" in refused.stdout
     assert "Traceback" not in refused.stdout
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ""},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32},
+    ],
+)
+def test_a_job_without_the_token_of_the_cluster_says_so(
+    head: RayHead, sample_data: Path, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    extra = {"RAY_ADDRESS": head.environment["RAY_ADDRESS"], "HOME": str(tmp_path), **variables}
+    flags = ["--data", str(sample_data), "--faces", str(tmp_path / "faces")]
+    refused = run_job("preprocess.py", *flags, extra=extra, timeout_s=30)
+    assert refused.status == 2
+    assert "this cluster wants another token: set RAY_AUTH_MODE=token" in refused.last_error
+    assert "Traceback" not in refused.errors
+
+
+def test_a_cluster_of_another_version_says_so(head: RayHead) -> None:
+    code = """
+import os, ray
+from lib import remote_ray
+ray.__version__ = "2.1.0"
+try:
+    remote_ray.join(os.environ["RAY_ADDRESS"], {})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(head.environment),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "UserError" in done.stdout
+    assert "a cluster of other versions: use the same Ray and Python" in done.stdout
 
 
 def test_a_node_that_dies_costs_no_photo(sample_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
