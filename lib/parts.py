@@ -9,8 +9,9 @@ import platform
 import sys
 import time
 import uuid
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,8 @@ PLAN_NAME = "_plan.json"
 SUCCESS_NAME = "_SUCCESS"
 PART_PREFIX = "split="
 """What the folders begin with that hold the files of the parts."""
+TRIES_OF_A_PART = 10
+"""A worker that dies is replaced; one that always dies over the same part would be so for ever."""
 
 Plan = Mapping[str, Any]
 
@@ -112,6 +115,24 @@ def summary(process: Callable[[dict[str, Any]], int], item: dict[str, Any]) -> d
     return {"count": count, "seconds": time.monotonic() - started, "failure": failure, "node": platform.node()}
 
 
+class Worker:
+    """A worker that tells what kept it from starting, where Ray would try again and print the stack each time."""
+
+    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
+        self._failure = ""
+        try:
+            self._worker = worker(*arguments)
+        except (UserError, JobError) as error:
+            self._failure = str(error)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Return the summary of an item."""
+        if self._failure:
+            return {"count": 0, "seconds": 0.0, "failure": self._failure, "node": platform.node()}
+        done: dict[str, Any] = self._worker(item)
+        return done
+
+
 def run_parts(
     items: Sequence[dict[str, Any]],
     worker: type,
@@ -130,43 +151,70 @@ def run_parts(
         JobError: a worker's failure.
         UserError: the cluster has fewer GPUs.
     """
-    import ray
     from tqdm import tqdm
 
     if gpus > cluster.num_gpus():
         raise UserError(
             f"--gpus is {gpus}, but the cluster has {cluster.num_gpus()}: ask for no more, or leave --gpus out"
         )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     num_workers = min(len(items), gpus or cluster.num_cpus())
-    summaries = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-        worker,
-        fn_constructor_args=worker_arguments,
-        num_cpus=1,
-        num_gpus=1 if gpus else None,
-        # Nodes that join later are used too.
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, initial_size=num_workers, max_size=num_workers if gpus else len(items)
-        ),
-    )
+    summaries = _summaries(items, (worker, worker_arguments), num_workers, use_gpus=bool(gpus))
     logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
     pause_s = 0.5 if sys.stderr.isatty() else 10.0
     started, num_processed, num_by_node = 0.0, 0, Counter[str]()
     with tqdm(total=num_all, initial=num_done, unit=unit, mininterval=pause_s) as progress:
         # Not iter_rows: its own threads may still ask for rows when a failure ends Ray, which then ends the process.
-        for bundle in summaries.iter_internal_ref_bundles():
-            for done in pa.concat_tables(ray.get(bundle.block_refs)).to_pylist():
-                if done["failure"]:
-                    raise JobError(done["failure"])
-                # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
-                started = started or time.monotonic() - done["seconds"]
-                num_processed += done["count"]
-                num_by_node[done["node"]] += done["count"]
-                progress.update(done["count"])
+        for done in _rows(summaries.iter_internal_ref_bundles()):
+            if done["failure"]:
+                raise JobError(done["failure"])
+            # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
+            started = started or time.monotonic() - done["seconds"]
+            num_processed += done["count"]
+            num_by_node[done["node"]] += done["count"]
+            progress.update(done["count"])
     logger.info("%ss by node: %s", unit, ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items())))
     return num_processed, time.monotonic() - started
+
+
+def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_workers: int, *, use_gpus: bool) -> Any:
+    """Return the dataset of what so many `Worker`s of these arguments say of the items."""
+    import ray
+    from ray.util.annotations import RayDeprecationWarning
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    with warnings.catch_warnings():
+        # Ray calls `max_task_retries` deprecated here, and names nothing in its place.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+            Worker,
+            fn_constructor_args=arguments,
+            max_task_retries=TRIES_OF_A_PART - 1,
+            num_cpus=1,
+            num_gpus=1 if use_gpus else None,
+            # Nodes that join later are used too.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, initial_size=num_workers, max_size=num_workers if use_gpus else len(items)
+            ),
+        )
+
+
+def _rows(bundles: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    """Yield what the workers return; that they died is told in one line, and an error of ours keeps its stack."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        for bundle in bundles:
+            yield from pa.concat_tables(ray.get(bundle.block_refs)).to_pylist()
+    except RayTaskError:
+        raise
+    except RayError as error:
+        raise JobError(
+            f"workers died {TRIES_OF_A_PART} times over one part ({type(error).__name__}): give them more memory, or "
+            "find the photo that ends the process; what is done stays, and the same command goes on from here"
+        ) from error
 
 
 def differences(ours: Plan, theirs: Plan) -> list[str]:

@@ -1,12 +1,15 @@
 """What is in an output folder decides: go on, nothing to do, or refuse; and only what is ours is ever removed."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lib import storage
-from lib.errors import UserError
-from lib.parts import PLAN_NAME, SUCCESS_NAME, present_files, settle, sweep, write_plan
+from lib import cluster, parts, storage
+from lib.errors import JobError, UserError
+from lib.parts import PLAN_NAME, SUCCESS_NAME, present_files, run_parts, settle, summary, sweep, write_plan
 
 PLAN = {"job": "embed", "model": "abc", "manifest": "1", "fingerprint": {"id": "x", "image_size": 240}}
 OTHER = {**PLAN, "fingerprint": {"id": "y", "image_size": 112}}
@@ -65,3 +68,37 @@ def test_half_written_files_are_swept_and_not_counted(begun: Path) -> None:
     assert present_files(str(begun)) == {"split=test/part-000000.parquet"}
     sweep(str(begun))
     assert not (begun / "split=test" / ".abc.tmp").exists()
+
+
+class NeverStarts:
+    def __init__(self) -> None:
+        raise UserError("the weights are of another model: choose others")
+
+
+class AlwaysDies:
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if item["part"] == 1:
+            os._exit(3)
+        return summary(lambda _: 1, item)
+
+
+@pytest.fixture(scope="module")
+def ray_of_its_own() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with cluster.connected():
+            yield
+
+
+@pytest.mark.parametrize(
+    ("worker", "line"),
+    [
+        (NeverStarts, "the weights are of another model: choose others"),
+        (AlwaysDies, "workers died 2 times over one part"),
+    ],
+)
+@pytest.mark.usefixtures("ray_of_its_own")
+def test_what_ends_the_workers_is_one_line(worker: type, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "TRIES_OF_A_PART", 2)
+    with pytest.raises(JobError, match=line):
+        run_parts([{"part": 0}, {"part": 1}], worker, (), unit="photo", num_done=0, num_all=2)
