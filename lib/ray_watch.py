@@ -94,10 +94,12 @@ def _watch(daemons: dict[str, int], place: tuple[str, int] | None, leaving: thre
     seen = time.monotonic()
     next_knock = seen + KNOCK_EVERY_S
     try:
-        while not leaving.is_set():
+        while True:
+            # Before Ray is left they live, whatever error may be on its way here because they do not.
             for descriptor, _ in dead.poll(200):
-                if not leaving.is_set():
-                    _end(f"{_NAMES[names[descriptor]]} has died: killed, or out of memory")
+                _end(f"{_NAMES[names[descriptor]]} has died: killed, or out of memory")
+            if leaving.is_set():
+                return
             if place is not None and time.monotonic() >= next_knock:
                 if _answers(place):
                     seen = time.monotonic()

@@ -35,10 +35,17 @@ class Watched:
     temporary: Path
 
 
+def _unshare(*options: str) -> list[str]:
+    """Return what stands before a command so that it runs in namespaces of its own."""
+    if subprocess.run(["unshare", *options, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespaces of one's own may be made here")
+    return ["unshare", *options]
+
+
 @pytest.fixture(scope="module")
 def watched(sample_data: Path) -> Iterator[Watched]:
     """Preprocess, train, embed, evaluate and export in namespaces of their own, from an empty home and folder."""
-    unshare = ["unshare", "--net", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+    unshare = _unshare("--net", "--mount", *(["--map-root-user"] if os.geteuid() else []))
     # Not pytest's own folder: its name is too long for the address of a socket.
     with tempfile.TemporaryDirectory(prefix="w-", dir="/tmp") as name:
         folders = [Path(name) / each for each in ("home", "now", "t")]
@@ -173,7 +180,7 @@ def test_another_server_than_ray_is_told_from_a_head(answer: bytes) -> None:
 
 
 def test_a_user_without_a_home_and_a_name_is_given_both() -> None:
-    nameless = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
+    nameless = _unshare("--user", "--map-user=54321", "--map-group=54321")
     code = "import lib, getpass, pathlib; print(getpass.getuser(), pathlib.Path('~').expanduser().is_dir())"
     variables = {name: value for name, value in environment().items() if name not in ("HOME", "USER", "LOGNAME")}
     done = subprocess.run(
