@@ -4,7 +4,9 @@ Shape suffixes: B pictures, A anchors, N anchors over the floor or
 faces, F faces chosen, 5 landmarks, 4 box corners (x0 y0 x1 y1), 2 coordinates (x y).
 """
 
+import ctypes
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -177,6 +179,42 @@ def _weights(name: str, url: str | None) -> bytes:
 
 def _openvino_network(weights: bytes) -> Network:
     """Run the ONNX file on one CPU thread, in bfloat16 where the CPU has it (docs/measurements.md compares)."""
+    # The runtime plans anew, for 2 ms, whenever it sees another size than the last. Close-ups are all of one size, so
+    # they have a network of their own. Requests are not shared: detectors may run in several threads.
+    whole, close_up = (network.create_infer_request() for network in _compiled(weights))
+
+    def run(pictures_BHW3: np.ndarray) -> Outputs:
+        request = close_up if max(pictures_BHW3.shape[1:3]) <= CLOSE_UP_SIDE else whole
+        request.infer({0: pictures_BHW3})
+        offsets, probabilities, points = (request.get_output_tensor(i).data for i in range(3))
+        return offsets, probabilities, points
+
+    return run
+
+
+_compiling = threading.Lock()
+_compiled_by_sha256: dict[str, tuple[Any, Any]] = {}
+
+
+def _compiled(weights: bytes) -> tuple[Any, Any]:
+    """Return the compiled networks of the weights, for whole photos and for close-ups: one of each in a process.
+
+    They are never destroyed. On CPUs with AMX, OpenVINO gives the thread that compiles a network an alternate signal
+    stack, and puts the one before back when the network is destroyed. Networks destroyed in the order in which they
+    were made leave the thread with a stack that is no longer mapped, and the next signal kills the process.
+    """
+    digest = sha256(weights)
+    with _compiling:
+        if digest not in _compiled_by_sha256:
+            networks = _compile(weights)
+            for network in networks:
+                # Not at the end of the process either: signals still come then.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(network))
+            _compiled_by_sha256[digest] = networks
+        return _compiled_by_sha256[digest]
+
+
+def _compile(weights: bytes) -> tuple[Any, Any]:
     import openvino
     from openvino.preprocess import PrePostProcessor
 
@@ -197,19 +235,10 @@ def _openvino_network(weights: bytes) -> Network:
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16",
         }
-        # It plans anew, for 2 ms, whenever it sees another size than the last: close-ups, all of one, have their own.
-        whole, close_up = (core.compile_model(built, "CPU", properties).create_infer_request() for _ in range(2))
+        return core.compile_model(built, "CPU", properties), core.compile_model(built, "CPU", properties)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {reason}") from error
-
-    def run(pictures_BHW3: np.ndarray) -> Outputs:
-        request = close_up if max(pictures_BHW3.shape[1:3]) <= CLOSE_UP_SIDE else whole
-        request.infer({0: pictures_BHW3})
-        offsets, probabilities, points = (request.get_output_tensor(i).data for i in range(3))
-        return offsets, probabilities, points
-
-    return run
 
 
 def _cuda_network(weights: bytes) -> Network:

@@ -4,6 +4,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -492,3 +493,42 @@ def test_no_thread_is_bound_to_a_core() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str([len(os.sched_getaffinity(0))])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGALRM", "SIGINT"])
+def test_a_signal_after_two_detectors_were_dropped_does_not_kill_the_process(name: str) -> None:
+    """On CPUs with AMX a destroyed network can leave the thread with a signal stack that is no longer mapped."""
+    program = (
+        "import ctypes, gc, os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lib.faces.detection import load_detector\n"
+        "first, second = load_detector('retinaface'), load_detector('retinaface')\n"
+        "del first; gc.collect()\n"
+        "del second; gc.collect()\n"
+        "class Stack(ctypes.Structure):\n"
+        "    _fields_ = [('start', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
+        "stack = Stack()\n"
+        "ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))\n"
+        "maps = [line.split()[0].split('-') for line in Path('/proc/self/maps').read_text().splitlines()]\n"
+        "mapped = any(int(low, 16) <= (stack.start or 0) < int(high, 16) for low, high in maps)\n"
+        "print('none' if stack.start is None else 'mapped' if mapped else 'unmapped', flush=True)\n"
+        "signal.signal(getattr(signal, sys.argv[1]), lambda *_: print('handled'))\n"
+        "os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program, name], cwd=root, capture_output=True, text=True, check=False)
+    stack, *handled = done.stdout.split()
+    # Elsewhere this CPU's runtime sets no stack, and the test cannot fail.
+    assert stack in ("none", "mapped"), f"the signal stack is {stack}"
+    assert (handled, done.returncode) == (["handled"], 0)
+    print(f"signal stack: {stack}")
+
+
+def test_detectors_of_the_same_weights_share_their_networks_and_give_the_same_in_several_threads() -> None:
+    first, second = load_detector("retinaface"), load_detector("retinaface")
+    alone = [first.detect([picture])[0] for picture in pictures()[:6]]
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(lambda one: [one.detect([p])[0] for p in pictures()[:6]], one) for one in (first, second)]
+    for found in (future.result() for future in work):
+        for seen, expected in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(seen.landmarks_N52, expected.landmarks_N52)
