@@ -106,7 +106,7 @@ def align(
     1/`reduction` of its size. Box and landmarks are pixels of the upright photo at full scale.
     """
     matrix = alignment_matrix(box_4, landmarks_52, alignment)
-    reduction = reduction or reduction_wanted(box_4, landmarks_52, alignment)
+    reduction = max(reduction or reduction_wanted(box_4, landmarks_52, alignment), photo.finest)
     # A point x of the photo lies at (x + 0.5) / n - 0.5 in the reduced one.
     to_photo = np.array([[reduction, 0, (reduction - 1) / 2], [0, reduction, (reduction - 1) / 2], [0, 0, 1.0]])
     size = (alignment.image_size, alignment.image_size)

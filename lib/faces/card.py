@@ -83,14 +83,16 @@ def finish(
     return counts
 
 
-def _read_part(faces_url: str, name: str) -> tuple[list[str], list[str | None], list[str], int, int]:
+def _read_part(faces_url: str, name: str) -> tuple[list[str], list[str | None], list[str], list[str | None], int, int]:
     with storage.open_parquet(storage.join(faces_url, name)) as file:
-        rows = file.read(columns=["photo", "identity", "status"])
+        columns = ["photo", "identity", "status", "reason"]
+        rows = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
         metadata = file.schema_arrow.metadata or {}
         footer = file.metadata
         num_bytes = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
     names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
-    return names, identities, statuses, int(metadata.get(BYTES_KEY, b"0")), num_bytes
+    reasons = rows["reason"].to_pylist() if "reason" in rows.column_names else [None] * len(names)
+    return names, identities, statuses, reasons, int(metadata.get(BYTES_KEY, b"0")), num_bytes
 
 
 def _add(
@@ -99,17 +101,18 @@ def _add(
     names: list[str],
     identities: list[str | None],
     statuses: list[str],
+    reasons: list[str | None],
     bytes_before: int,
     bytes_after: int,
 ) -> None:
     totals.statuses[split].update(statuses)
     totals.bytes_before += bytes_before
     totals.bytes_after += bytes_after
-    for name, identity, status in zip(names, identities, statuses, strict=True):
+    for name, identity, status, reason in zip(names, identities, statuses, reasons, strict=True):
         if status == table.ALIGNED and identity is not None:
             totals.photos_by_identity[split][identity] += 1
         elif status != table.ALIGNED and len(totals.refused) < _MAX_REFUSED_NAMED:
-            totals.refused.append({"photo": name, "status": status})
+            totals.refused.append({"photo": name, "status": status, **({"reason": reason} if reason else {})})
 
 
 def _counts(totals: _Totals, num_photos: int) -> dict[str, Any]:
@@ -145,7 +148,10 @@ def _readme(card: dict[str, Any]) -> str:
     ratio = card["bytes_after"] / card["bytes_before"] if card["bytes_before"] else 0.0
     speed = f", {card['photos_per_s']} photos/s in the last run" if card["photos_per_s"] else ""
     status_rows = "\n".join(f"| {status} | {counts[status]:,} |" for status in table.STATUSES)
-    refused = "\n".join(f"- `{entry['photo']!r}`: {entry['status']}" for entry in card["refused"][:50])
+    refused = "\n".join(
+        f"- `{entry['photo']!r}`: {entry['status']}" + (f" ({entry['reason']})" if "reason" in entry else "")
+        for entry in card["refused"][:50]
+    )
     passed_over = ", ".join(f"{number} {suffix}" for suffix, number in card["passed_over"].items()) or "none"
     settings = "\n".join(f"| {name} | {value} |" for name, value in fingerprint.items())
     split_lines = "\n".join(_split_lines(card))

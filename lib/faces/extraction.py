@@ -15,7 +15,7 @@ from lib.faces.alignment import EYES, Alignment, align, alignment_matrix, reduct
 from lib.faces.detection import CLOSE_UP_SIDE, DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised whenever the same photo with the same settings would give another crop."""
 
 POLICIES = ("prominent", "all")
@@ -152,7 +152,7 @@ class FaceExtractor:
             photo = Photo(data, max_pixels=int(self.settings.max_megapixels * 1e6))
             return self._photo_rows(photo, self.find(photo))
         except BadPhotoError as bad:
-            return [{"status": bad.status}]
+            return [{"status": bad.status, "reason": str(bad)}]
 
     def find(self, photo: Photo) -> Detections:
         """Return the faces of a photo over the detector's floor, in pixels of the full photo."""
@@ -171,7 +171,7 @@ class FaceExtractor:
 
     def _find_at(self, photo: Photo, long_side: int) -> Detections:
         factor = max(1.0, max(photo.width, photo.height) / long_side)
-        reduction = next(n for n in REDUCTIONS if n <= factor)
+        reduction = max(photo.finest, next(n for n in REDUCTIONS if n <= factor))
         pixels = photo.pixels(reduction)
         shrink = max(1.0, factor / reduction)
         if shrink > 1.0:

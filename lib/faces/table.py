@@ -33,10 +33,12 @@ SCHEMA = pa.schema(
         pa.field("box", pa.list_(pa.float32(), 4)),
         pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("crop", pa.binary()),
+        pa.field("reason", pa.string()),
     ]
 )
 """Boxes are x0 y0 x1 y1 and landmarks x y of left eye, right eye, nose, mouth left, mouth right (as seen in the photo),
-in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the status is `aligned`."""
+in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the status is `aligned`. `reason` says in words
+why a photo could not be read; tables made earlier lack it."""
 
 
 def faces_table(rows: list[dict[str, Any]], fingerprint_json: str) -> pa.Table:

@@ -131,13 +131,17 @@ def test_broken_files_are_corrupt_rows() -> None:
     broken = [photo for photo in range(len(PLAN)) if PLAN.special(photo)[0] == "broken"]
     assert {PLAN.special(photo)[1] for photo in broken} == {"truncated", "text", "nothing"}
     for photo in broken:
-        assert extractor().rows(draw_photo(PLAN, photo)[0]) == [{"status": table.CORRUPT}]
+        (row,) = extractor().rows(draw_photo(PLAN, photo)[0])
+        assert (row["status"], row.keys()) == (table.CORRUPT, {"status", "reason"})
+        assert row["reason"]
 
 
 def test_a_photo_over_the_limit_is_too_large() -> None:
     settings = ExtractionSettings(max_megapixels=0.1)
     detect = Scripted(faces())
-    assert FaceExtractor(settings, detect).rows(blank(400, 300)) == [{"status": table.TOO_LARGE}]
+    assert FaceExtractor(settings, detect).rows(blank(400, 300)) == [
+        {"status": table.TOO_LARGE, "reason": "400x300 is over 100000 pixels"}
+    ]
     assert detect.sizes == []
 
 

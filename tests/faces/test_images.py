@@ -1,9 +1,12 @@
 import io
 import resource
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -81,6 +84,13 @@ READABLE: dict[str, Callable[[], bytes]] = {
     "lossless WebP": lambda: encoded(SMALL, "WEBP", lossless=True),
     "WebP with alpha": lambda: encoded(SMALL.convert("RGBA"), "WEBP", lossless=True),
     "BMP": lambda: encoded(SMALL, "BMP"),
+    "GIF": lambda: encoded(SMALL, "GIF"),
+    "first picture of a moving GIF": lambda: encoded(
+        SMALL, "GIF", save_all=True, append_images=[SMALL.rotate(180), SMALL.rotate(90)]
+    ),
+    "TIFF": lambda: encoded(SMALL, "TIFF"),
+    "compressed TIFF": lambda: encoded(SMALL, "TIFF", compression="tiff_lzw"),
+    "AVIF": lambda: encoded(SMALL, "AVIF", quality=95),
     "BMP with a palette": lambda: encoded(SMALL.convert("P"), "BMP"),
 }
 
@@ -186,14 +196,12 @@ def test_a_file_that_breaks_off_is_corrupt(picture_format: str, share: float) ->
         b"",
         b"\0",
         b"This is a letter, called .jpg by mistake.\n" * 40,
-        encoded(SMALL, "GIF"),
-        encoded(SMALL, "TIFF"),
         b"\xff\xd8\xff\xe0",
         encoded(SMALL, "JPEG")[:2] + b"\xff\xd9",
         png_of_size(0, 5),
         b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 0, 1, 24, 0, 0, 0, 0, 0, 0),
     ],
-    ids=["nothing", "a byte", "text", "GIF", "TIFF", "JPEG marker", "JPEG without a picture", "no width", "empty BMP"],
+    ids=["nothing", "a byte", "text", "JPEG marker", "JPEG without a picture", "no width", "empty BMP"],
 )
 def test_what_is_no_photo_is_corrupt(data: bytes) -> None:
     assert status_of(data) == table.CORRUPT
@@ -232,9 +240,181 @@ def test_the_limit_on_pixels_counts_them_all() -> None:
     assert status_of(data, max_pixels=4799) == table.TOO_LARGE
 
 
-def test_a_picture_longer_than_opencv_allows_is_read_all_the_same() -> None:
-    data = png_of_size(1_100_000, 1, b"\0" + bytes([10, 20, 30]) * 1_100_000)
-    assert np.array_equal(Photo(data, max_pixels=MAX_PIXELS).pixels()[0, [0, -1]], [[30, 20, 10]] * 2)
+def test_a_picture_with_an_absurd_side_is_refused() -> None:
+    assert status_of(png_of_size(1_100_000, 1, b"\0" + bytes([10, 20, 30]) * 1_100_000)) == table.TOO_LARGE
+    wide = png_of_size(65_535, 1, b"\0" + bytes([10, 20, 30]) * 65_535)
+    assert np.array_equal(Photo(wide, max_pixels=MAX_PIXELS).pixels()[0, [0, -1]], [[30, 20, 10]] * 2)
+
+
+# How the pixels of an upright picture are stored under each orientation (EXIF 2.32, section 4.6.4).
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda up: up,
+    2: lambda up: up[:, ::-1],
+    3: lambda up: up[::-1, ::-1],
+    4: lambda up: up[::-1],
+    5: lambda up: up.swapaxes(0, 1),
+    6: lambda up: np.rot90(up, 1),
+    7: lambda up: np.rot90(up, 2).swapaxes(0, 1),
+    8: lambda up: np.rot90(up, -1),
+}
+
+
+def tiff_block(orientation: int, kind: int, endian: str) -> bytes:
+    """Return a TIFF structure of one tag, a short (kind 3) or a long (kind 4) as some phones write it."""
+    head = b"II*\0" if endian == "<" else b"MM\0*"
+    value = struct.pack(endian + ("H2x" if kind == 3 else "I"), orientation)
+    return head + struct.pack(endian + "IHHHI", 8, 1, ORIENTATION, kind, 1) + value + bytes(4)
+
+
+def xmp(orientation: int, *, as_element: bool = False) -> bytes:
+    tag = f'tiff:Orientation="{orientation}"'
+    body = f"><tiff:Orientation>{orientation}</tiff:Orientation></rdf:Description>" if as_element else f" {tag}/>"
+    return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description{body}</x:xmpmeta>'.encode()
+
+
+def with_app1(jpeg: bytes, body: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def with_chunk(png: bytes, kind: bytes, body: bytes) -> bytes:
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return png[:33] + chunk + png[33:]
+
+
+def raw_profile(name: bytes, blob: bytes) -> bytes:
+    """Return a text chunk that holds a profile as ImageMagick writes it."""
+    text = f"\n{name.decode()}\n{len(blob):8d}\n{blob.hex()}\n".encode()
+    return b"Raw profile type " + name + b"\0\0" + zlib.compress(text)
+
+
+def stored(orientation: int) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(SMALL))))
+
+
+CARRIERS: dict[str, Callable[[int], bytes]] = {
+    "EXIF of a JPEG": lambda o: with_app1(jpeg(o), b"Exif\0\0" + tiff_block(o, 3, "<")),
+    "long EXIF of a JPEG": lambda o: with_app1(jpeg(o), b"Exif\0\0" + tiff_block(o, 4, ">")),
+    "XMP of a JPEG": lambda o: with_app1(jpeg(o), b"http://ns.adobe.com/xap/1.0/\0" + xmp(o)),
+    "XMP element of a JPEG": lambda o: with_app1(jpeg(o), b"http://ns.adobe.com/xap/1.0/\0" + xmp(o, as_element=True)),
+    "XMP of a JPEG with a tail": lambda o: CARRIERS["XMP of a JPEG"](o) + b"tail" * 100,
+    "EXIF of a WebP": lambda o: encoded(stored(o), "WEBP", quality=95, exif=exif(o)),
+    "XMP of a WebP": lambda o: encoded(stored(o), "WEBP", quality=95, xmp=xmp(o)),
+    "EXIF of a PNG": lambda o: with_chunk(encoded(stored(o), "PNG"), b"eXIf", tiff_block(o, 3, "<")),
+    "raw EXIF profile of a PNG": lambda o: with_chunk(
+        encoded(stored(o), "PNG"), b"zTXt", raw_profile(b"exif", b"Exif\0\0" + tiff_block(o, 3, "<"))
+    ),
+    "raw APP1 profile of a PNG": lambda o: with_chunk(
+        encoded(stored(o), "PNG"), b"zTXt", raw_profile(b"APP1", b"Exif\0\0" + tiff_block(o, 3, "<"))
+    ),
+    "XMP of a PNG": lambda o: with_chunk(encoded(stored(o), "PNG"), b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(o)),
+    "EXIF of a PNG with a tail": lambda o: CARRIERS["EXIF of a PNG"](o) + b"camera" * 50,
+    "TIFF": lambda o: encoded(stored(o), "TIFF", tiffinfo={ORIENTATION: o}),
+    "EXIF of an AVIF": lambda o: encoded(stored(o), "AVIF", quality=95, exif=exif(o)),
+}
+
+
+def jpeg(orientation: int) -> bytes:
+    return encoded(stored(orientation), "JPEG", quality=95)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_photo_is_upright_wherever_its_orientation_stands_and_whoever_decodes_it(
+    carrier: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = CARRIERS[carrier](orientation)
+    wanted = np.asarray(SMALL).astype(int)
+
+    def upright() -> np.ndarray:
+        photo = Photo(data, max_pixels=MAX_PIXELS)
+        assert (photo.width, photo.height) == SMALL.size
+        return photo.pixels()[:, :, ::-1]
+
+    assert np.abs(upright() - wanted).mean() < 3
+    monkeypatch.setattr("lib.faces.images._decode_with_opencv", lambda *_: None)
+    assert np.abs(upright() - wanted).mean() < 3
+
+
+def test_exif_goes_before_xmp() -> None:
+    both = with_app1(CARRIERS["EXIF of a JPEG"](6), b"http://ns.adobe.com/xap/1.0/\0" + xmp(3))
+    assert np.abs(Photo(both, max_pixels=MAX_PIXELS).pixels()[:, :, ::-1] - np.asarray(SMALL).astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_mark_keeps_every_pixel(progressive: bool) -> None:
+    whole = encoded(SMALL, "JPEG", quality=95, progressive=progressive)
+    assert whole.endswith(b"\xff\xd9")
+    pixels = Photo(whole[:-2], max_pixels=MAX_PIXELS).pixels()
+    assert np.abs(pixels.astype(int) - Photo(whole, max_pixels=MAX_PIXELS).pixels()).max() <= 4
+    assert status_of(whole[:-40]) == table.CORRUPT
+
+
+@pytest.mark.parametrize("tail", [b"", b"camera" * 50])
+def test_sixteen_bit_grey_is_scaled_with_or_without_bytes_after_its_end(tail: bytes) -> None:
+    grey = np.asarray(SMALL.convert("L"))
+    data = encoded(Image.fromarray(grey.astype(np.uint16) * 257), "PNG") + tail
+    assert np.array_equal(Photo(data, max_pixels=MAX_PIXELS).pixels(), np.dstack([grey] * 3))
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x18ftypisom", "video"),
+        (b"%PDF-1.7", "PDF"),
+        (b"<!DOCTYPE html><html>", "HTML"),
+        (b"", "empty"),
+    ],
+)
+def test_a_format_that_is_not_read_is_named(start: bytes, name: str) -> None:
+    data = start and start + bytes(500)
+    with pytest.raises(BadPhotoError, match=name):
+        Photo(data, max_pixels=MAX_PIXELS)
+
+
+def test_what_a_file_declares_allocates_nothing() -> None:
+    """Each in a process of its own: the peak of this one is higher already."""
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBBI", 13, b"IHDR", 8, 8, 8, 2, 0, 0, 0, 0)
+    bombs = [
+        header + struct.pack(">I4s", 2**31 - 1, b"IDAT"),
+        header + struct.pack(">I4s", 2**31 - 1, b"zTXt") + b"x" * 50,
+        png_of_size(1, 99_999_999),
+        png_of_size(10_000, 10_000),
+    ]
+    program = (
+        "import resource, sys\n"
+        "from lib.faces.images import BadPhotoError, Photo\n"
+        "data = sys.stdin.buffer.read()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n"
+        "    Photo(data, max_pixels=10**8).pixels()\n"
+        "except BadPhotoError as bad:\n"
+        "    print(bad.status)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    root = Path(__file__).parents[2]
+    for data, status in zip(bombs, ["corrupt", "corrupt", "too_large", "too_large"], strict=True):
+        done = subprocess.run([sys.executable, "-c", program], input=data, cwd=root, capture_output=True, check=True)
+        said, kilobytes = done.stdout.decode().split()
+        assert (said, int(kilobytes) < 300_000) == (status, True)
+
+
+def test_a_large_jpeg_is_read_at_a_reduced_scale() -> None:
+    data = encoded(Image.new("RGB", (9000, 8000), (10, 100, 200)), "JPEG")
+    photo = Photo(data, max_pixels=MAX_PIXELS)
+    assert (photo.width, photo.height, photo.finest) == (9000, 8000, 2)
+    assert photo.pixels(photo.finest).shape == (4000, 4500, 3)
+    assert photo.pixels(8).shape == (1000, 1125, 3)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    data = encoded(SMALL, "JPEG", progressive=True)
+    place = data.index(b"\xff\xda")
+    end = data.index(b"\xff", place + 2)
+    bomb = data[:place] + data[place:end] * 2000 + data[place:]
+    with pytest.raises(BadPhotoError, match="scans"):
+        Photo(bomb, max_pixels=MAX_PIXELS)
 
 
 def test_jpeg_round_trip_keeps_bgr() -> None:
