@@ -7,6 +7,7 @@ A file system is asked for anew for each action: fsspec has one for each process
 works after a fork, in a Ray worker, and after the server was restarted.
 """
 
+import errno
 import io
 import json
 import logging
@@ -347,6 +348,7 @@ def _read_range(url: str, start: int, end: int) -> bytes:
 
 def _list_local(url: str) -> Iterator[FileInfo]:
     root = str(_local_path(url))
+    seen: set[tuple[int, int]] = set()
     # Relative paths, those of folders with "/" at the end: so they sort as the paths of the files in them do.
     waiting = [""]
     while waiting:
@@ -355,23 +357,42 @@ def _list_local(url: str) -> Iterator[FileInfo]:
         with explained(path, "list"):
             try:
                 if relative == "" or relative.endswith("/"):
-                    waiting.extend(relative + name for name in sorted(_names_in_folder(path), reverse=True))
+                    folder = os.stat(path)  # noqa: PTH116
+                    if (folder.st_dev, folder.st_ino) not in seen:
+                        seen.add((folder.st_dev, folder.st_ino))
+                        waiting.extend(relative + name for name in sorted(_names_in_folder(path, root), reverse=True))
                     continue
                 status = os.stat(path)  # noqa: PTH116
             except FileNotFoundError:
                 continue  # Removed since its folder was read, or a link to nowhere.
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                continue  # A link to itself.
         if stat.S_ISREG(status.st_mode):
             yield FileInfo(relative, status.st_size)
 
 
-def _names_in_folder(path: str) -> Iterator[str]:
-    """Yield the names in a folder, those of folders with "/" at the end; links to a folder around it are left out."""
+def _names_in_folder(path: str, root: str) -> Iterator[str]:
+    """Yield the names in a folder, those of folders with "/" at the end.
+
+    A link to a folder outside `root` is followed: data sets are often made of links. One that leads to a folder in
+    `root`, which is listed by its own name, or to a folder around it, is left out.
+    """
     with os.scandir(path) as entries:
         for entry in entries:
-            if not entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                continue
+            if not is_folder:
                 yield entry.name
-            elif not (entry.is_symlink() and Path(path).resolve().is_relative_to(Path(entry.path).resolve())):
+            elif not (entry.is_symlink() and _is_near(Path(entry.path).resolve(), Path(root).resolve())):
                 yield entry.name + "/"
+
+
+def _is_near(folder: Path, root: Path) -> bool:
+    return folder.is_relative_to(root) or root.is_relative_to(folder)
 
 
 def _list_s3(url: str) -> Iterator[FileInfo]:

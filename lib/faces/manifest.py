@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,17 @@ import pyarrow.compute as pc
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
+from lib.faces.identities import folder_identities, identity_or_nobody, read_identities
 from lib.faces.images import PHOTO_SUFFIXES
+from lib.faces.photo_names import junk, stored_name
 from lib.faces.splits import split_of
 
 logger = logging.getLogger(__name__)
 
-_MAX_NAMED = 5
+MIN_LISTED_SHARE = 0.5
+"""Of the photos that a list names, how many must be there, unless a flag says otherwise."""
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".rec")
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -50,7 +55,7 @@ class Manifest:
     Attributes:
         photos: rows as in `MANIFEST_SCHEMA`; sorted by split and name, or for Parquet input in the files' order.
         num_bytes: size of the photos, or of what Parquet holds: other photos of the same names are told by it.
-        num_passed_over: files that are no photos by their names, by suffix.
+        num_passed_over: files that are no photos: by suffix, `hidden`, or the junk folder that they lie in.
     """
 
     photos: pa.Table
@@ -70,7 +75,13 @@ class Manifest:
 
 
 def read_manifest(
-    photos_url: str, identities_url: str | None, *, split_seed: int, columns: ParquetColumns, identities_required: bool
+    photos_url: str,
+    identities_url: str | None,
+    *,
+    split_seed: int,
+    columns: ParquetColumns,
+    identities_required: bool,
+    min_listed_share: float = MIN_LISTED_SHARE,
 ) -> Manifest:
     """List the photos and give each its identity and split.
 
@@ -85,18 +96,34 @@ def read_manifest(
             f"--photos {storage.redacted(photos_url)} is not there: put the photos there, name their folder by "
             "--photos, or set DATA_URL to the folder above photos/ (jobs/sample.py draws some to try)"
         )
-    if photos_url.endswith(".parquet"):
-        return _from_parquet(photos_url, [""], columns, split_seed, required=identities_required)
     names, parquet_names, num_bytes, passed_over = _list_photos(photos_url)
-    if parquet_names and not names:
-        return _from_parquet(photos_url, parquet_names, columns, split_seed, required=identities_required)
-    listed = _read_identities(identities_url) if identities_url and storage.exists(identities_url) else None
-    if not names and not listed:
+    if names and parquet_names:
+        raise UserError(
+            f"{storage.redacted(photos_url)} holds both Parquet files ({len(parquet_names)}, such as "
+            f"{parquet_names[0]}) and pictures ({len(names)}, such as {names[0]}): name the folder of the ones or of "
+            "the others by --photos, or move what is not meant elsewhere"
+        )
+    has_list = identities_url is not None and storage.exists(identities_url)
+    manifest = None
+    if parquet_names:
+        manifest = _from_parquet(
+            photos_url, parquet_names, columns, split_seed, required=identities_required, has_list=has_list
+        )
+        names = manifest.photos["photo"].to_pylist()
+    elif not names and not has_list:
         kinds = f" ({_counted(passed_over)} lie there)" if passed_over else ""
         raise UserError(
             f"{storage.redacted(photos_url)} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} and .parquet are read"
         )
-    if listed is not None:
+    listed: dict[str, str | None] = {}
+    if has_list:
+        listed = read_identities(identities_url or "", names, photos_url=photos_url, min_listed_share=min_listed_share)
+    if manifest is not None:
+        if not has_list:
+            return manifest
+        identities = [listed.get(name) for name in names]
+        return _with_identities(manifest, identities, split_seed, required=identities_required)
+    if has_list:
         photos, identities, statuses = _join(names, listed)
     else:
         photos, identities, statuses = _by_folder(names, photos_url, identities_url, required=identities_required)
@@ -105,17 +132,22 @@ def read_manifest(
     return Manifest(photos_table.take(order), num_bytes, passed_over)
 
 
-def safe_name(name: str) -> bool:
-    """Return whether a name stays below the folder it is looked up in."""
-    return bool(name) and not name.startswith(("/", "\\")) and ".." not in name.replace("\\", "/").split("/")
-
-
 def _list_photos(photos_url: str) -> tuple[list[str], list[str], int, dict[str, int]]:
+    if photos_url.endswith(".parquet"):
+        return [], [""], 0, {}
+    if (ending := photos_url.lower()).endswith(_ARCHIVES):
+        raise UserError(
+            f"--photos {storage.redacted(photos_url)} is an archive, which is not read: unpack it, and name the folder"
+        )
+    if ending.endswith(PHOTO_SUFFIXES):
+        raise UserError(f"--photos {storage.redacted(photos_url)} is one photo: name the folder that it lies in")
     names, parquet_names, num_bytes, passed_over = [], [], 0, Counter[str]()
-    for info in storage.list_files(photos_url, skip_prefixes=(".",)):  # cameras write _DSC0001.JPG
+    for info in storage.list_files(photos_url, skip_prefixes=()):
         suffix = os.path.splitext(info.path)[1].lower()  # noqa: PTH122 - names of object stores are no paths
-        if suffix in PHOTO_SUFFIXES:
-            names.append(_utf8(info.path))
+        if kind := junk(info.path):
+            passed_over[kind] += 1
+        elif suffix in PHOTO_SUFFIXES:
+            names.append(stored_name(info.path))
             num_bytes += info.num_bytes
         elif suffix == ".parquet":
             parquet_names.append(info.path)
@@ -124,55 +156,19 @@ def _list_photos(photos_url: str) -> tuple[list[str], list[str], int, dict[str, 
     return names, parquet_names, num_bytes, dict(passed_over)
 
 
-def _utf8(name: str) -> str:
-    # A name that is no UTF-8 cannot stand in Parquet; its bytes are escaped as in a URL, and undone when it is read.
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _read_identities(url: str) -> dict[str, str]:
-    """Return photo -> identity from lines of "photo-name identity"; the name may hold spaces."""
-    try:
-        text = storage.read_bytes(url).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{url} is not UTF-8 text ({error}): save it as UTF-8") from error
-    listed: dict[str, str] = {}
-    malformed, outside, doubled = [], [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        fields = line.strip().rsplit(maxsplit=1)
-        if len(fields) < 2:
-            malformed.append(number)
-            continue
-        name, identity = fields
-        if not safe_name(name):
-            outside.append(f"line {number} ({name})")
-        elif listed.setdefault(name, identity) != identity:
-            doubled.append(f"line {number} ({name}: {listed[name]} and {identity})")
-    if malformed:
-        numbers = ", ".join(map(str, malformed[:_MAX_NAMED]))
-        raise UserError(
-            f'{url}: {len(malformed)} lines are not "photo-name identity", such as line {numbers}: mend them'
-        )
-    if outside:
-        raise UserError(f"{url}: {_some(outside)} leads out of the photo folder: only names below it are read")
-    if doubled:
-        raise UserError(f"{url}: {_some(doubled)} has two identities: keep the right one")
-    return listed
-
-
-def _join(names: list[str], listed: dict[str, str]) -> tuple[list[str], list[str | None], list[str | None]]:
+def _join(names: list[str], listed: dict[str, str | None]) -> tuple[list[str], list[str | None], list[str | None]]:
     present = set(names)
     missing = sorted(name for name in listed if name not in present)
     identities = [listed.get(name) for name in names] + [listed[name] for name in missing]
-    statuses = [None if name in listed else table.NO_IDENTITY for name in names] + [table.MISSING] * len(missing)
+    statuses = [None if listed.get(name) is not None else table.NO_IDENTITY for name in names]
+    statuses += [table.MISSING] * len(missing)
     return names + missing, identities, statuses
 
 
 def _by_folder(
     names: list[str], photos_url: str, identities_url: str | None, *, required: bool
 ) -> tuple[list[str], list[str | None], list[str | None]]:
-    folders = [name.rpartition("/")[0] or None for name in names]
+    folders = folder_identities(names)
     if required and not any(folders):
         shown = storage.redacted(identities_url or "identities.txt")
         raise UserError(
@@ -184,18 +180,35 @@ def _by_folder(
     return names, folders, statuses
 
 
-def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, seed: int, *, required: bool) -> Manifest:
-    parts, num_bytes = [], 0
+def _with_identities(manifest: Manifest, identities: Sequence[str | None], seed: int, *, required: bool) -> Manifest:
+    """Return the rows of Parquet files with identities from a list instead of a column."""
+    photos = manifest.photos
+    statuses = [table.NO_IDENTITY if required and identity is None else None for identity in identities]
+    made = _table(photos["photo"].to_pylist(), identities, statuses, seed)
+    for index, name in ((4, "source"), (5, "row")):
+        made = made.set_column(index, MANIFEST_SCHEMA.field(name), photos[name])
+    return Manifest(made, manifest.num_bytes, manifest.num_passed_over)
+
+
+def _from_parquet(
+    photos_url: str, names: list[str], columns: ParquetColumns, seed: int, *, required: bool, has_list: bool
+) -> Manifest:
+    """Return the rows of Parquet files; with a list of identities, no column of them is needed."""
+    parts, num_bytes, num_nobody = [], 0, 0
     for name in names:
         url = storage.join(photos_url, name) if name else photos_url
         with storage.open_parquet(url) as file:
-            _check_columns(url, file.schema_arrow, columns, identity_required=required)
+            _check_columns(url, file.schema_arrow, columns, identity_required=required and not has_list)
             known = set(file.schema_arrow.names) - {columns.image}
             content = file.read(columns=[column for column in (columns.identity, columns.photo) if column in known])
             num_rows = file.metadata.num_rows
             num_bytes += sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         nobody: list[str | None] = [None] * num_rows
-        identities = _texts(url, content, columns.identity) if columns.identity in known else nobody
+        identities = nobody
+        if columns.identity in known and not has_list:
+            texts = _texts(url, content, columns.identity)
+            identities = [identity_or_nobody(text) for text in texts]
+            num_nobody += sum(text is not None for text in texts) - sum(one is not None for one in identities)
         stem = name or url.rsplit("/", 1)[1]
         numbered: list[str | None] = [f"{stem}#{row}" for row in range(num_rows)]
         keys = _texts(url, content, columns.photo) if columns.photo in known else numbered
@@ -203,6 +216,8 @@ def _from_parquet(photos_url: str, names: list[str], columns: ParquetColumns, se
         part = _table(keys, identities, statuses, seed)
         part = part.set_column(4, MANIFEST_SCHEMA.field("source"), pa.array([name] * num_rows, pa.string()))
         parts.append(part.set_column(5, MANIFEST_SCHEMA.field("row"), pa.array(np.arange(num_rows), pa.int64())))
+    if num_nobody:
+        logger.warning("%d rows have an identity that says there is none (blank, nan, None, null)", num_nobody)
     photos = pa.concat_tables(parts)
     if not len(photos):
         raise UserError(f"{storage.redacted(photos_url)} holds no rows")
@@ -268,11 +283,6 @@ def _table(
         nothing.cast(pa.int64()),
     ]
     return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
-
-
-def _some(items: list[str]) -> str:
-    more = len(items) - _MAX_NAMED
-    return ", ".join(items[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _counted(counts: dict[str, int]) -> str:

@@ -1,7 +1,6 @@
 """Photos of a manifest, part by part, as rows of the faces table: what preprocess writes and what embed embeds."""
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from lib.faces import table
 from lib.faces.extraction import FaceExtractor
 from lib.faces.images import MAX_PHOTO_BYTES
 from lib.faces.manifest import Manifest
+from lib.faces.photo_names import name_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -143,11 +143,6 @@ class PhotoReader:
             images = _parquet_images(url, self._image_column, [entry["row"] for entry in wanted])
             for entry, image in zip(wanted, images, strict=True):
                 yield entry, entry["status"] or (table.MISSING if image is None else image)
-
-
-def name_on_disk(name: str) -> str:
-    """Return the name as the disk has it: bytes that are no UTF-8 were escaped by the manifest."""
-    return re.sub(r"\\x([89a-f][0-9a-f])", lambda match: chr(0xDC00 + int(match[1], 16)), name)
 
 
 def _parquet_images(url: str, column: str, rows: list[int]) -> Iterator[bytes | None]:

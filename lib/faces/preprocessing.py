@@ -18,7 +18,7 @@ from lib.faces.alignment import Alignment
 from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
 from lib.faces.gpu_detection import gpu_detectors, remote_detect
-from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
+from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
 from lib.parts import (
     PLAN_NAME,
@@ -52,6 +52,8 @@ class PreprocessConfig:
     """Photos: a folder, any nesting, or Parquet with image bytes. Default: photos/ below --data."""
     identities: str | None = None
     """File of lines "photo-name identity". Default: identities.txt below --data; else the photo's folder is it."""
+    min_listed_share: float = MIN_LISTED_SHARE
+    """Share of the photos in --identities that must be there. Under it, the names of the two do not match."""
     faces: str | None = None
     """Where the faces table goes. Default: faces/ below --data."""
     image_size: int = 240
@@ -95,6 +97,8 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         self.settings()  # refuses what cannot be before anything starts
+        if not 0.0 <= self.min_listed_share <= 1.0:
+            raise UserError(f"--min-listed-share is {self.min_listed_share}: allowed is 0 to 1")
         if self.gpus < 0:
             raise UserError(f"--gpus is {self.gpus}: 0 or more")
         if self.wait_minutes < 0:
@@ -198,6 +202,7 @@ def _plan(config: PreprocessConfig) -> tuple[Manifest, dict[str, Any]]:
         split_seed=config.split_seed,
         columns=config.columns(),
         identities_required=config.faces_policy != "all",
+        min_listed_share=config.min_listed_share,
     )
     return manifest, {
         "fingerprint": fingerprint(config.settings()),

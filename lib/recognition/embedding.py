@@ -22,6 +22,7 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.faces.alignment import Alignment, realign
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint, settings_from_fingerprint
+from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
 from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, summary, sweep, write_plan
@@ -210,6 +211,7 @@ def photos_source(
         split_seed=split_seed,
         columns=ParquetColumns(),
         identities_required=False,
+        min_listed_share=ANY_LISTED,  # the list may be that of more photos than these
     )
     in_splits = np.isin(manifest.photos["split"].to_numpy(), list(splits))
     if not in_splits.any():

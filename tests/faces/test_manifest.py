@@ -1,4 +1,5 @@
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.manifest import Manifest, ParquetColumns, read_manifest, safe_name
+from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
+from lib.faces.photo_names import name_on_disk, safe_name, stored_name
 from lib.faces.splits import split_of
 
 PHOTO = b"never opened here"
@@ -43,6 +45,7 @@ def manifest_of(
     photos: str = "photos",
     seed: int = 0,
     required: bool = True,
+    min_listed_share: float = 0.5,
     **columns: str,
 ) -> Manifest:
     if identities is not None:
@@ -54,6 +57,7 @@ def manifest_of(
         split_seed=seed,
         columns=ParquetColumns(**columns),
         identities_required=required,
+        min_listed_share=min_listed_share,
     )
 
 
@@ -125,7 +129,7 @@ def test_listed_but_missing_and_there_but_not_listed_are_rows_too(root: Path) ->
 
 
 def test_an_empty_folder_with_a_list_is_a_table_of_missing_photos(root: Path) -> None:
-    assert rows_of(manifest_of(root, "a.jpg 1\n")) == {"a.jpg": ("1", table.MISSING)}
+    assert rows_of(manifest_of(root, "a.jpg 1\n", min_listed_share=0)) == {"a.jpg": ("1", table.MISSING)}
 
 
 def test_malformed_lines_are_named_by_number(root: Path) -> None:
@@ -171,7 +175,140 @@ def test_an_identity_with_one_photo_is_kept(root: Path) -> None:
     assert rows_of(manifest_of(root, "a.jpg 1")) == {"a.jpg": ("1", None)}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "./a.jpg 1\n./p/b.jpg 2\n",
+        "photos/a.jpg 1\nphotos/p/b.jpg 2\n",
+        "a.png 1\np/b.png 2\n",
+        "a 1\np/b 2\n",
+        "a.JPG 1\np/b.Jpeg 2\n",
+        "a.jpg 1\np\\b.jpg 2\n",
+        "a.jpg,1\np/b.jpg,2\n",
+        "photo,identity\na.jpg,1\np/b.jpg,2\n",
+        ",image,label,split\n0,a.jpg,1,train\n1,p/b.jpg,2,test\n",
+        "identity;filename\n1;a.jpg\n2;p/b.jpg\n",
+        "a.jpg\t1\np/b.jpg\t2\n",
+        "photo identity\na.jpg 1\np/b.jpg 2\n",
+        "1 a.jpg\n2 p/b.jpg\n",
+        '"a.jpg", "1"\n"p/b.jpg", "2"\n',
+        "a.jpg 1\rp/b.jpg 2\r",
+    ],
+)
+def test_dialects_of_lists(root: Path, text: str) -> None:
+    place(root, "a.jpg", "p/b.jpg")
+    assert rows_of(manifest_of(root, text)) == {"a.jpg": ("1", None), "p/b.jpg": ("2", None)}
+
+
+def test_an_identity_after_a_tab_may_hold_spaces(root: Path) -> None:
+    place(root, "my a.jpg", "b.jpg")
+    rows = rows_of(manifest_of(root, "my a.jpg\tAda Lovelace\nb.jpg\tBob\n"))
+    assert rows == {"my a.jpg": ("Ada Lovelace", None), "b.jpg": ("Bob", None)}
+
+
+@pytest.mark.parametrize(("on_disk", "listed"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_may_be_composed_or_not(root: Path, on_disk: str, listed: str) -> None:
+    name = unicodedata.normalize(on_disk, "José_é.jpg")
+    place(root, name)
+    assert rows_of(manifest_of(root, unicodedata.normalize(listed, "José_é.jpg 7\n"))) == {name: ("7", None)}
+
+
+def test_a_name_that_two_photos_answer_to_is_missing(root: Path) -> None:
+    place(root, "a.jpg", "a.png", "b.jpg")
+    rows = rows_of(manifest_of(root, "a.webp 1\nb.jpg 2\n"))
+    assert rows["a.webp"] == ("1", table.MISSING)
+    assert rows["a.jpg"] == rows["a.png"] == (None, table.NO_IDENTITY)
+
+
+def test_a_list_of_other_photos_is_refused_with_an_example_of_each_side(root: Path) -> None:
+    place(root, "a.jpg", "b.jpg")
+    text = "x1.jpg 1\nx2.jpg 1\na.jpg 1\n"
+    wanted = r"lists 3 photos, and 1 of them lie in .*lists x1\.jpg, there lies b\.jpg.*--min-listed-share 0"
+    with pytest.raises(UserError, match=wanted):
+        manifest_of(root, text)
+    assert rows_of(manifest_of(root, text, min_listed_share=0.3))["x1.jpg"] == ("1", table.MISSING)
+
+
+def test_a_listed_nobody_is_nobody(root: Path) -> None:
+    place(root, "a.jpg", "b.jpg", "c.jpg")
+    rows = rows_of(manifest_of(root, "photo,identity\na.jpg,1\nb.jpg,\nc.jpg,nan\n"))
+    nobody = (None, table.NO_IDENTITY)
+    assert rows == {"a.jpg": ("1", None), "b.jpg": nobody, "c.jpg": nobody}
+
+
+def test_names_of_any_bytes_survive_the_table() -> None:
+    names = ["plain.jpg", "caf\udce9.jpg", "a\\xe9.jpg", "a\\x5c.jpg", "\\x5cxe9\udcff", "é.jpg"]
+    stored = [stored_name(name) for name in names]
+    assert len(set(stored)) == len(names)
+    assert [name_on_disk(name) for name in stored] == names
+    assert all(name.encode() for name in stored)
+
+
+def test_a_list_may_name_photos_of_any_bytes(root: Path) -> None:
+    for name in (b"caf\xe9.jpg", b"a\\xe9.jpg"):
+        Path(os.fsdecode(os.fsencode(root / "photos") + b"/" + name)).write_bytes(PHOTO)
+    rows = rows_of(manifest_of(root, b"caf\xe9.jpg 1\na\\xe9.jpg 2\n"))
+    assert rows == {"caf\\xe9.jpg": ("1", None), "a\\x5cxe9.jpg": ("2", None)}
+
+
+# What is passed over
+
+
+def test_what_devices_and_systems_leave_is_nobody(root: Path) -> None:
+    junk = ["p/@eaDir/a.jpg/SYNO_THUMB_M.jpg", "#recycle/p/a.jpg", "__MACOSX/p/._a.jpg", "p/._a.jpg", ".Trash/a.jpg"]
+    place(root, "p/a.jpg", "p/Thumbs.db", "$RECYCLE.BIN/x.jpg", *junk)
+    manifest = manifest_of(root)
+    assert rows_of(manifest) == {"p/a.jpg": ("p", None)}
+    passed_over = {"@eaDir": 1, "#recycle": 1, "__MACOSX": 1, "hidden": 2, "$RECYCLE.BIN": 1, ".db": 1}
+    assert manifest.num_passed_over == passed_over
+
+
+def test_pictures_beside_parquet_files_are_refused(root: Path) -> None:
+    write(root / "photos" / "data" / "a.parquet", image=IMAGES, identity=["p", "q", "p"])
+    place(root, "assets/page.jpg")
+    wanted = r"both Parquet files \(1, such as data/a\.parquet\) and pictures \(1, such as assets/page\.jpg\)"
+    with pytest.raises(UserError, match=wanted):
+        manifest_of(root)
+
+
+@pytest.mark.parametrize("name", ["faces.zip", "faces.tar.gz", "a.jpg"])
+def test_an_archive_or_one_photo_is_no_folder(root: Path, name: str) -> None:
+    place(root, name)
+    with pytest.raises(UserError, match="name the folder"):
+        manifest_of(root, photos=f"photos/{name}")
+
+
+def test_links_that_loop_cost_nothing_and_no_photo_comes_twice(root: Path) -> None:
+    place(root, "a/1.jpg", "b/2.jpg")
+    photos = root / "photos"
+    for link, target in {"a/see-b": "../b", "b/see-a": "../a", "c": "c", "d": ".", "e": "..", "f": "nowhere"}.items():
+        (photos / link).symlink_to(target)
+    (root / "elsewhere" / "ada").mkdir(parents=True)
+    (root / "elsewhere" / "ada" / "3.jpg").write_bytes(PHOTO)
+    (photos / "farm").symlink_to(root / "elsewhere")
+    (photos / "x").mkdir()
+    (photos / "x" / "again").symlink_to(root / "elsewhere")
+    assert set(rows_of(manifest_of(root))) == {"a/1.jpg", "b/2.jpg", "farm/ada/3.jpg"}
+
+
 # Folders
+
+
+def test_folders_of_splits_are_no_part_of_a_person(root: Path) -> None:
+    place(root, "train/ada/1.jpg", "train/bob/1.jpg", "val/ada/2.jpg", "test/eve/1.jpg")
+    rows = rows_of(manifest_of(root))
+    assert rows == {
+        "train/ada/1.jpg": ("ada", None),
+        "train/bob/1.jpg": ("bob", None),
+        "val/ada/2.jpg": ("ada", None),
+        "test/eve/1.jpg": ("eve", None),
+    }
+
+
+def test_a_person_called_as_a_split_is_a_person(root: Path) -> None:
+    place(root, "test/1.jpg", "ada/1.jpg", "eval/x/1.jpg", "bob/1.jpg")
+    assert rows_of(manifest_of(root))["eval/x/1.jpg"] == ("eval/x", None)
+    assert rows_of(manifest_of(root))["test/1.jpg"] == ("test", None)
 
 
 def test_without_a_list_the_folder_is_the_identity(root: Path) -> None:
@@ -197,10 +334,10 @@ def test_names_of_any_bytes_can_be_listed_and_told_apart(root: Path) -> None:
 
 
 def test_files_that_are_no_photos_are_counted_by_suffix(root: Path) -> None:
-    place(root, "p/a.jpg", "p/b.JPG", "p/notes.txt", "p/more.TXT", "p/Makefile", "p/old.gif", "p/.hidden.jpg")
+    place(root, "p/a.jpg", "p/b.JPG", "p/notes.txt", "p/more.TXT", "p/Makefile", "p/old.svg", "p/.hidden.jpg")
     manifest = manifest_of(root)
     assert set(rows_of(manifest)) == {"p/a.jpg", "p/b.JPG"}
-    assert manifest.num_passed_over == {".txt": 2, "no suffix": 1, ".gif": 1}
+    assert manifest.num_passed_over == {".txt": 2, "no suffix": 1, ".svg": 1, "hidden": 1}
 
 
 def test_flat_photos_without_a_list_are_refused(root: Path) -> None:
@@ -223,8 +360,8 @@ def test_photos_of_nobody_are_split_by_their_own_names(root: Path) -> None:
 def test_a_folder_without_photos_says_what_lies_there(root: Path) -> None:
     with pytest.raises(UserError, match=r"photos holds no photos: \.jpg, "):
         manifest_of(root)
-    place(root, "a.gif", "b.gif", "notes.txt")
-    with pytest.raises(UserError, match=r"photos holds no photos \(2 \.gif, 1 \.txt lie there\)"):
+    place(root, "a.svg", "b.svg", "notes.txt")
+    with pytest.raises(UserError, match=r"photos holds no photos \(2 \.svg, 1 \.txt lie there\)"):
         manifest_of(root)
 
 
@@ -360,3 +497,21 @@ def test_a_damaged_parquet_file_is_named(root: Path) -> None:
     place(root, "broken.parquet")
     with pytest.raises(UserError, match=r"broken\.parquet\W is no whole Parquet file"):
         manifest_of(root)
+
+
+@pytest.mark.parametrize("nobody", ["", " ", "nan", "None", None])
+def test_a_row_without_a_value_is_nobody(root: Path, nobody: str | None) -> None:
+    write(root / "photos" / "a.parquet", image=IMAGES, identity=pa.array(["p", nobody, nobody]))
+    rows = rows_of(manifest_of(root))
+    assert list(rows.values()) == [("p", None), (None, table.NO_IDENTITY), (None, table.NO_IDENTITY)]
+
+
+def test_a_number_that_is_none_is_nobody(root: Path) -> None:
+    write(root / "photos" / "a.parquet", image=IMAGES, identity=pa.array([7.0, float("nan"), None], from_pandas=False))
+    assert [identity for identity, _ in rows_of(manifest_of(root)).values()] == ["7", None, None]
+
+
+def test_a_list_names_the_people_of_parquet_rows(root: Path) -> None:
+    write(root / "photos" / "a.parquet", image=IMAGES, photo=["a.jpg", "b.jpg", "c.jpg"])
+    rows = rows_of(manifest_of(root, "a.jpg ada\nb.jpg bob\n"))
+    assert rows == {"a.jpg": ("ada", None), "b.jpg": ("bob", None), "c.jpg": (None, table.NO_IDENTITY)}
