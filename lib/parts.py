@@ -31,18 +31,31 @@ TRIES_OF_A_PART = 10
 Plan = Mapping[str, Any]
 
 
+SUCCESS_ENTRIES = {"run_id": str, "fingerprint": dict, "counts": dict}
+"""What `_SUCCESS` holds, with their types; `parts`, the size of each file in bytes, is not in older ones."""
+
+
 def settle(
-    url: str, plan: Plan, *, flag: str, overwrite: bool, other_names: Sequence[str] = ()
+    url: str,
+    plan: Plan,
+    *,
+    flag: str,
+    overwrite: bool,
+    file_names: Sequence[str],
+    other_names: Sequence[str] = (),
+    before_removal: Callable[[], object] = lambda: None,
 ) -> dict[str, Any] | None:
     """Return the `_SUCCESS` of a finished output of this very plan, or None where there is work to do.
 
-    With `overwrite` the output of another plan is removed, and nothing else: its parts, `other_names`, its plan.
+    A finished output that has lost some of its `file_names` is work to do: those are made again. With `overwrite` the
+    output of another plan is removed, and nothing else: its parts, `other_names`, its plan. `before_removal` is called
+    first, and raises where the new output could not be made.
 
     Raises:
         UserError: the folder holds the output of another plan, or files of someone else. `flag` names the folder.
     """
     success_url, plan_url = storage.join(url, SUCCESS_NAME), storage.join(url, PLAN_NAME)
-    earlier = storage.read_json(plan_url) if storage.exists(plan_url) else None
+    earlier = storage.read_json(plan_url, {"run_id": str, "fingerprint": dict}) if storage.exists(plan_url) else None
     if earlier is not None and earlier.get("job") != plan.get("job"):
         raise UserError(
             f"{url} holds what another job made, which is never overwritten: choose another folder by {flag}"
@@ -50,7 +63,7 @@ def settle(
     if earlier is not None:
         different = differences(plan, earlier)
         if not different:
-            return storage.read_json(success_url) if storage.exists(success_url) else None
+            return _finished(url, file_names)
         problem = f"was made otherwise ({'; '.join(different)})"
     else:
         foreign = next(iter(storage.list_files(url)), None)
@@ -64,7 +77,8 @@ def settle(
         )
     if earlier is None:
         raise UserError(f"{url} {problem}: --overwrite replaces what this job made only; choose another folder")
-    logger.info("removing what was made earlier in %s", url)
+    before_removal()
+    logger.info("removing what was made earlier in %s", storage.redacted(url))
     # What says that all is there goes first, and what says whose it is goes last.
     storage.remove(success_url)
     for info in storage.list_files(url, suffix=".parquet"):
@@ -80,15 +94,59 @@ def write_plan(url: str, plan: Plan) -> str:
     """Write the plan unless it is there, and return the id of the run that wrote it."""
     plan_url = storage.join(url, PLAN_NAME)
     if storage.exists(plan_url):
-        return str(storage.read_json(plan_url)["run_id"])
+        return str(storage.read_json(plan_url, {"run_id": str})["run_id"])
     run_id = uuid.uuid4().hex[:12]
     storage.write_json(plan_url, {"run_id": run_id, **plan})
     return run_id
 
 
-def present_files(url: str) -> set[str]:
-    """Return the Parquet files that are there, by their paths below `url`."""
-    return {info.path for info in storage.list_files(url, suffix=".parquet")}
+def present_files(url: str) -> dict[str, int]:
+    """Return the sizes in bytes of the Parquet files that are there, by their paths below `url`."""
+    return {info.path: info.num_bytes for info in storage.list_files(url, suffix=".parquet")}
+
+
+def read_success(url: str, *, what: str, job: str) -> dict[str, Any]:
+    """Return what a finished output says of itself, once all its parts are there.
+
+    Raises:
+        UserError: there is none, it is not finished, or parts of it are gone. `what` and `job` name it and its maker.
+    """
+    success_url = storage.join(url, SUCCESS_NAME)
+    shown = storage.redacted(url)
+    if not storage.exists(success_url):
+        raise UserError(f"no finished {what} at {shown} (no {SUCCESS_NAME}): run {job} first")
+    success = storage.read_json(success_url, SUCCESS_ENTRIES)
+    if lost := _lost(url, success):
+        raise UserError(
+            f"{len(lost)} of the {len(success['parts'])} parts of {shown} are gone or not as they were written, such "
+            f"as {lost[0]}: run {job} again with the settings of that table, and it makes them again"
+        )
+    return success
+
+
+def _lost(url: str, success: Mapping[str, Any]) -> list[str]:
+    """Return the parts that `_SUCCESS` names and that are not there, or of another size."""
+    parts = success.get("parts")
+    if not isinstance(parts, dict):
+        return []
+    present = present_files(url)
+    return [name for name, num_bytes in parts.items() if present.get(name) != num_bytes]
+
+
+def _finished(url: str, file_names: Sequence[str]) -> dict[str, Any] | None:
+    """Return `_SUCCESS` where all is there; else remove the parts that were changed, so that they are made again."""
+    success_url = storage.join(url, SUCCESS_NAME)
+    if not storage.exists(success_url):
+        return None
+    success = storage.read_json(success_url, SUCCESS_ENTRIES)
+    present = present_files(url)
+    lost = set(_lost(url, success)) | {name for name in file_names if name not in present}
+    if not lost:
+        return success
+    logger.warning("%d parts of %s are gone or damaged: they are made again", len(lost), storage.redacted(url))
+    for name in lost & set(file_names) & set(present):
+        storage.remove(storage.join(url, name))
+    return None
 
 
 def sweep(url: str) -> None:
@@ -217,8 +275,17 @@ def _rows(bundles: Iterator[Any]) -> Iterator[dict[str, Any]]:
         ) from error
 
 
-def differences(ours: Plan, theirs: Plan) -> list[str]:
-    """Return each setting in which two plans differ, those of their fingerprints too, with both values."""
+def differences(ours: Plan, theirs: Plan, defaults: Plan | None = None) -> list[str]:
+    """Return each setting in which two plans differ, those of their fingerprints too, with both values.
+
+    A setting that `theirs` does not know is newer than it. It had its default then, or where there are no `defaults`
+    the present value.
+    """
+    newer = [name for name in ours if name not in theirs]
+    if newer:
+        theirs = {**theirs, **{name: (ours if defaults is None else defaults).get(name) for name in newer}}
+        told = ", ".join(f"{name} {theirs[name]}" for name in newer)
+        logger.info("settings that are newer than what is there are taken to have been: %s", told)
     flat_ours = {**ours, **ours["fingerprint"], "fingerprint": None, "id": None}
     flat_theirs = {**theirs, **theirs.get("fingerprint", {}), "fingerprint": None, "id": None, "run_id": None}
     names = sorted(name for name in flat_ours if flat_ours[name] != flat_theirs.get(name))

@@ -18,7 +18,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -167,16 +167,24 @@ def write_bytes(url: str, data: bytes) -> None:
             raise
 
 
-def read_json(url: str) -> Any:
-    """Return what a JSON file holds.
+def read_json(url: str, wanted: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
+    """Return the object that a JSON file of ours holds, once each of the `wanted` entries is there and of its type.
 
     Raises:
-        UserError: it is not JSON; and as `read_bytes`.
+        UserError: it is not JSON, or of another shape; and as `read_bytes`.
     """
+    next_step = "remove it and run the job that made it again"
     try:
-        return json.loads(read_bytes(url))
-    except ValueError as error:
-        raise UserError(f"{shown(url)} is not JSON ({error}): remove it and run the job that made it again") from error
+        content = json.loads(read_bytes(url))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown(url)} is not JSON ({error}): {next_step}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{shown(url)} holds {type(content).__name__} where an object is wanted: {next_step}")
+    for name, kind in (wanted or {}).items():
+        if not isinstance(content.get(name), kind):
+            found = f"is {type(content[name]).__name__}" if name in content else "is not there"
+            raise UserError(f"{shown(url)} is not what a job of ours writes: {name!r} {found}: {next_step}")
+    return content
 
 
 def write_json(url: str, content: Any) -> None:
@@ -199,6 +207,12 @@ def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     """Return a Parquet file as a table; raises as `open_parquet`."""
     # Not pq.read_table: below a folder such as split=train it adds a column that the file does not hold.
     with open_parquet(url) as file, _parquet_explained(url):
+        absent = [name for name in columns or () if name not in file.schema_arrow.names]
+        if absent:
+            raise UserError(
+                f"{shown(url)} has no column {', '.join(absent)}, it has {', '.join(file.schema_arrow.names)}: "
+                "remove it and run the job that made it again"
+            )
         return file.read(columns=columns)
 
 

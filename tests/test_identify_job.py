@@ -135,5 +135,5 @@ def test_bad_galleries_and_settings_are_refused(model_url: str, gallery_url: str
         rows = [{"photo": "a", **row}, {"photo": "b", "status": "no_face"}]
         made = pa.Table.from_pylist(rows, schema=pq.read_schema(part))
         storage.write_parquet(str(tmp_path / name / "split=test" / "part-000000.parquet"), made)
-        storage.write_json(str(tmp_path / name / "_SUCCESS"), {})
+        storage.write_json(str(tmp_path / name / "_SUCCESS"), {"run_id": "1", "fingerprint": {}, "counts": {}})
         assert re.search(said, refused(gallery=str(tmp_path / name)))

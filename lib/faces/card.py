@@ -14,6 +14,7 @@ from lib import storage
 from lib.faces import table
 from lib.faces.images import to_jpeg
 from lib.faces.manifest import Manifest
+from lib.parts import present_files
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def finish(
     storage.write_json(storage.join(faces_url, CARD_NAME), card)
     storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
     storage.write_bytes(storage.join(faces_url, SHEET_NAME), _contact_sheet(faces_url, file_names))
-    success = {"run_id": run_id, "fingerprint": fingerprint, "counts": counts}
+    present = present_files(faces_url)
+    parts = {name: present[name] for name in file_names}
+    success = {"run_id": run_id, "fingerprint": fingerprint, "counts": counts, "parts": parts}
     storage.write_json(storage.join(faces_url, table.SUCCESS_NAME), success)
     for line in _split_lines(card):
         logger.info(line)

@@ -5,7 +5,7 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lib import storage
@@ -137,7 +137,7 @@ def read_identities(
     dialect = _dialect(lines, present)
     listed: dict[str, str | None] = {}
     malformed, outside, doubled, nobodies = [], [], [], []
-    num_found, absent = 0, ""
+    num_found, absent, alike = 0, "", []
     for number, line in lines[1 if dialect.has_header else 0 :]:
         fields = dialect.fields(line)
         if fields is None:
@@ -159,9 +159,33 @@ def read_identities(
         elif photo not in listed:
             listed[photo] = identity
             num_found += found is not None
+            if found and found not in (name, stored_name(name)):
+                alike.append(f"{name} for {found}")
     _refuse(url, malformed, outside, doubled)
+    _tell(url, nobodies, alike)
+    _check_share(url, photos_url, names, listed, num_found, absent, min_listed_share)
+    return listed
+
+
+def _tell(url: str, nobodies: list[str], alike: list[str]) -> None:
     if nobodies:
         logger.warning("%s: %d photos have no identity (%r)", storage.redacted(url), len(nobodies), nobodies[0])
+    if alike:
+        logger.warning(
+            "%d names of identities in %s are not quite those of the photos, such as %s: taken for the same",
+            *(len(alike), storage.redacted(url), alike[0]),
+        )
+
+
+def _check_share(
+    url: str,
+    photos_url: str,
+    names: Collection[str],
+    listed: Mapping[str, str | None],
+    num_found: int,
+    absent: str,
+    min_listed_share: float,
+) -> None:
     if num_found < min_listed_share * len(listed):
         unlisted = next((name for name in sorted(names) if name not in listed), None)
         there = f"there lies {unlisted}" if unlisted else "no photo lies there"
@@ -176,7 +200,6 @@ def read_identities(
             "%d of the %d photos of %s are missing, such as %s",
             *(len(listed) - num_found, len(listed), storage.redacted(url), absent),
         )
-    return listed
 
 
 def folder_identities(names: Sequence[str]) -> list[str | None]:

@@ -7,6 +7,7 @@ name and content follow from the manifest and the settings alone: see `lib.parts
 import json
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, ParquetColumns, read_
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
 from lib.parts import (
     PLAN_NAME,
+    SUCCESS_ENTRIES,
     SUCCESS_NAME,
     differences,
     present_files,
@@ -161,15 +163,47 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
         return {"job": "preprocess", "dry_run": True, "faces": config.faces_url, "parts": len(parts), **plan}
 
     storage.check_writable(config.faces_url)
-    success = settle(config.faces_url, plan, flag="--faces", overwrite=config.overwrite, other_names=card.NAMES)
+    file_names = [name for part in parts for name in part.file_names()]
+    with ExitStack() as cluster_kept:
+
+        def check_all() -> None:
+            _check_detector(config)
+            cluster_kept.enter_context(cluster.connected())
+
+        success = settle(
+            config.faces_url,
+            plan,
+            flag="--faces",
+            overwrite=config.overwrite,
+            file_names=file_names,
+            other_names=card.NAMES,
+            before_removal=check_all,
+        )
+        return _make(config, manifest, plan, parts, success, started)
+
+
+def _check_detector(config: PreprocessConfig) -> None:
+    """Raise UserError where the workers' detector could not be loaded: so it is told in one line."""
+    if not config.gpus:
+        load_detector(config.detector, config.settings().detector_weights)
+
+
+def _make(
+    config: PreprocessConfig,
+    manifest: Manifest,
+    plan: dict[str, Any],
+    parts: list[Part],
+    success: dict[str, Any] | None,
+    started: float,
+) -> dict[str, Any]:
+    """Make what of the table is not there yet, and return its counts."""
     if success is not None:
         logger.info("%s is complete: nothing to do", config.faces_url)
         return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
-    if not config.gpus:
-        load_detector(config.detector, config.settings().detector_weights)  # wrong weights are told here, in one line
+    _check_detector(config)
     run_id = write_plan(config.faces_url, plan)
     present = present_files(config.faces_url)
-    todo = [part for part in parts if not present.issuperset(part.file_names())]
+    todo = [part for part in parts if not present.keys() >= set(part.file_names())]
     num_done = sum(part.stop - part.start for part in parts) - sum(part.stop - part.start for part in todo)
     if num_done:
         logger.info("going on: %d of %d photos are done", num_done, len(manifest))
@@ -227,7 +261,7 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
         try:
             success = _success(config.faces_url)
             if success is not None and success["run_id"] != passed_over:
-                different = differences(_plan(config)[1], storage.read_json(storage.join(config.faces_url, PLAN_NAME)))
+                different = differences(_plan(config)[1], _read_plan(config.faces_url))
                 if not different:
                     return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
                 passed_over = success["run_id"]
@@ -242,7 +276,11 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
 
 def _success(faces_url: str) -> dict[str, Any] | None:
     url = storage.join(faces_url, SUCCESS_NAME)
-    return storage.read_json(url) if storage.exists(url) else None
+    return storage.read_json(url, SUCCESS_ENTRIES) if storage.exists(url) else None
+
+
+def _read_plan(faces_url: str) -> dict[str, Any]:
+    return storage.read_json(storage.join(faces_url, PLAN_NAME), {"run_id": str, "fingerprint": dict})
 
 
 class PartWorker:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lib import storage
+from lib import parts
 from lib.errors import UserError
-from lib.parts import SUCCESS_NAME
+from lib.parts import SUCCESS_NAME as SUCCESS_NAME
 
 SPLITS = ("train", "val", "test")
 
@@ -51,10 +51,21 @@ def read_success(faces_url: str) -> dict[str, Any]:
     """Return what a finished faces table says of itself: run_id, fingerprint, counts.
 
     Raises:
-        UserError: there is none, or it is not finished.
+        UserError: there is none, it is not finished, or parts of it are gone.
     """
-    url = storage.join(faces_url, SUCCESS_NAME)
-    if not storage.exists(url):
-        raise UserError(f"no finished faces at {faces_url} (no {SUCCESS_NAME}): run jobs/preprocess.py first")
-    success: dict[str, Any] = storage.read_json(url)
-    return success
+    return parts.read_success(faces_url, what="faces", job="jobs/preprocess.py")
+
+
+def crop_size(success: dict[str, Any]) -> int:
+    """Return the side of the crops in pixels.
+
+    Raises:
+        UserError: the table does not say it.
+    """
+    size = success["fingerprint"].get("image_size")
+    if not isinstance(size, int):
+        raise UserError(
+            f"the faces table has no image_size in the fingerprint of its {SUCCESS_NAME}: run jobs/preprocess.py again "
+            "with --overwrite"
+        )
+    return size

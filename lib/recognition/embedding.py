@@ -96,7 +96,13 @@ class FacesSource:
 
     def plan(self) -> dict[str, Any]:
         """Return what the embeddings depend on, beside the model."""
-        return {"fingerprint": self.fingerprint, "faces_run": self.run_id, "files": len(self.file_names)}
+        splits = sorted({name.split("/")[0].removeprefix("split=") for name in self.file_names})
+        return {
+            "fingerprint": self.fingerprint,
+            "faces_run": self.run_id,
+            "files": len(self.file_names),
+            "splits": splits,
+        }
 
     def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
         """Return for each part what travels to a worker, the files it becomes, and its number of rows."""
@@ -249,13 +255,16 @@ def embed_source(
         return {**result, "dry_run": True, "rows": num_all, "parts": len(items), **plan}
 
     storage.check_writable(output)
-    success = settle(output, plan, flag="--output", overwrite=overwrite)
+    file_names = [name for _, names, _ in items for name in names]
+    success = settle(
+        output, plan, flag="--output", overwrite=overwrite, file_names=file_names, before_removal=_check_cluster
+    )
     if success is not None:
         logger.info("%s is complete: nothing to do", output)
         return {**result, **success["counts"], "rows_processed": 0}
     run_id = write_plan(output, plan)
     present = present_files(output)
-    todo = [(item, rows) for item, names, rows in items if not present.issuperset(names)]
+    todo = [(item, rows) for item, names, rows in items if not present.keys() >= set(names)]
     num_todo = sum(rows for _, rows in todo)
     if num_todo < num_all:
         logger.info("going on: %d of %d rows are done", num_all - num_todo, num_all)
@@ -272,9 +281,11 @@ def embed_source(
                 gpus=gpus,
             )
     sweep(output)
-    counts = _counts(output, [name for _, names, _ in items for name in names])
+    counts = _counts(output, file_names)
     about = {"model": {"url": storage.redacted(embedder.url), **model}, "fingerprint": plan["fingerprint"]}
+    written = present_files(output)
     about |= {"fingerprint_differences": differences, "counts": counts}
+    about |= {"parts": {name: written[name] for name in file_names}}
     storage.write_json(storage.join(output, SUCCESS_NAME), {"run_id": run_id, **about})
     return {
         **result,
@@ -283,6 +294,12 @@ def embed_source(
         "faces_per_s": round(num_processed / seconds, 1) if num_processed else 0.0,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _check_cluster() -> None:
+    """Raise where no cluster is to be had."""
+    with cluster.connected():
+        pass
 
 
 def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:

@@ -15,7 +15,7 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces.table import FINGERPRINT_KEY
 from lib.faces.table import SCHEMA as FACES_SCHEMA
-from lib.parts import SUCCESS_NAME
+from lib.parts import read_success
 
 MODEL_KEY = b"conv-facenet.model"
 """Key in the Parquet schema's metadata under which the model stands as JSON: digest, embedding_dim, template."""
@@ -56,8 +56,7 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
     Raises:
         UserError: there is none, it is not finished, it is no embeddings table, or an embedding is not finite.
     """
-    if not storage.exists(storage.join(url, SUCCESS_NAME)):
-        raise UserError(f"no finished embeddings at {url} (no {SUCCESS_NAME}): run jobs/embed.py first")
+    read_success(url, what="embeddings", job="jobs/embed.py")
     if file_names is None:
         file_names = [info.path for info in storage.list_files(url, suffix=".parquet")]
     if not file_names:

@@ -19,7 +19,7 @@ import torch
 from lib import cluster, storage
 from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
-from lib.faces.table import read_success
+from lib.faces.table import crop_size, read_success
 from lib.parts import differences
 from lib.recognition.model import EmbeddingModel, ModelSpec, initial_model
 from lib.training import checkpoints
@@ -70,7 +70,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         embedding_dim=config.embedding_dim,
         head=config.head_widths,
         normalize=config.normalize,
-        image_size=config.image_size or int(success["fingerprint"]["image_size"]),
+        image_size=config.image_size or crop_size(success),
         fingerprint=success["fingerprint"],
     )
     plan = config.content(success)

@@ -20,7 +20,7 @@ from lib import cluster, storage
 from lib.errors import JobError, JobStopped, UserError
 from lib.evaluation.comparison import ComparedRun
 from lib.evaluation.pairs import made_pairs
-from lib.faces.table import read_success
+from lib.faces.table import crop_size, read_success
 from lib.parts import differences
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.recognition.weights import INIT_NAMES
@@ -59,7 +59,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     trials = plan_trials(config)
     plan = _plan(config, success)
     _settle(config.url, plan)
-    _check_models(trials, int(success["fingerprint"]["image_size"]))
+    _check_models(trials, crop_size(success))
     counts = _check_faces(config.train)
     names = [trial.name for trial in trials]
     if config.train.dry_run:

@@ -88,7 +88,8 @@ def test_card_success_and_readme_say_the_same(faces: Path) -> None:
     written = json.loads((faces / "card.json").read_text())
     success = json.loads((faces / "_SUCCESS").read_text())
     readme = (faces / "README.md").read_text()
-    assert success == {"run_id": "run-1", "fingerprint": FINGERPRINT, "counts": counts}
+    sizes = {name: (faces / name).stat().st_size for name in PARTS}
+    assert success == {"run_id": "run-1", "fingerprint": FINGERPRINT, "counts": counts, "parts": sizes}
     assert written["counts"] == counts
     assert written["fingerprint"] == FINGERPRINT
     assert written["passed_over"] == {".gif": 2}

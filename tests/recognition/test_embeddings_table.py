@@ -16,7 +16,7 @@ def written(folder: Path, rows: dict[str, list[dict]]) -> str:
     parts = schema(3, json.dumps({"id": "f"}), json.dumps({"digest": "d", "embedding_dim": 3, "template": "eyes"}))
     for name, content in rows.items():
         storage.write_parquet(str(folder / name), pa.Table.from_pylist(content, schema=parts))
-    storage.write_json(str(folder / "_SUCCESS"), {})
+    storage.write_json(str(folder / "_SUCCESS"), {"run_id": "1", "fingerprint": {}, "counts": {}})
     return str(folder)
 
 
@@ -58,7 +58,7 @@ def test_metadata_that_do_not_fit_are_told(tmp_path: Path, about: str) -> None:
 def test_what_is_no_embeddings_table_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no finished embeddings at .*jobs/embed\.py"):
         read_embeddings(str(tmp_path))
-    storage.write_json(str(tmp_path / "_SUCCESS"), {})
+    storage.write_json(str(tmp_path / "_SUCCESS"), {"run_id": "1", "fingerprint": {}, "counts": {}})
     with pytest.raises(UserError, match="holds no embeddings"):
         read_embeddings(str(tmp_path))
     storage.write_parquet(str(tmp_path / "split=test" / "part-000000.parquet"), pa.table({"photo": ["a"]}))
