@@ -8,13 +8,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from lib import local_ray, ray_watch, remote_ray
 from lib.config import heed_stop_signals, in_submitted_job, signal_noticed
+from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 WAIT_EVERY_S = 1.0
+
+Gpus = Literal["auto"] | int
+"""GPUs that a job computes on: all of the cluster, or so many; 0 computes on the CPUs."""
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,3 +118,27 @@ def num_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def chosen_gpus(asked: Gpus) -> int:
+    """Return how many GPUs of the connected cluster to use, and tell it: `auto` takes all there are.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    there = num_gpus()
+    if asked == "auto":
+        if there:
+            logger.info("computing on %d GPU%s: --gpus 0 computes on the CPUs", there, "s" if there > 1 else "")
+        return there
+    if asked > there:
+        raise UserError(
+            f"--gpus is {asked}, but the cluster has {there}: ask for no more, or leave --gpus out"
+        )
+    return asked
+
+
+def check_gpus(asked: Gpus) -> None:
+    """Raise UserError where a value of `--gpus` makes no sense anywhere."""
+    if asked != "auto" and asked < 0:
+        raise UserError(f"--gpus is {asked}: auto, 0 or more")
