@@ -70,8 +70,8 @@ class TimedWorker(loop.Worker):
             self._shares["store_wait"].append(store_wait_s / self._own_s)
         return sums, data_wait_s, store_wait_s, train_s
 
-    def _step(self, *arguments: Any) -> None:
-        super()._step(*arguments)
+    def _step(self, *arguments: Any, **named: Any) -> None:
+        super()._step(*arguments, **named)
         self._num_own += 1
         in_round = self._num_own % (NUM_UNTIMED + NUM_STEPS)
         if in_round == NUM_UNTIMED:

@@ -132,9 +132,7 @@ def chosen_gpus(asked: Gpus) -> int:
             logger.info("computing on %d GPU%s: --gpus 0 computes on the CPUs", there, "s" if there > 1 else "")
         return there
     if asked > there:
-        raise UserError(
-            f"--gpus is {asked}, but the cluster has {there}: ask for no more, or leave --gpus out"
-        )
+        raise UserError(f"--gpus is {asked}, but the cluster has {there}: ask for no more, or leave --gpus out")
     return asked
 
 

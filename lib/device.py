@@ -3,13 +3,16 @@
 Everything here runs on a CPU too, so that what a GPU does is tested without one.
 """
 
+import contextlib
 import logging
+import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from lib.errors import UserError
 
@@ -49,6 +52,7 @@ def worker_device(*, use_gpu: bool) -> torch.device:
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:
     """Set up this process for speed on its device: TF32 for what stays float32, and kernels chosen by trial."""
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
@@ -77,6 +81,67 @@ def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.T
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class Upload:
+    """Copies arrays to a device beside what it computes, from any thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def empty(self, *shape: int) -> np.ndarray:
+        """Return an uint8 array to be filled, which this copies without waiting: for GPUs it lies in pinned memory."""
+        array: np.ndarray = torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None).numpy()
+        return array
+
+    def __call__(self, array: np.ndarray) -> "Uploaded":
+        """Start the copy of an array, which must not change from then on."""
+        if self._stream is None:
+            return Uploaded(torch.from_numpy(array), None)
+        with torch.cuda.stream(self._stream):
+            tensor = torch.from_numpy(array).to(self.device, non_blocking=True)
+        return Uploaded(tensor, self._stream.record_event())
+
+
+class Uploaded:
+    """An array on its way to a device."""
+
+    def __init__(self, tensor: torch.Tensor, event: torch.cuda.Event | None) -> None:
+        self._tensor = tensor
+        self._event = event
+
+    def tensor(self) -> torch.Tensor:
+        """Return the array on the device; what the caller has computed there next waits for it, the caller does not."""
+        if self._event is not None:
+            stream = torch.cuda.current_stream(self._tensor.device)
+            stream.wait_event(self._event)
+            self._tensor.record_stream(stream)  # else the copy of a later array could take its place too early
+        return self._tensor
+
+
+class Fetched:
+    """A tensor on its way from a device to the CPU."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor.detach(), non_blocking=True)
+            self._event = torch.cuda.current_stream(tensor.device).record_event()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether `numpy` would not wait."""
+        return self._event is None or self._event.query()
+
+    def numpy(self) -> np.ndarray:
+        """Return the array, after it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+        array: np.ndarray = self._tensor.numpy()
+        return array
 
 
 def adamw(groups: Iterable[dict[str, Any]], device: torch.device, *, lr: float) -> torch.optim.AdamW:
@@ -119,11 +184,70 @@ def compiled(
     return call
 
 
+def compile_module(
+    module: nn.Module,
+    asked: Compile,
+    device: torch.device,
+    first_run: Callable[[], Any],
+    *,
+    pays: bool = True,
+    parts: Iterable[nn.Module] = (),
+) -> bool:
+    """Compile a module in place, its names staying as they are, and return whether it is compiled now.
+
+    `first_run` makes the compiler run and what was compiled be tried, forward and backward. `parts`, where there are
+    any, are compiled instead of the whole: parts that are alike are compiled once. Where the compiler fails, as on a
+    machine without Triton or a C compiler, one line says so and the module stays as it was.
+    """
+    if asked == "off" or (asked == "auto" and (device.type != "cuda" or not pays)):
+        return False
+    import torch._dynamo  # takes seconds
+
+    chosen = list(parts) or [module]
+    # Each kind of part and shape counts as another compilation of one function.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    try:
+        for part in chosen:
+            part.compile(dynamic=False)
+        first_run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        for part in chosen:
+            part._compiled_call_impl = None
+        if not _is_of_the_compiler(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        logger.warning("not compiled (%s): the model runs as it is, slower", reason)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Have compiled modules run as they are: for other shapes than they were compiled for, which would compile anew."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Have products of matrices keep all bits of float32: distances of near vectors are lost in those of TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _is_of_the_compiler(error: Exception) -> bool:
     """Return whether an error comes from the compiler itself, not from what it compiled."""
-    modules = {type(each).__module__.split(".")[0] + "." for each in _chain(error)}
-    names = {type(each).__module__ for each in _chain(error)}
-    return "triton." in modules or any(name.startswith(("torch._dynamo", "torch._inductor")) for name in names)
+    names = [type(each).__module__ for each in _chain(error)]
+    return any(name.startswith(("triton", "torch._dynamo", "torch._inductor")) for name in names)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -132,6 +256,12 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = error.__cause__ or error.__context__
     return chain
+
+
+def free_memory() -> None:
+    """Give back what this process holds of a GPU's memory and does not use."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def told(device: torch.device) -> str:

@@ -19,6 +19,12 @@ from tests.job_runner import run_job
 from tests.s3_server import S3Server
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
     """Start a real S3 server at its first use; it ends with the tests."""

@@ -5,6 +5,7 @@ Shape suffixes: N images, C channels, H height, W width, D embedding dimension.
 
 import dataclasses
 import difflib
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -256,9 +257,17 @@ def resized_crops(crops_NHWC: np.ndarray, image_size: int) -> np.ndarray:
 
 def normalized_images(crops_NHWC: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     """Return uint8 RGB crops as images_NCHW, the model's input: (value / 255 - mean) / std, float32, channels last."""
-    mean_C = torch.tensor(spec.mean, device=crops_NHWC.device)
-    std_C = torch.tensor(spec.std, device=crops_NHWC.device)
+    mean_C, std_C = _statistics(spec.mean, spec.std, crops_NHWC.device)
     return (crops_NHWC.float() / 255).sub_(mean_C).div_(std_C).permute(0, 3, 1, 2)  # in place: half the time
+
+
+@functools.lru_cache(maxsize=16)
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean_C and std_C on the device, made once: to make them in every step would stop a GPU each time."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 def embed(

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Self, TypeVar
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lib.training.face_cache import FaceCache, decode_jpeg
+from lib.training.face_cache import EncodedCrops, FaceCache, decode_jpeg, plain
+
+if TYPE_CHECKING:  # both need torch, without which the processes that decode start in a quarter of the time
+    from lib.device import Upload, Uploaded
+    from lib.training.decoders import Decoders
 
 Task = TypeVar("Task")
 Loaded = TypeVar("Loaded")
@@ -149,6 +153,40 @@ def _between(share: float, limits: tuple[float, float]) -> float:
     return limits[0] + share * (limits[1] - limits[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How images are made of crops."""
+
+    level: Level
+    crop_size: int
+    """Side of the encoded crops in pixels."""
+    size: int
+    """Side of the images in pixels, as the model takes them."""
+
+    def fill(
+        self,
+        images_NHWC: Image,
+        crops: EncodedCrops,
+        rows_N: npt.NDArray[np.integer],
+        draws_NK: npt.NDArray[np.float64] | None,
+    ) -> npt.NDArray[np.bool_]:
+        """Write the images of the crops' rows, black where one cannot be decoded; return where that is [N].
+
+        The draws are None for the level `none`.
+        """
+        failed_N = np.zeros(len(rows_N), bool)
+        for place, row in enumerate(rows_N.tolist()):
+            jpeg = crops.crop_bytes(row)
+            if draws_NK is None:
+                image = plain(jpeg, self.size)
+            else:
+                draw = Draw(*draws_NK[place].tolist())
+                image = augmented(jpeg, draw, level=self.level, crop_size=self.crop_size, size=self.size)
+            failed_N[place] = image is None
+            images_NHWC[place] = 0 if image is None else image
+        return failed_N
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadTask:
     """A batch to be loaded."""
@@ -168,6 +206,8 @@ class LoadedBatch:
     """uint8 RGB [N, H, W, 3]; black where `failed`."""
     failed: npt.NDArray[np.bool_]
     """True [N] for crops that cannot be decoded: their triplets must be left out of the loss."""
+    uploaded: "Uploaded | None" = None
+    """The images on their way to the device, where the loader was told of one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -181,30 +221,26 @@ class BatchLoader:
     seed: int
     epoch: int
     rank: int = 0
+    decoders: "Decoders | None" = None
+    """Processes that make the images; without any, the calling thread makes them."""
+    upload: "Upload | None" = None
+    """Sends them to the device."""
 
     def __call__(self, task: LoadTask) -> LoadedBatch:
         """Decode and augment the images of a batch."""
-        rows = task.rows.ravel()
-        if self.level == "none":
-            images_NHWC, failed_N = self.cache.decode(rows, size=self.size)
-            return LoadedBatch(rows=task.rows, images=images_NHWC, failed=failed_N)
-        draws_NK = draws(task.first_draw, len(rows), seed=self.seed, epoch=self.epoch, rank=self.rank)
-        images_NHWC = np.zeros((len(rows), self.size, self.size, 3), np.uint8)
-        failed_N = np.zeros(len(rows), bool)
-        for place, (row, draw_K) in enumerate(zip(rows.tolist(), draws_NK.tolist(), strict=True)):
-            image = augmented(
-                self.cache.crop_bytes(row),
-                Draw(*draw_K),
-                level=self.level,
-                crop_size=self.cache.crop_size,
-                size=self.size,
-            )
-            if image is None:
-                failed_N[place] = True
-                self.cache.note_failed(row)
-            else:
-                images_NHWC[place] = image
-        return LoadedBatch(rows=task.rows, images=images_NHWC, failed=failed_N)
+        rows_N = task.rows.ravel()
+        shape = (len(rows_N), self.size, self.size, 3)
+        images_NHWC = np.empty(shape, np.uint8) if self.upload is None else self.upload.empty(*shape)
+        draws_NK = None
+        if self.level != "none":
+            draws_NK = draws(task.first_draw, len(rows_N), seed=self.seed, epoch=self.epoch, rank=self.rank)
+        making = Making(level=self.level, crop_size=self.cache.crop_size, size=self.size)
+        fill = making.fill if self.decoders is None else self.decoders.filling(making)
+        failed_N = fill(images_NHWC, self.cache, rows_N, draws_NK)
+        for row in rows_N[failed_N].tolist():
+            self.cache.note_failed(row)
+        uploaded = None if self.upload is None else self.upload(images_NHWC)
+        return LoadedBatch(rows=task.rows, images=images_NHWC, failed=failed_N, uploaded=uploaded)
 
 
 class Prefetcher(Generic[Task, Loaded]):

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from lib.device import Upload
 from lib.training import mining
 from lib.training.augmentation import BatchLoader, LoadedBatch, LoadTask, Prefetcher
+from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import FeatureStore
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
-from lib.training.triplets import IdentityBatchSampler, PhotoIndex, draw_triplets
+from lib.training.triplets import Confusable, IdentityBatchSampler, PhotoIndex, draw_triplets
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer]
@@ -29,6 +31,8 @@ Answered = TypeVar("Answered")
 
 LOAD_AHEAD = 3
 """Batches that are being loaded while a step computes."""
+PROCESSES_LOAD_AHEAD = 7
+"""The same where processes load them: steps are short there."""
 ASK_AHEAD = 1
 """Questions to the store that are under way beyond them."""
 
@@ -83,7 +87,10 @@ class EpochBatches:
         num_threads: int,
         store: FeatureStore | None,
         suspects: SuspectLog,
+        decoders: Decoders | None = None,
+        upload: Upload | None = None,
     ) -> None:
+        """Load by so many threads, or by the processes where there are any, and send to a device where one is given."""
         self._plan = plan
         self._cache = cache
         self._index = index
@@ -100,9 +107,15 @@ class EpochBatches:
             seed=plan.config.seed,
             epoch=plan.epoch,
             rank=plan.rank,
+            decoders=decoders,
+            upload=upload,
         )
+        num_ahead = LOAD_AHEAD if decoders is None else PROCESSES_LOAD_AHEAD
         self._loading: Prefetcher[LoadTask, LoadedBatch] = Prefetcher(
-            loader, self._tasks(), num_threads=num_threads, num_ahead=LOAD_AHEAD
+            loader,
+            self._tasks(),
+            num_threads=num_threads if decoders is None else num_ahead + 1,  # which then only wait
+            num_ahead=num_ahead,
         )
         self._stored: Prefetcher[int, StoredVectors] | None = None
         if self._store and plan.config.batch == "identities" and plan.config.stored_negatives:
@@ -177,6 +190,29 @@ class EpochBatches:
         return np.stack([anchors_T, positives_T, np.where(is_mined_T, found.rows, random_T)])
 
     def _people_rows(self) -> Iterator[Ints]:
+        if self._store is None or self._plan.negatives != "hard" or not self._plan.config.confusable_share:
+            return self._drawn_people(None)
+        drawn: Iterator[Ints] | None = None
+
+        def next_rows(_: int) -> Ints:
+            nonlocal drawn
+            if drawn is None:
+                drawn = self._drawn_people(self._confusable())
+            return next(drawn)
+
+        return self._asking(next_rows)  # on its one thread, one step after the other
+
+    def _confusable(self) -> Confusable:
+        """Return what answers with confusable people, by the features that the store has now."""
+        assert self._store is not None
+        means_ID = self._store.identity_means(len(self._cache.identities))
+
+        def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:
+            return mining.confusable_identities(means_ID, seeds_S, num_neighbours=num_neighbours)
+
+        return confusable
+
+    def _drawn_people(self, confusable: Confusable | None) -> Iterator[Ints]:
         plan = self._plan
         sampler = IdentityBatchSampler(
             index=self._index,
@@ -186,13 +222,6 @@ class EpochBatches:
             rank=plan.rank,
             confusable_share=plan.config.confusable_share,
         )
-        confusable = None
-        if self._store is not None and plan.negatives == "hard" and plan.config.confusable_share:
-            means_ID = self._store.identity_means(len(self._cache.identities))
-
-            def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:
-                return mining.confusable_identities(means_ID, seeds_S, num_neighbours=num_neighbours)
-
         for step, rows in enumerate(sampler.batches(plan.epoch, plan.num_steps, confusable)):
             if step >= plan.first_step:
                 yield rows

@@ -244,8 +244,34 @@ def decode_jpeg(jpeg: npt.NDArray[np.uint8], reduction: int = 1) -> npt.NDArray[
     return cv2.imdecode(jpeg, _READ_FLAGS[reduction]) if len(jpeg) else None
 
 
-class FaceCache:
-    """The crops of a cache file, by row; several threads may read at once.
+def plain(jpeg: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8] | None:
+    """Return the crop as RGB of `size` x `size` pixels, None where it cannot be decoded.
+
+    Another size than the crop's own is made as for recognition, each pixel the mean of the area it covers.
+    """
+    pixels = decode_jpeg(jpeg)
+    if pixels is None or pixels.shape[:2] == (size, size):
+        return pixels
+    return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
+
+
+class EncodedCrops:
+    """The crops of a cache file as they are encoded; several threads may read at once."""
+
+    def __init__(self, path: str) -> None:
+        """Map the file; nothing is read."""
+        self.path = path
+        self._file = pa.ipc.open_file(pa.memory_map(path))
+        self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+
+    def crop_bytes(self, row: int) -> npt.NDArray[np.uint8]:
+        """Return the encoded crop, a view into the mapped file."""
+        batch, place = divmod(row, ROWS_PER_BATCH)
+        return np.frombuffer(self._batches[batch].column(2)[place].as_buffer(), np.uint8)
+
+
+class FaceCache(EncodedCrops):
+    """The crops of a cache file, by row, and whom they show.
 
     Attributes:
         photos: names of the photos, in Arrow's memory.
@@ -257,8 +283,7 @@ class FaceCache:
 
     def __init__(self, path: str) -> None:
         """Map the file; only the names are read."""
-        self._file = pa.ipc.open_file(pa.memory_map(path))
-        self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        super().__init__(path)
         self.photos: pa.ChunkedArray = pa.chunked_array([batch["photo"] for batch in self._batches])
         names = pa.chunked_array([batch["identity"] for batch in self._batches])
         sorted_names = names.unique().sort()
@@ -270,31 +295,23 @@ class FaceCache:
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def crop_bytes(self, row: int) -> npt.NDArray[np.uint8]:
-        """Return the encoded crop, a view into the mapped file."""
-        batch, place = divmod(row, ROWS_PER_BATCH)
-        return np.frombuffer(self._batches[batch].column(2)[place].as_buffer(), np.uint8)
-
     def decode(
         self, rows: npt.NDArray[np.integer], size: int | None = None
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         """Return the crops as RGB [N, H, W, 3], without augmentation, and which of them could not be decoded [N].
 
-        A crop that could not be decoded is black, counted in `failed_rows` and named in the log. Other sizes than the
-        crops' own are made as for recognition, each pixel the mean of the area it covers.
+        A crop that could not be decoded is black, counted in `failed_rows` and named in the log.
         """
         side = size or self.crop_size
         images_NHWC = np.zeros((len(rows), side, side, 3), np.uint8)
         failed_N = np.zeros(len(rows), bool)
         for place, row in enumerate(rows.tolist()):
-            pixels = decode_jpeg(self.crop_bytes(row))
+            pixels = plain(self.crop_bytes(row), side)
             if pixels is None:
                 failed_N[place] = True
                 self.note_failed(row)
-            elif pixels.shape[:2] == (side, side):
-                images_NHWC[place] = pixels
             else:
-                cv2.resize(pixels, (side, side), dst=images_NHWC[place], interpolation=cv2.INTER_AREA)
+                images_NHWC[place] = pixels
         return images_NHWC, failed_N
 
     def note_failed(self, row: int) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -165,21 +165,21 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
     from lib.training.loop import WorkerJob, train_worker
     from lib.training.one_machine import OneMachine
 
-    kind = "GPU" if config.use_gpu else "CPU"
-    cluster.wait_for(kind, config.workers[0] if config.workers else 1, limit_s=60 * config.wait_minutes)
+    config = with_devices(config)
     resources = worker_resources(config)
     control = create_control(config.run_url)
     store = create_store(config, labels_N)
     # Arrays of the CPU travel by gloo also where gradients travel by nccl.
-    backend = "cpu:gloo,cuda:nccl" if config.use_gpu else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if config.gpus else "gloo"
+    job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0, use_gpu=bool(config.gpus))
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = _trainer_class()(
             train_worker,
-            train_loop_config={"job": WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0)},
+            train_loop_config={"job": job},
             torch_config=OneMachine(backend, folder=folder) if cluster.is_local() else TorchConfig(backend),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.num_workers,
-                use_gpu=config.use_gpu,
+                use_gpu=bool(config.gpus),
                 resources_per_worker=resources.each,
                 placement_strategy="SPREAD",
             ),
@@ -194,6 +194,19 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
         logger.info("training %s on %s", config.backbone, resources.text)
         watch(trainer.fit, control, unit="image", resources=resources)
     return ray.get(control.result.remote())
+
+
+def with_devices(config: TrainConfig, least: int = 0) -> TrainConfig:
+    """Return the settings with the number of GPUs of the connected cluster in the place of `auto`.
+
+    It waits for `least` CPUs or GPUs, or those that the fewest workers need, as long as `--wait-minutes` says.
+    """
+    gpus = 0 if config.deterministic else config.gpus
+    if gpus == "auto":
+        gpus = cluster.chosen_gpus("auto")
+    least = least or (config.workers[0] if config.workers else gpus or 1)
+    cluster.wait_for("GPU" if gpus else "CPU", least, limit_s=60 * config.wait_minutes)
+    return replace(config, gpus=gpus)
 
 
 def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_shards: int | None = None) -> FeatureStore | None:
@@ -235,37 +248,35 @@ class WorkerResources:
 
 
 def worker_resources(config: TrainConfig) -> WorkerResources:
-    """Return the workers that the flags ask for and the connected cluster has.
+    """Return the workers that the settings of `with_devices` ask for and the connected cluster has.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than workers.
     """
-    import ray
 
     nodes = [node for node in cluster.node_resources() if node.get("CPU", 0) >= 1]
-    kind = "GPU" if config.use_gpu else "CPU"
+    kind = "GPU" if config.gpus else "CPU"
     places = [int(node.get(kind, 0)) for node in nodes]
     total = sum(places)
-    least = config.workers[0] if config.workers else max(1, total if config.use_gpu else len(nodes))
+    assert config.gpus != "auto"
+    least = config.workers[0] if config.workers else max(1, config.gpus or len(nodes))
     if total < least:
-        advice = "leave out --use-gpu" if config.use_gpu else "ask for fewer by --workers"
+        advice = "--gpus 0 trains on the CPUs" if config.gpus else "ask for fewer by --workers"
         raise UserError(
             f"{least} workers need {least} {kind}s, and this cluster of {len(nodes)} nodes has {total}: {advice}, "
             "add nodes, or give those of a cluster that grows --wait-minutes"
         )
-    if config.use_gpu:
+    if config.gpus:
         num_cpus = min(int(node["CPU"]) // int(node["GPU"]) for node in nodes if node.get("GPU", 0) >= 1)
     else:
-        if int(sum(ray.cluster_resources().get(name, 0) for name in ("GPU",))):
-            logger.warning("this cluster has GPUs: --use-gpu trains on them")
         num_cpus = cpus_each(places, least)
     num_cpus = max(1, num_cpus)
     most = config.workers[-1] if config.workers else least
     return WorkerResources(
         num_workers=least if most == least else (least, most),
-        each={"CPU": num_cpus, **({"GPU": 1} if config.use_gpu else {})},
+        each={"CPU": num_cpus, **({"GPU": 1} if config.gpus else {})},
         text=f"{least if most == least else f'{least} to {most}'} workers of {num_cpus} CPUs"
-        + (" and a GPU" if config.use_gpu else ""),
+        + (" and a GPU" if config.gpus else ""),
     )
 
 

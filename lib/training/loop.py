@@ -4,13 +4,14 @@ A worker that starts takes the newest checkpoint, so a beginning, a restart afte
 and a run that was stopped are one and the same path. Every draw follows from seed, epoch, worker and step.
 """
 
+import collections
+import contextlib
 import ctypes
 import dataclasses
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,16 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import ray
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from lib import device as devices
 from lib import storage
 from lib.errors import JobError, JobStopped, UserError
 from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
 from lib.training import checkpoints, collective
+from lib.training.averaging import AveragedWeights
 from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
 from lib.training.checkpoints import Progress
 from lib.training.control import connect_control
+from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache, build_cache
 from lib.training.feature_store import FeatureStore
 from lib.training.freezing import fix_statistics, freeze_stages
@@ -42,7 +46,14 @@ from lib.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
-MAX_LOADER_THREADS = 8
+MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16
+
+COMPILING_PAYS = 500_000
+"""Images that a run still has to train on from which on the shorter steps give back what compiling takes: on an H100,
+convnext_tiny at 240 pixels saves 0.1 ms an image, and compiling takes under a minute."""
+
+MAX_STEPS_UNCHECKED = 32
+"""Steps that a GPU may be behind before the oldest one's gradient is waited for, to see whether it is finite."""
 
 AGREE_EVERY = 4
 """Steps between two questions of several workers whether to write a checkpoint or to leave."""
@@ -66,13 +77,15 @@ class WorkerJob:
     spec: ModelSpec
     num_shards: int
     """Of the feature store; 0 where no policy needs one."""
+    use_gpu: bool
 
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Train until the end of the run, or until asked to leave; Ray Train calls this on every worker."""
     import ray.train.torch
 
-    work(settings["job"], ray.train.torch.get_device())
+    job: WorkerJob = settings["job"]
+    work(job, ray.train.torch.get_device() if job.use_gpu else torch.device("cpu"))
 
 
 def work(job: WorkerJob, device: torch.device) -> None:
@@ -81,7 +94,10 @@ def work(job: WorkerJob, device: torch.device) -> None:
     if ray.get(control.has_failed.remote()):
         return  # Started again although it cannot go on: the driver is about to say why.
     try:
-        Worker(job, control, device).run()
+        with contextlib.closing(Worker(job, control, device)) as worker:
+            worker.run()
+    except torch.OutOfMemoryError as error:
+        ray.get(control.fail.remote("user", _out_of_memory(job.config, error)))
     except (UserError, JobError) as error:
         # Not raised: Ray Train would start all workers again. The driver ends the run as soon as it hears of this.
         ray.get(control.fail.remote("user" if isinstance(error, UserError) else "job", str(error)))
@@ -106,6 +122,7 @@ class Worker:
         self.device = device
         self.rank, self.num_workers = collective.rank(), collective.num_workers()
         torch.use_deterministic_algorithms(job.config.deterministic)
+        devices.prepare(device, deterministic=job.config.deterministic)
         if device.type == "cpu":
             _keep_freed_memory()
         checkpoint = checkpoints.load_newest(job.config.run_url)
@@ -128,27 +145,39 @@ class Worker:
         self.validation = Validation(val_cache, job.config)
         self.index = PhotoIndex(self.cache.labels_N)
 
+        num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+        self.decoders: Decoders | None = None
+        if device.type == "cuda":
+            self.decoders = Decoders(job.config.loader_threads or min(MAX_LOADER_PROCESSES, num_cpus))
+        self.upload = devices.Upload(device)
+        self.how = EmbeddingPass(
+            device=device,
+            precision=devices.chosen_precision(job.config.precision, device),
+            num_threads=job.config.loader_threads or min(MAX_LOADER_THREADS, num_cpus),
+            decoders=self.decoders,
+        )
+
         model = EmbeddingModel(job.spec).to(device).to(memory_format=torch.channels_last)
         model.load_state_dict(checkpoints.without_prefix("model", checkpoint.tensors))
         freeze_stages(model, job.config.frozen_stages)
         self.model = model
-        self.averaged: AveragedModel | None = None
+        self.averaged: AveragedWeights | None = None
         if job.config.ema:
-            self.averaged = AveragedModel(model, multi_avg_fn=_average(job.config.ema), use_buffers=True)
+            self.averaged = AveragedWeights(model, job.config.ema)
             if averaged := checkpoints.without_prefix("averaged", checkpoint.tensors):
                 self.averaged.load_state_dict(averaged)
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, job.config.weight_decay), lr=job.config.lr)
+        if job.config.checkpoint_activations:
+            model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        self.optimizer = devices.adamw(_parameter_groups(model, job.config.weight_decay), device, lr=job.config.lr)
         if optimizer := checkpoints.without_prefix("optimizer", checkpoint.tensors):
             checkpoints.restore_optimizer(self.optimizer, optimizer)
+        self._parameters = list(model.parameters())
         self.trained = model if self.num_workers == 1 else _distributed(model, device)
         self.usage = UsageCounter(len(self.cache))
         if self.rank == 0 and "usage" in checkpoint.tensors:
             self.usage.counts_3N = checkpoint.tensors["usage"].numpy().copy()
         self._random_state = checkpoint.tensors.get("random_state")
 
-        num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-        num_threads = job.config.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
-        self.how = EmbeddingPass(device=device, precision=job.config.precision, num_threads=num_threads)
         self.upkeep: StoreUpkeep | None = None
         if job.num_shards:
             store = FeatureStore.connect(
@@ -157,14 +186,56 @@ class Worker:
             self.upkeep = StoreUpkeep(store=store, cache=self.cache, how=self.how)
         self.suspects = SuspectLog()
         self.anchors_per_step = job.config.anchors_per_step(len(self.index.pairable))
+        self.images_per_batch = self.anchors_per_step * (3 if job.config.batch == "triplets" else 1)
         self.anchors_per_epoch = job.config.triplets_per_epoch or len(self.cache)
         self.last_saved = time.monotonic()
         self._stop_answer: Any = None
+        self._unchecked: collections.deque[tuple[str, devices.Fetched]] = collections.deque()
+        self._unwritten: collections.deque[tuple[TrainingBatch, devices.Fetched, int]] = collections.deque()
+
+    def close(self) -> None:
+        """End the processes that decode."""
+        if self.decoders is not None:
+            self.decoders.close()
 
     @property
     def evaluated(self) -> EmbeddingModel:
         """The model that is validated, stored features come from, and users get: the averaged one where there is."""
         return self.model if self.averaged is None else cast(EmbeddingModel, self.averaged.module)
+
+    def _compile(self) -> None:
+        """Compile the model where that pays, and run it forward and backward once."""
+        config = self.config
+        epochs_left = config.epochs - self.progress.epoch + 1
+        images_left = epochs_left * self.anchors_per_epoch // self.num_workers
+        size = self.model.spec.image_size
+        shape = (self.images_per_batch, size, size, 3)
+
+        def first_run() -> None:
+            self._embeddings(torch.zeros(shape, dtype=torch.uint8, device=self.device), self.model).sum().backward()
+
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.model.train()
+        if self.progress.fixed_statistics:
+            fix_statistics(self.model)
+        if devices.compile_module(
+            self.model,
+            config.compile,
+            self.device,
+            first_run,
+            pays=images_left >= COMPILING_PAYS,
+            parts=repeated_blocks(self.model.backbone),
+        ):
+            self._tell(line=f"the model is compiled for this {devices.told(self.device)}")
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _embeddings(self, crops_NHWC: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        with devices.autocast(self.device, self.how.precision):
+            embeddings_ND: torch.Tensor = model(normalized_images(crops_NHWC, self.model.spec))
+        return embeddings_ND
 
     def run(self) -> None:
         """Train the epochs that are left."""
@@ -174,6 +245,8 @@ class Worker:
         if self.progress.step:
             place = f"epoch {self.progress.epoch}, step {self.progress.step}"
             self._tell(line=f"going on from the checkpoint of {place}, with {self.num_workers} worker(s)")
+        if not self.progress.finished:
+            self._compile()
         while not self.progress.finished:
             began = time.perf_counter()
             num_filled = self._fill_store()
@@ -217,6 +290,8 @@ class Worker:
         config, progress = self.config, self.progress
         anchors_a_step = self.anchors_per_step * self.num_workers
         num_steps = max(1, self.anchors_per_epoch // anchors_a_step)
+        accumulate = min(config.accumulate, num_steps)
+        num_steps -= num_steps % accumulate
         first_step = min(num_steps, -(-progress.anchors_done // anchors_a_step))
         self._seed_torch(first_step)
         plan = EpochPlan(
@@ -239,6 +314,8 @@ class Worker:
             num_threads=self.how.num_threads,
             store=self.upkeep.store if self.upkeep else None,
             suspects=self.suspects,
+            decoders=self.decoders,
+            upload=self.upload,
         )
         began = time.perf_counter()
         told = 0.0
@@ -248,7 +325,9 @@ class Worker:
         with batches:
             for step, batch in enumerate(batches, start=first_step):
                 share_done = (progress.epoch - 1 + step / num_steps) / config.epochs
-                self._step(batch, sums, learning_rate(config.lr, share_done, config.warmup_share))
+                is_last = (step + 1) % accumulate == 0
+                lr = learning_rate(config.lr, share_done, config.warmup_share)
+                self._step(batch, sums, lr, share=1 / accumulate, is_last=is_last)
                 if self.rank == 0 and time.perf_counter() - told > TELL_EVERY_S:
                     told = time.perf_counter()
                     self._tell(status=f"epoch {progress.epoch}/{config.epochs}")
@@ -256,46 +335,83 @@ class Worker:
                         ((progress.epoch - 1) * num_steps + step + 1) * self.num_workers * len(batch.loaded.images),
                         config.epochs * num_steps * self.num_workers * len(batch.loaded.images),
                     )
-                if step + 1 < num_steps:
+                if is_last and step + 1 < num_steps:
                     self._heed_requests(sums, (step + 1) * anchors_a_step, step)
+            self._settle()
         all_sums = dict(zip(SUM_NAMES, collective.summed(sums.values()).tolist(), strict=True))
         return all_sums, batches.data_wait_s, batches.store_wait_s, time.perf_counter() - began
 
-    def _step(self, batch: TrainingBatch, sums: EpochSums, lr: float) -> None:
+    def _step(
+        self, batch: TrainingBatch, sums: EpochSums, lr: float, *, share: float = 1.0, is_last: bool = True
+    ) -> None:
+        """Train on a batch, whose gradient has this share in the step that the last batch of a step makes.
+
+        Nothing here waits for a GPU, which works some steps behind.
+        """
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        crops = torch.from_numpy(batch.loaded.images)
-        if self.device.type == "cuda":
-            crops = crops.pin_memory().to(self.device, non_blocking=True)
-        images_NCHW = normalized_images(crops, self.model.spec)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            embeddings_ND = self.trained(images_NCHW)
-        figures = objective(embeddings_ND, batch, self.cache.labels_N, config)
-        self.optimizer.zero_grad(set_to_none=True)
-        figures.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.progress.clip_norm)
-        # The gradients are the workers' mean, so that all of them see it, and before the weights have changed.
-        if not torch.isfinite(norm):
-            raise JobError(
-                f"the loss is not finite at step {self.progress.step + 1} (epoch {self.progress.epoch}, learning rate "
-                f"{lr:.3g}): the last checkpoint and the best model are intact; train with a lower --lr, or with "
-                "--precision fp32, under another --name"
-            )
-        self.optimizer.step()
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
-        self.progress = dataclasses.replace(self.progress, step=self.progress.step + 1)
+        assert batch.loaded.uploaded is not None
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.trained, DistributedDataParallel) and not is_last:
+                stack.enter_context(self.trained.no_sync())
+            embeddings_ND = self._embeddings(batch.loaded.uploaded.tensor(), self.trained)
+            with devices.exact_products():
+                figures = objective(embeddings_ND, batch, self.cache.labels_N, config)
+            (figures.loss if share == 1 else figures.loss * share).backward()
+        if is_last:
+            self._update(lr)
         sums.add(figures, len(embeddings_ND))
         rows = batch.loaded.rows
         self.usage.add(*(rows if config.batch == "triplets" else (rows, rows, rows)))
         self._epoch_usage[rows] = True
         if self.upkeep is not None and config.augment == "none":
+            self._unwritten.append((batch, devices.Fetched(embeddings_ND), self.progress.step))
+            self._write_features(wait=config.deterministic)
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.progress.clip_norm)
+        place = f"step {self.progress.step + 1} (epoch {self.progress.epoch}, learning rate {lr:.3g})"
+        self._unchecked.append((place, devices.Fetched(norm)))
+        self._check_norms(max_left=MAX_STEPS_UNCHECKED)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            self.averaged.update()
+        self.progress = dataclasses.replace(self.progress, step=self.progress.step + 1)
+
+    def _check_norms(self, *, max_left: int) -> None:
+        """Look at the norms of gradients that have come from the device, and wait for all but so many.
+
+        The gradients are the workers' mean, so that all of them see one that is not finite, and see it before a
+        checkpoint or the model is written.
+
+        Raises:
+            JobError: one is not finite.
+        """
+        while self._unchecked and (len(self._unchecked) > max_left or self._unchecked[0][1].is_there):
+            place, norm = self._unchecked.popleft()
+            if not np.isfinite(norm.numpy()):
+                raise JobError(
+                    f"the loss is not finite at {place}: the last checkpoint and the best model are intact; train with "
+                    "a lower --lr, or with --precision fp32, under another --name"
+                )
+
+    def _write_features(self, *, wait: bool) -> None:
+        """Give the store what has come from the device."""
+        assert self.upkeep is not None
+        while self._unwritten and (wait or self._unwritten[0][1].is_there):
+            batch, features, step = self._unwritten.popleft()
             whole_N = ~batch.loaded.failed
-            features_ND = embeddings_ND.detach().cpu().numpy()
-            self.upkeep.store.write(rows.ravel()[whole_N], features_ND[whole_N], step=self.progress.step)
-            if config.deterministic:
+            self.upkeep.store.write(batch.loaded.rows.ravel()[whole_N], features.numpy()[whole_N], step=step)
+            if self.config.deterministic:
                 self.upkeep.store.flush()
+
+    def _settle(self) -> None:
+        """Wait for all that the steps have left to the device."""
+        self._check_norms(max_left=0)
+        if self.upkeep is not None:
+            self._write_features(wait=True)
 
     @property
     def _is_mining(self) -> bool:
@@ -338,6 +454,7 @@ class Worker:
         request = collective.broadcast(request)
         if request == GO_ON:
             return
+        self._settle()
         all_sums = dict(zip(SUM_NAMES, collective.summed(sums.values()).tolist(), strict=True))
         self._save(
             dataclasses.replace(self.progress, anchors_done=anchors_done, sums=all_sums),
@@ -402,17 +519,34 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Return the average of `AveragedModel`, whose decay rises: the first weights are soon forgotten.
+def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a backbone, such as those of a ConvNeXt or a transformer; none where others hold much.
 
-    Formula: the warm-up of TensorFlow's ExponentialMovingAverage, min(decay, (1 + n) / (10 + n)) at update n.
+    A block is a member of a sequence of modules of one class that is not torch's own, and has none of these inside.
     """
+    blocks: list[nn.Module] = []
 
-    def average(averaged: Any, current: Any, num_averaged: Any) -> None:
-        n = int(num_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+    def collect(module: nn.Module) -> bool:
+        found = False
+        for child in module.children():
+            found = collect(child) or found
+        members = list(module.children())
+        is_sequence = isinstance(module, nn.Sequential | nn.ModuleList) and len({type(each) for each in members}) == 1
+        if not found and is_sequence and not type(members[0]).__module__.startswith("torch."):
+            blocks.extend(members)
+            return True
+        return found
 
-    return average
+    collect(backbone)
+    in_blocks = sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    return blocks if 2 * in_blocks > sum(parameter.numel() for parameter in backbone.parameters()) else []
+
+
+def _out_of_memory(config: TrainConfig, error: Exception) -> str:
+    return (
+        f"the GPU's memory is too small for --batch-size {config.batch_size}: take a smaller one with --accumulate, or "
+        f"--checkpoint-activations ({str(error).splitlines()[0]})"
+    )
 
 
 def _distributed(model: EmbeddingModel, device: torch.device) -> DistributedDataParallel:

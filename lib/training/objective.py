@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lib.device import to_device
 from lib.training.batches import TrainingBatch
 from lib.training.losses import BatchLoss, batch_softmax_loss, batch_triplet_loss, gather_batch, triplet_margin_loss
 from lib.training.settings import TrainConfig
@@ -39,11 +40,11 @@ def objective(
         return _triplets(embeddings_ND, batch, config)
     rows_N = batch.loaded.rows.ravel()
     labels = np.where(batch.loaded.failed, -1, labels_of_rows[rows_N]).astype(np.int64)
-    all_ND, all_labels_N = gather_batch(embeddings_ND, torch.from_numpy(labels).to(embeddings_ND.device))
+    all_ND, all_labels_N = gather_batch(embeddings_ND, to_device(labels, embeddings_ND.device))
     extra, extra_labels = None, None
     if batch.stored is not None:
-        extra = torch.from_numpy(batch.stored.vectors_QD).to(embeddings_ND.device)
-        extra_labels = torch.from_numpy(batch.stored.labels_Q.astype(np.int64)).to(embeddings_ND.device)
+        extra = to_device(batch.stored.vectors_QD, embeddings_ND.device)
+        extra_labels = to_device(batch.stored.labels_Q.astype(np.int64), embeddings_ND.device)
     loss = people_loss(all_ND, all_labels_N, config, extra, extra_labels)
     return StepFigures(
         loss=loss.mean,
@@ -74,7 +75,7 @@ def _triplets(embeddings_ND: Tensor, batch: TrainingBatch, config: TrainConfig) 
     anchors, positives, negatives = embeddings_ND.chunk(3)
     result = triplet_margin_loss(anchors, positives, negatives, margin=config.margin, squared=config.squared)
     failed_T = batch.loaded.failed.reshape(3, -1).any(axis=0)
-    whole_T = torch.from_numpy((~failed_T).astype(np.float32)).to(embeddings_ND.device)
+    whole_T = to_device(np.asarray(~failed_T, np.float32), embeddings_ND.device)
     num_whole = whole_T.sum()
     share = num_whole.clamp(min=1)
     return StepFigures(

@@ -13,16 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lib.recognition.model import EmbeddingModel, Precision, embed
+from lib.device import Fetched, Upload, autocast, eager
+from lib.recognition.model import EmbeddingModel, Precision, normalized_images
 from lib.training import collective
-from lib.training.augmentation import BatchLoader, LoadTask, Prefetcher
+from lib.training.augmentation import BatchLoader, LoadedBatch, LoadTask, Prefetcher
+from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import NEVER, FeatureStore
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer]
 
-BATCH_SIZE = 64
+BATCH_SIZE, GPU_BATCH_SIZE = 64, 256
 LOAD_AHEAD = 3
 
 
@@ -42,20 +44,47 @@ class EmbeddingPass:
     device: torch.device
     precision: Precision
     num_threads: int
+    decoders: Decoders | None = None
+    """Processes that decode in the place of the threads."""
 
     def over(self, rows_M: Ints, cache: FaceCache, model: EmbeddingModel) -> Iterator[EmbeddedRows]:
-        """Yield the embeddings of the rows, in batches, in order."""
-        loader = BatchLoader(cache=cache, size=model.spec.image_size, level="none", seed=0, epoch=0)
-        tasks = (
-            LoadTask(rows=rows_M[start : start + BATCH_SIZE], first_draw=0)
-            for start in range(0, len(rows_M), BATCH_SIZE)
+        """Yield the embeddings of the rows, in batches, in order; the model is in evaluation mode until the end."""
+        size = GPU_BATCH_SIZE if self.device.type == "cuda" else BATCH_SIZE
+        loader = BatchLoader(
+            cache=cache,
+            size=model.spec.image_size,
+            level="none",
+            seed=0,
+            epoch=0,
+            decoders=self.decoders,
+            upload=Upload(self.device),
         )
-        with Prefetcher(loader, tasks, num_threads=self.num_threads, num_ahead=LOAD_AHEAD) as loaded:
-            for batch in loaded:
-                embeddings_MD = embed(
-                    model, batch.images, batch_size=BATCH_SIZE, device=self.device, precision=self.precision
-                )
-                yield EmbeddedRows(batch.rows, embeddings_MD, batch.failed)
+        tasks = (LoadTask(rows=rows_M[start : start + size], first_draw=0) for start in range(0, len(rows_M), size))
+        num_threads = self.num_threads if self.decoders is None else LOAD_AHEAD + 1
+        was_training = model.training
+        model.eval()
+        try:
+            with Prefetcher(loader, tasks, num_threads=num_threads, num_ahead=LOAD_AHEAD) as loaded:
+                before: tuple[LoadedBatch, Fetched] | None = None
+                for batch in loaded:
+                    fetched = self._embedded(model, batch, size)
+                    if before is not None:
+                        yield _rows(*before)  # while the device works on the next ones
+                    before = batch, fetched
+                if before is not None:
+                    yield _rows(*before)
+        finally:
+            model.train(was_training)
+
+    def _embedded(self, model: EmbeddingModel, batch: LoadedBatch, size: int) -> Fetched:
+        assert batch.uploaded is not None
+        crops_NHWC = batch.uploaded.tensor()
+        if self.device.type == "cuda" and len(crops_NHWC) < size:
+            # Another size would have a GPU choose its kernels again.
+            rest = size - len(crops_NHWC)
+            crops_NHWC = torch.cat([crops_NHWC, crops_NHWC.new_zeros(rest, *crops_NHWC.shape[1:])])
+        with torch.inference_mode(), autocast(self.device, self.precision), eager():
+            return Fetched(model(normalized_images(crops_NHWC, model.spec))[: len(batch.images)])
 
     def shared(self, rows_N: Ints, cache: FaceCache, model: EmbeddingModel) -> Floats:
         """Return the embeddings of all rows [N, D] to every worker, each having computed its part."""
@@ -63,6 +92,10 @@ class EmbeddingPass:
         parts = [np.empty((0, model.spec.embedding_dim), np.float32)]
         parts += [batch.embeddings_MD for batch in self.over(mine, cache, model)]
         return collective.interleaved(np.concatenate(parts), len(rows_N))
+
+
+def _rows(batch: LoadedBatch, fetched: Fetched) -> EmbeddedRows:
+    return EmbeddedRows(batch.rows, fetched.numpy(), batch.failed)
 
 
 @dataclass(frozen=True, kw_only=True)

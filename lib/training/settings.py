@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lib import storage
+from lib.cluster import Gpus, check_gpus
 from lib.config import absolute_url, default_data_url
+from lib.device import Compile, Precision
 from lib.errors import UserError
-from lib.recognition.model import Precision
 from lib.recognition.weights import INIT_NAMES
 from lib.training.augmentation import Level
 
@@ -16,7 +17,8 @@ BatchNorm = Literal["auto", "batch", "fixed"]
 NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
 FREE_SETTINGS = (
-    *("data", "faces", "name", "init", "workers", "use_gpu", "cache_dir", "loader_threads"),
+    *("data", "faces", "name", "init", "workers", "gpus", "cache_dir", "loader_threads"),
+    *("compile", "checkpoint_activations"),
     *("checkpoint_minutes", "max_failures", "wait_minutes", "dry_run", "from_sweep"),
 )
 """What may differ when a run goes on: where it computes and reads, but not what it computes."""
@@ -77,7 +79,9 @@ class TrainConfig:
     triplets_per_epoch: int = 0
     """Anchors of an epoch, all workers together; 0 takes as many as there are training photos."""
     batch_size: int = 96
-    """Images of one step of one worker: a third as many triplets, or P x K."""
+    """Images of one batch of one worker: a third as many triplets, or P x K."""
+    accumulate: int = 1
+    """Batches of a worker that make one step: their gradients are averaged, each batch with its own negatives."""
     margin: float = 0.2
     """By how much a negative has to be farther than the positive."""
     squared: bool = False
@@ -115,15 +119,22 @@ class TrainConfig:
     """Fixed triplets of them."""
 
     workers: tuple[int, ...] = ()
-    """N, or MIN MAX to grow and shrink with the cluster. Default: one a GPU with --use-gpu, else one a node."""
+    """N, or MIN MAX to grow and shrink with the cluster. Default: one a GPU, or one a node without GPUs."""
     wait_minutes: float = 0.0
     """How long to wait for a CPU or GPU for each of N (or MIN) workers, on a cluster that grows when it is asked to."""
-    use_gpu: bool = False
-    """Train on GPUs."""
-    precision: Precision = "fp32"
-    """bf16 computes the model in bfloat16 where that is safe."""
+    gpus: Gpus = "auto"
+    """GPUs to train on, a worker each: auto takes all of the cluster, and its CPUs where it has none; 0 takes the
+    CPUs."""
+    precision: Precision = "auto"
+    """bf16 computes the model in bfloat16 where that is safe; auto does so on GPUs that have it."""
+    compile: Compile = "auto"
+    """Build kernels for the model, which takes a minute and makes steps a third shorter; auto does so on GPUs where the
+    run is long enough."""
+    checkpoint_activations: bool = False
+    """Compute activations again instead of keeping them: a step takes a third longer and much less memory."""
     loader_threads: int = 0
-    """Threads of a worker that read crops; 0 takes the worker's CPUs, eight at most."""
+    """Threads of a worker that read crops, processes where it has a GPU; 0 takes the worker's CPUs, eight threads or
+    sixteen processes at most."""
     cache_dir: str = ""
     """Folder on each node for a copy of the crops. Default: conv-facenet/ in the system's temporary folder."""
     checkpoint_minutes: float = 10.0
@@ -150,6 +161,7 @@ class TrainConfig:
             ("refresh-fraction", self.refresh_fraction, "0 to 1", 0 <= self.refresh_fraction <= 1),
             ("epochs", self.epochs, "1 or more", self.epochs >= 1),
             ("triplets-per-epoch", self.triplets_per_epoch, "1 or more, or 0", self.triplets_per_epoch >= 0),
+            ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
             ("margin", self.margin, "above 0", self.margin > 0),
             ("temperature", self.temperature, "above 0", self.temperature > 0),
             ("lr", self.lr, "above 0", self.lr > 0),
@@ -180,8 +192,14 @@ class TrainConfig:
                 f"--negatives {self.negatives} chooses one negative for each pair, as --batch triplets does; "
                 "--batch identities uses every triplet of a batch, and hard fills it with confusable people"
             )
-        if self.deterministic and (self.use_gpu or self.workers not in ((), (1,), (1, 1))):
-            raise UserError("--deterministic is for one worker on the CPU: leave out --use-gpu and --workers")
+        check_gpus(self.gpus)
+        if self.gpus != "auto" and self.gpus and self.workers and self.workers[-1] > self.gpus:
+            raise UserError(
+                f"--workers {self.workers[-1]} with --gpus {self.gpus}: each worker has a GPU of its own, so ask for "
+                "as many, or leave --gpus out"
+            )
+        if self.deterministic and (self.gpus not in ("auto", 0) or self.workers not in ((), (1,), (1, 1))):
+            raise UserError("--deterministic is for one worker on the CPU: leave out --gpus and --workers")
         _ = self.head_widths
 
     @property

@@ -27,7 +27,7 @@ from lib.recognition.weights import INIT_NAMES
 from lib.training.comparing import read_run, write_comparison
 from lib.training.control import create_control
 from lib.training.face_cache import read_identities
-from lib.training.job import cpus_each, watch
+from lib.training.job import cpus_each, watch, with_devices
 from lib.training.settings import TrainConfig
 from lib.training.sweep_settings import SWEPT, SweepConfig, Trial, plan_trials
 from lib.training.trial import Halving, SweepProgress, Waiting, run_trial
@@ -176,8 +176,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     os.environ.update(TUNE_SETTINGS)
     from ray import tune
 
-    kind = "GPU" if config.train.use_gpu else "CPU"
-    cluster.wait_for(kind, min(config.at_once or 1, len(todo)), limit_s=60 * config.train.wait_minutes)
+    config = replace(config, train=with_devices(config.train, min(config.at_once or 1, len(todo))))
     at_once, resources, fits_more = trial_resources(config, len(todo))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
@@ -194,7 +193,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
             progress.end(trial.name, len(runs[trial.name].rows))
 
     def one_trial(settings: dict[str, str]) -> None:
-        run_trial(by_name[settings["trial"]], url, int(resources["CPU"]))
+        run_trial(by_name[settings["trial"]], url, int(resources["CPU"]), use_gpu="GPU" in resources)
 
     logger.info("%d trials, %d at once with %s each", len(todo), at_once, resources)
     with tempfile.TemporaryDirectory(prefix="ray-tune-") as folder:
@@ -233,15 +232,17 @@ def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     gpus: dict[str, float] = {}
-    if config.train.use_gpu:
+    if config.train.gpus:
         nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
         num_gpus = sum(int(node["GPU"]) for node in nodes)
+        if config.train.gpus != "auto":
+            num_gpus = min(num_gpus, config.train.gpus)
         if not num_gpus:
-            raise UserError("--use-gpu, but no node of this cluster has a GPU: leave it out, or add nodes")
+            raise UserError("no node of this cluster has a GPU: --gpus 0 trains on the CPUs")
         at_once = min(config.at_once or num_gpus, num_trials)
         gpus = {"GPU": 1 / math.ceil(at_once / num_gpus)}
     cpus = [int(node["CPU"]) for node in nodes]
-    if not config.train.use_gpu:
+    if not config.train.gpus:
         at_once = min(config.at_once or max(1, sum(count // CPUS_EACH for count in cpus)), num_trials)
     if at_once > sum(cpus):
         raise UserError(

@@ -23,6 +23,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from lib import storage
+from lib.device import free_memory, worker_device
 from lib.errors import JobError, JobStopped, UserError
 from lib.recognition.model import ModelSpec
 from lib.training.control import connect_control, create_control, failure_error
@@ -39,7 +40,7 @@ TAKE_OVER_LIMIT_S = 60.0
 """How long the actors of a trial's dead process may take to end before the next process takes their names."""
 
 
-def run_trial(trial: Trial, sweep_url: str, num_cpus: int) -> None:
+def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> None:
     """Train until the end, or until Tune or the user stops it; a failure is written down and ends this trial alone.
 
     Only the death of the process is left to Tune, which then starts another one.
@@ -55,7 +56,7 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int) -> None:
     storage.remove(storage.join(run_url, OUTCOME_NAME))
     reason = ""
     try:
-        train(trial.config, lambda config, spec, labels_N: _run_here(trial, sweep, config, spec, labels_N))
+        train(trial.config, lambda config, spec, labels_N: _run_here(trial, sweep, config, spec, labels_N, use_gpu))
     except JobStopped:
         return  # everything is saved
     except (UserError, JobError) as error:
@@ -65,25 +66,24 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int) -> None:
         reason = f"{type(error).__name__}: {error}"
     finally:
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
     if reason:
         write_outcome(run_url, "failed", reason)
         ray.get(sweep.tell.remote(line=f"{trial.name} failed: {reason}"))
 
 
 def _run_here(
-    trial: Trial, sweep: Any, config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray
+    trial: Trial, sweep: Any, config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray, use_gpu: bool
 ) -> dict[str, Any] | None:
     """Do the worker's part on a thread of this process; this one hands on what happens, and gives Tune each epoch."""
     control = _own_control(config.run_url)
     store = create_store(config, labels_N, num_shards=1)  # where the search lies with the trials, one node is enough
-    job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0)
+    job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0, use_gpu=use_gpu)
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            work(job, torch.device("cuda" if config.use_gpu else "cpu"))
+            work(job, worker_device(use_gpu=use_gpu))
         except BaseException as error:  # noqa: BLE001 - raised again below, on the thread that Tune watches
             errors.append(error)
 

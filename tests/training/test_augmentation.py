@@ -1,5 +1,8 @@
 """Augmentation against Pillow and SciPy, and the loader's promises: same images, same order, whatever the threads."""
 
+import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -8,11 +11,13 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from scipy import ndimage
 
+from lib.device import Upload
 from lib.errors import UserError
 from lib.faces import table
 from lib.training.augmentation import (
@@ -26,6 +31,7 @@ from lib.training.augmentation import (
     draws,
     output_to_crop,
 )
+from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache, build_cache, decode_jpeg
 
 UNCHANGED = Draw(
@@ -64,7 +70,8 @@ def cache(tmp_path: Path) -> FaceCache:
     rows[5]["crop"] = b"no picture"
     (tmp_path / "faces" / "split=train").mkdir(parents=True)
     pq.write_table(table.faces_table(rows, "{}"), tmp_path / "faces" / "split=train" / "part-0.parquet")
-    (tmp_path / "faces" / table.SUCCESS_NAME).write_text("{}")
+    success = {"run_id": "made for tests", "fingerprint": {}, "counts": {}}
+    (tmp_path / "faces" / table.SUCCESS_NAME).write_text(json.dumps(success))
     return FaceCache(build_cache(str(tmp_path / "faces"), ["train"], str(tmp_path / "cache")))
 
 
@@ -177,6 +184,27 @@ def test_batches_come_in_order_and_alike_whatever_the_number_of_threads(cache, l
     images = np.concatenate([batch.images for batch in alone])
     first_row, again = np.flatnonzero(rows.ravel() == rows.flat[0])[:2]
     assert (images[first_row] == images[again]).all() == (level == "none")
+
+
+@pytest.mark.parametrize("level", ["none", "strong"])
+def test_processes_make_the_images_that_threads_make(cache, level, caplog):
+    rows = np.random.default_rng(0).integers(0, 12, (9, 5))
+    task = LoadTask(rows=rows, first_draw=7)
+    alone = BatchLoader(cache=cache, size=24, level=level, seed=1, epoch=2)(task)
+    assert alone.failed.any()
+    with Decoders(2) as decoders:
+        pids = decoders.pids
+        upload = Upload(torch.device("cpu"))
+        loader = BatchLoader(cache=cache, size=24, level=level, seed=1, epoch=2, decoders=decoders, upload=upload)
+        batch = loader(task)
+        np.testing.assert_array_equal(batch.images, alone.images)
+        np.testing.assert_array_equal(batch.failed, alone.failed)
+        np.testing.assert_array_equal(batch.uploaded.tensor().numpy(), alone.images)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        np.testing.assert_array_equal(loader(task).images, alone.images)  # whatever becomes of the processes
+        assert "a process that decodes crops died" in caplog.text
+    assert not any(Path("/proc", str(pid)).exists() for pid in pids)
 
 
 @pytest.mark.parametrize("level", ["none", "original", "strong"])

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.training import losses
 from lib.training.losses import batch_softmax_loss, batch_triplet_loss, gather_batch, triplet_margin_loss
 
 
@@ -132,13 +131,6 @@ def test_batch_loss_and_gradient_equal_those_of_pytorch_metric_learning(power: i
     expected.backward()
     torch.testing.assert_close(loss.mean, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(embeddings.grad, twin.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_batch_loss_does_not_depend_on_how_many_triplets_are_compared_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    embeddings, labels = unit_batch(6, 4)
-    whole = batch_triplet_loss(embeddings, labels, margin=0.2)
-    monkeypatch.setattr(losses, "MAX_TRIPLETS_AT_ONCE", 50)
-    torch.testing.assert_close(batch_triplet_loss(embeddings, labels, margin=0.2), whole)
 
 
 def test_batch_loss_counts_all_triplets_and_mean_distances() -> None:
