@@ -63,7 +63,7 @@ S3_OPTIONS = {
 
 
 class FileInfo(NamedTuple):
-    """A file of a listing: its path below the listed URL, and its size in bytes."""
+    """A file of a listing: its path below the listed URL, and its size in bytes (0 where the storage does not tell)."""
 
     path: str
     num_bytes: int
@@ -325,6 +325,8 @@ class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str) -> None:
         self._url = url
         self._num_bytes = _remote(url, "read", lambda files, path: files.info(path))["size"]
+        if self._num_bytes is None:
+            raise UserError(f"{shown(url)}: the server does not say how long the file is: copy it here, and name that")
         self._position = 0
 
     def readable(self) -> bool:
@@ -436,7 +438,7 @@ def _list_remote(url: str) -> Iterator[FileInfo]:
     found = _remote(url, "list", lambda files, path: files.find(path, detail=True))
     root = filesystem(url)[1].rstrip("/") + "/"
     for path in sorted(found):
-        yield FileInfo(path.removeprefix(root), found[path]["size"])
+        yield FileInfo(path.removeprefix(root), found[path]["size"] or 0)
 
 
 def _remote(

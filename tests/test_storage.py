@@ -11,7 +11,10 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +23,7 @@ import pytest
 
 from lib import storage
 from lib.errors import JobError, UserError
+from lib.faces.manifest import ParquetColumns, read_manifest
 
 NOBODY = 65534
 STRANGE_NAMES = [
@@ -273,6 +277,32 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (photos / "nowhere.jpg").symlink_to(tmp_path / "gone")
     os.mkfifo(photos / "pipe.jpg")
     assert list(storage.list_files(str(photos))) == [("ann/1.jpg", 1), ("bob/2.jpg", 2), ("cat.jpg", 2)]
+
+
+@pytest.fixture
+def web_server(tmp_path: Path) -> Iterator[str]:
+    """Serve `tmp_path` with the listings of Python's own web server; yields its URL."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_photos_of_a_web_server_are_listed_and_read(tmp_path, web_server):
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "1.jpg").write_bytes(b"a photo")
+    manifest = read_manifest(web_server, None, split_seed=0, columns=ParquetColumns(), identities_required=True)
+    assert manifest.photos.select(["photo", "identity"]).to_pylist() == [{"photo": "ann/1.jpg", "identity": "ann"}]
+    assert storage.read_bytes(f"{web_server}/ann/1.jpg", 1000) == b"a photo"
+    with pytest.raises(UserError, match=r"cannot read 'http.*/ann/2\.jpg': it is not there"):
+        storage.read_bytes(f"{web_server}/ann/2.jpg", 1000)
 
 
 def test_a_tree_is_removed_and_what_links_point_to_stays(tmp_path):

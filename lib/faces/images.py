@@ -1,5 +1,6 @@
 """Photo files become upright BGR pixels, at full or reduced scale; what cannot be read says why."""
 
+import hashlib
 import io
 import re
 import struct
@@ -13,6 +14,7 @@ import pyjpegli
 from PIL import Image, UnidentifiedImageError
 
 from lib.faces import table
+from lib.faces.photo_structure import MAX_PIECES, OPENCV_BYTES, PNG_START, Structure, read_structure
 
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
@@ -22,6 +24,9 @@ PHOTO_SUFFIXES = (
 
 MAX_PHOTO_BYTES = 256 * 2**20
 """A file longer than this is refused unread: no camera writes one."""
+
+_BAND_ROWS = 512
+"""Rows that are converted at a time, so that a large picture is not held once more."""
 
 REDUCTIONS = (8, 4, 2, 1)
 """Scales (1/n) at which a JPEG can be decoded cheaply, the coarsest first."""
@@ -36,15 +41,19 @@ _CV2_READ_FLAGS = {
 MAX_SIDE = 65_535
 """Pixels along one side. JPEG cannot hold more, and buffers of a row are allocated by it."""
 
-MAX_DECODED_PIXELS = 50_000_000
-"""Pixels that are decoded at once. Larger JPEGs are read at a reduced scale, other formats are refused."""
+MAX_DECODED_BYTES = 300_000_000
+"""Memory in which a photo is decoded, its file not counted. JPEGs that need more are read at a reduced scale, others
+are refused."""
 
-MAX_PILLOW_PIXELS = 25_000_000
-"""The same for what Pillow decodes, which holds a picture several times."""
+_PILLOW_BYTES, _AVIF_BYTES = 12, 16
+"""Bytes a pixel that Pillow holds while it decodes, as measured (docs/measurements.md)."""
 
 MAX_JPEG_SCANS = 100
-MAX_SCANNED_PIXELS = 2_000_000_000
-"""Scans of a progressive JPEG, and pixels times scans: a decoder passes over all pixels for each scan."""
+MAX_SCANNED_SAMPLES = 1_000_000_000
+"""Scans of a progressive JPEG, and samples that a decoder passes over in all of them: at 1 to 3 ns each."""
+
+SLOW_SAMPLES, SLOW_BYTES = 200_000_000, 32 * 2**20
+"""From these on, a JPEG is decoded once and shrunk, not decoded anew for each scale."""
 
 # What Pillow's readers are seen to raise on damaged files.
 _UNREADABLE = (
@@ -77,15 +86,20 @@ _EXIF_ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>\s*)([1-8])""")
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 
-# How stored pixels become upright, by orientation (EXIF 2.32, section 4.6.4).
+
+def _flipped(pixels: np.ndarray, axis: int) -> np.ndarray:
+    return cv2.flip(pixels, axis, pixels)
+
+
+# How stored pixels become upright, by orientation (EXIF 2.32, section 4.6.4); in place where that can be.
 _TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: cv2.flip(pixels, 1),
-    3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
-    4: lambda pixels: cv2.flip(pixels, 0),
+    2: lambda pixels: _flipped(pixels, 1),
+    3: lambda pixels: _flipped(pixels, -1),
+    4: lambda pixels: _flipped(pixels, 0),
     5: cv2.transpose,
-    6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
-    7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
-    8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
+    6: lambda pixels: _flipped(cv2.transpose(pixels), 1),
+    7: lambda pixels: _flipped(cv2.transpose(pixels), -1),
+    8: lambda pixels: _flipped(cv2.transpose(pixels), 0),
 }
 
 
@@ -120,7 +134,8 @@ class Photo:
         """
         if len(data) > MAX_PHOTO_BYTES:
             raise BadPhotoError(table.TOO_LARGE, f"the file is longer than {MAX_PHOTO_BYTES} bytes")
-        _check_chunks(data)
+        structure = read_structure(data)
+        _check_work(structure)
         self._data = data
         self._decoded: dict[int, np.ndarray] = {}
         header = _read_header(data)
@@ -130,17 +145,11 @@ class Photo:
         if max(header.size) > MAX_SIDE:
             raise BadPhotoError(table.TOO_LARGE, f"{self.width}x{self.height} has a side over {MAX_SIDE} pixels")
         self._is_jpeg = header.format in ("JPEG", "MPO")
-        if self._is_jpeg:
-            _check_scans(data, self.width * self.height)
+        self._is_whole = structure.is_whole
+        self._is_slow = structure.num_scanned > SLOW_SAMPLES or len(data) > SLOW_BYTES
         # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
-        self._needs_pillow = (
-            header.format not in _OPENCV_FORMATS or header.mode == "CMYK" or not _is_complete(data, header.format)
-        )
-        self.finest = _finest_reduction(self.width * self.height, in_steps=self._is_jpeg and not self._needs_pillow)
-        if self._needs_pillow and self.width * self.height > MAX_PILLOW_PIXELS:
-            raise BadPhotoError(
-                table.TOO_LARGE, f"{self.width}x{self.height} {header.format} is over {MAX_PILLOW_PIXELS} pixels"
-            )
+        self._needs_pillow = header.format not in _OPENCV_FORMATS or header.mode == "CMYK" or not self._is_whole
+        self.finest = _finest_reduction(header, structure, needs_pillow=self._needs_pillow)
         self._orientation = _orientation(header, data)
         if self._orientation in _TRANSPOSED_ORIENTATIONS:
             self.width, self.height = self.height, self.width
@@ -172,19 +181,21 @@ class Photo:
         return self._decoded[reduction]
 
     def _decode(self, reduction: int) -> np.ndarray:
-        if self._is_jpeg and not self._needs_pillow and not any(n < reduction for n in self._decoded):
+        in_steps = self._is_jpeg and not self._needs_pillow and not self._is_slow
+        if reduction > self.finest and (not in_steps or any(n < reduction for n in self._decoded)):
+            return _shrink(self.pixels(self.finest), reduction // self.finest)
+        if not self._needs_pillow:
+            if 2 * OPENCV_BYTES * self.width * self.height > MAX_DECODED_BYTES * reduction**2:
+                self._decoded.clear()  # the coarser ones: there is no room for both
             pixels = _decode_with_opencv(self._data, reduction)
             if pixels is not None and self._fits(upright := self._upright(pixels), reduction):
                 return upright
         if reduction > self.finest:
             return _shrink(self.pixels(self.finest), reduction // self.finest)
-        if not self._needs_pillow:
-            pixels = _decode_with_opencv(self._data, reduction)
-            if pixels is not None and self._fits(upright := self._upright(pixels), reduction):
-                return upright
-        if self.width * self.height > MAX_PILLOW_PIXELS:
+        if _PILLOW_BYTES * self.width * self.height > MAX_DECODED_BYTES:
             raise BadPhotoError(table.CORRUPT, "the picture cannot be decoded")
-        return self._upright(_decode_with_pillow(self._data, self._is_jpeg))
+        lacks_end = self._is_jpeg and not self._is_whole
+        return self._upright(_jpeg_without_end(self._data) if lacks_end else _decode_with_pillow(self._data))
 
     def _upright(self, pixels: np.ndarray) -> np.ndarray:
         turn = _TURN.get(self._orientation)
@@ -212,56 +223,58 @@ def to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
 
 def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
     height, width = pixels.shape[:2]
-    size = (-(-width // reduction), -(-height // reduction))
-    # Replicating up to a multiple keeps the scale exactly 1/n, as the JPEG decoder does.
-    bottom, right = size[1] * reduction - height, size[0] * reduction - width
-    padded = cv2.copyMakeBorder(pixels, 0, bottom, 0, right, cv2.BORDER_REPLICATE) if bottom or right else pixels
-    return cv2.resize(padded, size, interpolation=cv2.INTER_AREA)
+    shrunk = np.empty((-(-height // reduction), -(-width // reduction), 3), np.uint8)
+    # Replicating up to a multiple keeps the scale exactly 1/n, as the JPEG decoder does. That copies a band at a time.
+    right = shrunk.shape[1] * reduction - width
+    for top in range(0, len(shrunk), _BAND_ROWS):
+        band = shrunk[top : top + _BAND_ROWS]
+        source = pixels[top * reduction : (top + len(band)) * reduction]
+        bottom = len(band) * reduction - len(source)
+        padded = cv2.copyMakeBorder(source, 0, bottom, 0, right, cv2.BORDER_REPLICATE) if bottom or right else source
+        band[:] = cv2.resize(padded, (band.shape[1], band.shape[0]), interpolation=cv2.INTER_AREA)
+    return shrunk
 
 
-def _check_chunks(data: bytes) -> None:
-    """Refuse a PNG with a chunk longer than the file: decoders allocate what a chunk declares before they read it.
-
-    Raises:
-        BadPhotoError: there is one.
-    """
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return
-    place = 8
-    while place + 8 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, place)
-        if kind == b"IEND":
-            return
-        if place + 12 + length > len(data):
-            raise BadPhotoError(table.CORRUPT, "the PNG file breaks off")
-        place += 12 + length
-
-
-def _check_scans(data: bytes, num_pixels: int) -> None:
-    """Refuse a JPEG of absurdly many scans, which takes a decoder minutes.
+def _check_work(structure: Structure) -> None:
+    """Refuse a file that would take a decoder minutes, or gigabytes that it only declares.
 
     Raises:
         BadPhotoError: it is one.
     """
-    # Between markers the byte ff is followed by 00; a thumbnail in the header adds a few scans.
-    num_scans = data.count(b"\xff\xda")
-    if num_scans > MAX_JPEG_SCANS or num_scans * num_pixels > max(MAX_SCANNED_PIXELS, 12 * num_pixels):
-        raise BadPhotoError(table.CORRUPT, f"a JPEG of {num_scans} scans would take too long to decode")
+    if structure.declares_more:
+        raise BadPhotoError(table.CORRUPT, "the PNG file breaks off")
+    if structure.too_many_pieces:
+        raise BadPhotoError(table.CORRUPT, f"a file of over {MAX_PIECES} chunks would take too long to read")
+    if structure.num_scans > MAX_JPEG_SCANS:
+        raise BadPhotoError(
+            table.CORRUPT,
+            f"a JPEG of {structure.num_scans} scans, over {MAX_JPEG_SCANS}, would take too long to decode",
+        )
 
 
-def _finest_reduction(num_pixels: int, *, in_steps: bool) -> int:
-    """Return the smallest reduction at which a picture stays within `MAX_DECODED_PIXELS`.
+def _finest_reduction(header: Image.Image, structure: Structure, *, needs_pillow: bool) -> int:
+    """Return the smallest reduction at which a picture is decoded within `MAX_DECODED_BYTES`; 1 unless a whole JPEG.
 
     Raises:
-        BadPhotoError: it does not, and its format has no reduced scales.
+        BadPhotoError: there is none.
     """
-    if num_pixels <= MAX_DECODED_PIXELS:
-        return 1
-    if not in_steps:
-        raise BadPhotoError(
-            table.TOO_LARGE, f"a picture of {num_pixels} pixels; over {MAX_DECODED_PIXELS} only whole JPEGs are read"
-        )
-    return next((n for n in reversed(REDUCTIONS) if num_pixels <= MAX_DECODED_PIXELS * n * n), REDUCTIONS[0])
+    num_pixels = header.width * header.height
+    bytes_a_pixel = structure.bytes_a_pixel
+    if needs_pillow:
+        bytes_a_pixel = _AVIF_BYTES if header.format == "AVIF" else _PILLOW_BYTES
+    in_steps = header.format in ("JPEG", "MPO") and not needs_pillow
+    for n in reversed(REDUCTIONS) if in_steps else (1,):
+        # What a decoder holds until the last scan goes before its pixels are there twice.
+        needed = max(bytes_a_pixel * num_pixels, n**2 * structure.bytes_held + 3 * num_pixels) / n**2
+        if needed <= MAX_DECODED_BYTES and structure.num_scanned <= MAX_SCANNED_SAMPLES:
+            return n
+    kind = f"{'progressive ' if structure.bytes_held else ''}{header.format}"
+    kind += "" if structure.is_whole else " that breaks off"
+    advice = "save it smaller" if kind == "JPEG" else "save it smaller, or as baseline JPEG"
+    cost = f"{needed / 1e6:.0f} MB to decode, over {MAX_DECODED_BYTES / 1e6:.0f}"
+    if structure.num_scanned > MAX_SCANNED_SAMPLES:
+        cost = f"a decoder over {structure.num_scanned / 1e6:.0f} million samples in {structure.num_scans} scans"
+    raise BadPhotoError(table.TOO_LARGE, f"{header.width}x{header.height} as {kind} takes {cost}: {advice}")
 
 
 def _read_header(data: bytes) -> Image.Image:
@@ -276,6 +289,9 @@ def _read_header(data: bytes) -> Image.Image:
         for name, start in _FORMATS_NOT_READ.items():
             if start.match(data[:64]):
                 raise BadPhotoError(table.CORRUPT, f"{name} is not read: convert it to JPEG or PNG") from error
+        if data.startswith(PNG_START) and re.search("too large|too much memory", str(error), re.IGNORECASE):
+            reason = "a text or colour profile in the PNG unpacks to far more than a photo needs: save it without"
+            raise BadPhotoError(table.CORRUPT, reason) from error
         reason = (
             "the file is empty" if not data else "no picture that can be read (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
         )
@@ -319,19 +335,6 @@ def _read_app1_profile(header: Image.Image, exif: Image.Exif) -> None:
         header.info.setdefault("xmp", profile)
 
 
-def _is_complete(data: bytes, picture_format: str | None) -> bool:
-    """Return whether the file ends where its format says it ends; False asks for a closer look."""
-    if picture_format in ("JPEG", "MPO"):
-        return b"\xff\xd9" in data[-64:]
-    if picture_format == "PNG":
-        return b"IEND" in data[-64:]
-    if picture_format == "WEBP":
-        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    if picture_format == "BMP":
-        return len(data) >= int.from_bytes(data[2:6], "little")
-    return False
-
-
 def _decode_with_opencv(data: bytes, reduction: int) -> np.ndarray | None:
     try:
         flags = _CV2_READ_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
@@ -340,36 +343,47 @@ def _decode_with_opencv(data: bytes, reduction: int) -> np.ndarray | None:
         return None
 
 
-def _decode_with_pillow(data: bytes, is_jpeg: bool) -> np.ndarray:
+def _jpeg_without_end(data: bytes) -> np.ndarray:
+    """Return the pixels of a JPEG that lacks its end mark, as long as none depends on the bytes that would follow.
+
+    Raises:
+        BadPhotoError: one does.
+    """
+    broken = BadPhotoError(table.CORRUPT, "the JPEG file breaks off")
+    if len(data) > SLOW_BYTES:
+        raise broken
+    data = data.rstrip(b"\0")  # what a download that was not finished leaves
+    with_noise = hashlib.sha256(_decode_with_pillow(data + bytes(range(1, 200, 7)) + b"\xff\xd9").data).digest()
+    pixels = _decode_with_pillow(data + b"\xff\xd9")
+    if hashlib.sha256(pixels.data).digest() != with_noise:
+        raise broken
+    return pixels
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
     """Return the pixels as they are stored, BGR.
 
-    A JPEG may lack its end mark, as long as no pixel depends on the bytes that would follow.
+    Raises:
+        BadPhotoError: they cannot be decoded.
     """
-    try:
-        return _pillow_pixels(data)
-    except BadPhotoError:
-        if not is_jpeg:
-            raise
-        followed_by_nothing = _pillow_pixels(data + b"\xff\xd9")
-        followed_by_noise = _pillow_pixels(data + bytes(range(1, 200, 7)) + b"\xff\xd9")
-        if not np.array_equal(followed_by_nothing, followed_by_noise):
-            raise
-        return followed_by_nothing
-
-
-def _pillow_pixels(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             picture.load()
-            if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-                grey_HW = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
-                return cv2.cvtColor(((grey_HW + 128) // 257).astype(np.uint8), cv2.COLOR_GRAY2BGR)
-            if picture.mode in ("I", "F"):
-                raise BadPhotoError(table.CORRUPT, f"no photo: one number of mode {picture.mode} a pixel")
-            rgb = picture.convert("RGB")
-            del picture
-            return cv2.cvtColor(np.asarray(rgb), cv2.COLOR_RGB2BGR)
+            pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+            for top in range(0, picture.height, _BAND_ROWS):
+                band = picture.crop((0, top, picture.width, min(top + _BAND_ROWS, picture.height)))
+                pixels[top : top + _BAND_ROWS] = _bgr(band, picture.format)
+            return pixels
     except (Image.DecompressionBombError, cv2.error, *_UNREADABLE) as error:
         raise BadPhotoError(table.CORRUPT, f"the picture cannot be decoded: {error}") from error
+
+
+def _bgr(picture: Image.Image, picture_format: str | None) -> np.ndarray:
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture_format == "PNG"):
+        grey_HW = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
+        return cv2.cvtColor(((grey_HW + 128) // 257).astype(np.uint8), cv2.COLOR_GRAY2BGR)
+    if picture.mode in ("I", "F"):
+        raise BadPhotoError(table.CORRUPT, f"no photo: one number of mode {picture.mode} a pixel")
+    return cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR)

@@ -1,0 +1,137 @@
+"""How a photo's file is built, read from its markers and chunks: whether it is whole, and what decoding takes."""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PNG_START = b"\x89PNG\r\n\x1a\n"
+
+OPENCV_BYTES, WEBP_BYTES, ANIMATION_BYTES = 6, 8, 12
+"""Bytes a pixel: OpenCV holds its pixels twice; without loss or with alpha, WebP has others besides; animations too."""
+
+MAX_PIECES = 100_000
+"""Segments of a JPEG or chunks of a PNG that are looked at. Photos have some hundreds, readers take a step for each."""
+
+_START, _END, _SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
+_RESTARTS = range(0xD0, 0xD8)
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
+
+# In the coded pixels ff is followed by 00, by a restart mark, or by more ff.
+_MARKER_AFTER_PIXELS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """What a file says of itself.
+
+    Attributes:
+        is_whole: its end is there; what follows the end, such as the video of a motion photo, does not count.
+        declares_more: a chunk of a PNG is longer than the file.
+        too_many_pieces: it has more than `MAX_PIECES`, and was not looked at any further.
+        bytes_a_pixel: what OpenCV holds while it decodes, as measured (docs/measurements.md).
+        num_scans: passes in which a JPEG brings its pixels, 1 unless it is progressive or keeps its colours apart.
+        num_scanned: samples over which a decoder of a JPEG goes in all scans together.
+        bytes_held: what a decoder of a JPEG holds until the last scan, whatever the scale: 0 where one scan has all.
+    """
+
+    is_whole: bool
+    declares_more: bool = False
+    too_many_pieces: bool = False
+    bytes_a_pixel: int = OPENCV_BYTES
+    num_scans: int = 1
+    num_scanned: int = 0
+    bytes_held: int = 0
+
+
+def read_structure(data: bytes) -> Structure:
+    """Return what a file says of itself; of formats that only Pillow reads, nothing is looked at."""
+    if data.startswith(PNG_START):
+        return _png_structure(data)
+    if data.startswith(b"\xff\xd8"):
+        return _jpeg_structure(data)
+    if data.startswith(b"RIFF"):
+        is_animated = data[12:16] == b"VP8X" and len(data) > 20 and bool(data[20] & 2)
+        still = OPENCV_BYTES if data[12:16] == b"VP8 " else WEBP_BYTES
+        is_whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
+        return Structure(is_whole=is_whole, bytes_a_pixel=ANIMATION_BYTES if is_animated else still)
+    return Structure(is_whole=len(data) >= int.from_bytes(data[2:6], "little") if data.startswith(b"BM") else True)
+
+
+def _png_structure(data: bytes) -> Structure:
+    place, num_chunks, bytes_a_pixel = len(PNG_START), 0, OPENCV_BYTES
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if kind == b"IEND":
+            return Structure(is_whole=True, bytes_a_pixel=bytes_a_pixel)
+        place += 12 + length
+        num_chunks += 1
+        if kind == b"acTL":
+            bytes_a_pixel = ANIMATION_BYTES
+        if num_chunks > MAX_PIECES:
+            return Structure(is_whole=False, too_many_pieces=True)
+    return Structure(is_whole=False, declares_more=place > len(data), bytes_a_pixel=bytes_a_pixel)
+
+
+def _jpeg_structure(data: bytes) -> Structure:
+    """Walk the markers of the first picture: what follows its end, and the thumbnail in its header, do not count."""
+    samples: dict[int, int] = {}
+    is_whole = is_buffered = False
+    num_scans = num_scanned = 0
+    for num_segments, (marker, body) in enumerate(_jpeg_segments(data)):
+        if num_segments > MAX_PIECES:
+            return Structure(is_whole=False, too_many_pieces=True)
+        if marker in _FRAMES:
+            samples = _samples_by_component(body)
+            is_buffered |= marker in _PROGRESSIVE_FRAMES
+        elif marker == _SCAN:
+            components = body[1 : 1 + 2 * body[0] : 2] if body else b""
+            num_scans += 1
+            num_scanned += sum(samples.get(component, 0) for component in components)
+            is_buffered |= len(components) < len(samples)
+        is_whole = marker == _END
+    return Structure(
+        is_whole=is_whole,
+        num_scans=num_scans,
+        num_scanned=num_scanned,
+        bytes_held=2 * sum(samples.values()) if is_buffered else 0,
+    )
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield marker and body of each segment, up to the end mark or to where the file or its picture breaks off."""
+    place = 2
+    while (place := data.find(b"\xff", place)) >= 0:
+        while place + 1 < len(data) and data[place + 1] == 0xFF:
+            place += 1
+        if place + 1 >= len(data) or (marker := data[place + 1]) == _START:
+            return
+        place += 2
+        if marker == _END:
+            yield marker, b""
+            return
+        if marker in (0, _TEMPORARY) or marker in _RESTARTS:
+            continue
+        end = place + int.from_bytes(data[place : place + 2], "big")
+        if end < place + 2 or end > len(data):
+            return
+        yield marker, data[place + 2 : end]
+        place = end
+        if marker == _SCAN:
+            found = _MARKER_AFTER_PIXELS.search(data, place)
+            if found is None:
+                return
+            place = found.start()
+
+
+def _samples_by_component(frame: bytes) -> dict[int, int]:
+    """Return how many samples each colour component of a frame header has, in whole blocks as decoders keep them."""
+    if len(frame) < 6 or len(frame) < 6 + 3 * frame[5]:
+        return {}
+    height, width, number = struct.unpack_from(">HHB", frame, 1)
+    factors = {frame[at]: divmod(frame[at + 1], 16) for at in range(6, 6 + 3 * number, 3)}
+    across = max((h for h, _ in factors.values()), default=0) or 1
+    down = max((v for _, v in factors.values()), default=0) or 1
+    blocks = -(-width // (8 * across)) * -(-height // (8 * down))
+    return {component: 64 * blocks * h * v for component, (h, v) in factors.items()}
