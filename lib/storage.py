@@ -48,6 +48,9 @@ _KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
+COLUMN_BUFFER_BYTES = 4 * 2**20
+"""Of a column that is read bit by bit: large enough that a bucket's latency does not count."""
+
 S3_SCHEMES = ("s3", "s3a")
 
 # A try of ours holds two of botocore's, of at most 20 s each. One stream a file, for the workers run side by side
@@ -192,15 +195,24 @@ def write_json(url: str, content: Any) -> None:
     write_bytes(url, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def open_parquet(url: str) -> pq.ParquetFile:
+def open_parquet(url: str, *, buffer_size: int = 0) -> pq.ParquetFile:
     """Open a Parquet file (use it in `with`): of a remote one, only what is asked for is read, with the usual retries.
+
+    With `buffer_size` a column is read so many bytes at a time, where otherwise it is fetched ahead as a whole.
 
     Raises:
         UserError: it is no Parquet file; and as `read_bytes`.
     """
     source = str(_local_path(url)) if is_local(url) else pa.PythonFile(_RemoteFile(url), mode="r")
     with _parquet_explained(url):
-        return pq.ParquetFile(source, pre_buffer=True)
+        return pq.ParquetFile(source, pre_buffer=not buffer_size, buffer_size=buffer_size)
+
+
+def row_group_batches(url: str, group: int, column: str, num_rows: int) -> Iterator[pa.Array]:
+    """Yield a column of a row group, so many rows at a time: no more is in memory; raises as `open_parquet`."""
+    with open_parquet(url, buffer_size=COLUMN_BUFFER_BYTES) as file, _parquet_explained(url):
+        for batch in file.iter_batches(num_rows, row_groups=[group], columns=[column], use_threads=False):
+            yield batch.column(0)
 
 
 def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
@@ -310,7 +322,7 @@ def _parquet_explained(url: str) -> Iterator[None]:
     with explained(url, "read"):
         try:
             yield
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             # Arrow calls a damaged file now the one and now the other; the system's own errors have a number.
             if isinstance(error, UserError) or getattr(error, "errno", None):
                 raise

@@ -33,7 +33,8 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("split", pa.string(), nullable=False),
         pa.field("status", pa.string()),  # missing or no_identity where there is nothing to look at, else null
         pa.field("source", pa.string()),  # Parquet input: the file, below the photo root
-        pa.field("row", pa.int64()),  # Parquet input: the row in that file
+        pa.field("group", pa.int64()),  # Parquet input: the row group of that file
+        pa.field("row", pa.int64()),  # Parquet input: the row in that group
     ]
 )
 
@@ -69,6 +70,8 @@ class Manifest:
         """Return a hash over names, identities and splits: the same input gives the same, on any machine."""
         digest = hashlib.sha256()
         for name in self.photos.column_names:
+            if name == "group" and self.photos[name].null_count == len(self):
+                continue  # photos in files had their digest before there was such a column
             for batch in self.photos.select([name]).to_batches(max_chunksize=65536):
                 digest.update("".join(f"{value!r}\n" for value in batch.column(0).to_pylist()).encode())
         return digest.hexdigest()[:16]
@@ -185,7 +188,7 @@ def _with_identities(manifest: Manifest, identities: Sequence[str | None], seed:
     photos = manifest.photos
     statuses = [table.NO_IDENTITY if required and identity is None else None for identity in identities]
     made = _table(photos["photo"].to_pylist(), identities, statuses, seed)
-    for index, name in ((4, "source"), (5, "row")):
+    for index, name in ((4, "source"), (5, "group"), (6, "row")):
         made = made.set_column(index, MANIFEST_SCHEMA.field(name), photos[name])
     return Manifest(made, manifest.num_bytes, manifest.num_passed_over)
 
@@ -202,7 +205,9 @@ def _from_parquet(
             known = set(file.schema_arrow.names) - {columns.image}
             content = file.read(columns=[column for column in (columns.identity, columns.photo) if column in known])
             num_rows = file.metadata.num_rows
-            num_bytes += sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            num_bytes += sum(group.total_byte_size for group in groups)
+            sizes = [group.num_rows for group in groups]
         nobody: list[str | None] = [None] * num_rows
         identities = nobody
         if columns.identity in known and not has_list:
@@ -214,8 +219,11 @@ def _from_parquet(
         keys = _texts(url, content, columns.photo) if columns.photo in known else numbered
         statuses = [table.NO_IDENTITY if required and identity is None else None for identity in identities]
         part = _table(keys, identities, statuses, seed)
-        part = part.set_column(4, MANIFEST_SCHEMA.field("source"), pa.array([name] * num_rows, pa.string()))
-        parts.append(part.set_column(5, MANIFEST_SCHEMA.field("row"), pa.array(np.arange(num_rows), pa.int64())))
+        firsts = np.repeat(np.cumsum([0, *sizes])[:-1], sizes)
+        places = (pa.repeat(name, num_rows), np.repeat(np.arange(len(sizes)), sizes), np.arange(num_rows) - firsts)
+        for index, place in enumerate(places, start=4):
+            part = part.set_column(index, MANIFEST_SCHEMA.field(index), pa.array(place))
+        parts.append(part)
     if num_nobody:
         logger.warning("%d rows have an identity that says there is none (blank, nan, None, null)", num_nobody)
     photos = pa.concat_tables(parts)
@@ -280,6 +288,7 @@ def _table(
         pa.array(split_names, pa.string()),
         pa.array(list(statuses), pa.string()),
         nothing.cast(pa.string()),
+        nothing.cast(pa.int64()),
         nothing.cast(pa.int64()),
     ]
     return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)

@@ -4,8 +4,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -24,6 +26,12 @@ Result = TypeVar("Result")
 
 # Small enough that an interruption costs little, large enough that ten million photos are ten thousand files.
 MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
+
+PIECES_OF_A_GROUP = 4
+"""A Parquet row group of at most `MAX_PART` photos is cut into no more parts, for each reads it from its beginning."""
+
+ROWS_AT_ONCE = 8
+"""Photos of Parquet in memory at once: as many of the largest size fill the 2 GiB that Arrow's `binary` can address."""
 
 READ_AHEAD = 16
 """Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
@@ -52,20 +60,30 @@ def plan_parts(manifest: Manifest) -> list[Part]:
     """Cut the manifest into parts; a part of files holds one split, a part of Parquet rows those that come."""
     size = min(MAX_PART, max(MIN_PART, len(manifest) // PARTS_WANTED))
     splits = manifest.photos["split"].combine_chunks()
-    is_parquet = manifest.photos["row"].null_count < len(manifest)
-    ends = [len(manifest)]
-    if not is_parquet:
-        runs = pc.run_end_encode(splits)
-        ends = runs.run_ends.to_pylist()
+    if manifest.photos["row"].null_count < len(manifest):
+        stops = _parquet_stops(manifest, size)
+    else:
+        runs = [0, *pc.run_end_encode(splits).run_ends.to_pylist()]
+        stops = [min(first + size, end) for start, end in pairwise(runs) for first in range(start, end, size)]
     parts: list[Part] = []
-    start = 0
-    for end in ends:
-        for first in range(start, end, size):
-            stop = min(first + size, end)
-            present = pc.unique(splits.slice(first, stop - first)).to_pylist()
-            parts.append(Part(len(parts), first, stop, tuple(sorted(present))))
-        start = end
+    for first, stop in pairwise([0, *stops]):
+        present = pc.unique(splits.slice(first, stop - first)).to_pylist()
+        parts.append(Part(len(parts), first, stop, tuple(sorted(present))))
     return parts
+
+
+def _parquet_stops(manifest: Manifest, size: int) -> list[int]:
+    """Return where parts of about so many rows end: between row groups where they can, for each reads its own anew."""
+    sources = manifest.photos["source"].combine_chunks().dictionary_encode().indices.to_numpy()
+    groups = manifest.photos["group"].to_numpy()
+    ends = [*(np.flatnonzero(np.diff(sources) | np.diff(groups)) + 1).tolist(), len(manifest)]
+    stops = [0]
+    for start, end in pairwise([0, *ends]):
+        if end - stops[-1] > size and start > stops[-1]:
+            stops.append(start)
+        num_pieces = min(-(-(end - start) // size), max(PIECES_OF_A_GROUP, -(-(end - start) // MAX_PART)))
+        stops += [start + (end - start) * piece // num_pieces for piece in range(1, num_pieces)]
+    return [*stops[1:], len(manifest)]
 
 
 def part_item(manifest: Manifest, part: Part) -> dict[str, Any]:
@@ -135,31 +153,25 @@ class PhotoReader:
         return entry, data
 
     def _read_parquet(self, entries: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | str]]:
-        by_file: dict[str, list[dict[str, Any]]] = {}
-        for entry in entries:
-            by_file.setdefault(entry["source"], []).append(entry)
-        for source, wanted in by_file.items():
+        for (source, group), wanted in groupby(entries, key=lambda entry: (entry["source"], entry["group"])):
             url = storage.join(self._photos_url, source) if source else self._photos_url
-            images = _parquet_images(url, self._image_column, [entry["row"] for entry in wanted])
-            for entry, image in zip(wanted, images, strict=True):
+            mine = list(wanted)
+            images = _group_images(url, self._image_column, group, [entry["row"] for entry in mine])
+            for entry, image in zip(mine, images, strict=True):
                 yield entry, entry["status"] or (table.MISSING if image is None else image)
 
 
-def _parquet_images(url: str, column: str, rows: list[int]) -> Iterator[bytes | None]:
-    """Yield the encoded photos of ascending rows, one row group in memory at a time."""
-    with storage.open_parquet(url) as file:
-        first, position = 0, 0
-        for group in range(file.metadata.num_row_groups):
-            last = first + file.metadata.row_group(group).num_rows
-            inside = []
-            while position < len(rows) and rows[position] < last:
-                inside.append(rows[position] - first)
-                position += 1
-            if inside:
-                images = file.read_row_group(group, columns=[column])[column].take(inside)
-                for image in images.to_pylist():
-                    yield image.get("bytes") if isinstance(image, dict) else image
-            first = last
+def _group_images(url: str, column: str, group: int, rows: list[int]) -> Iterator[bytes | None]:
+    """Yield the encoded photos of ascending rows of a row group, of which a few are in memory at a time."""
+    first, position = 0, 0
+    for batch in storage.row_group_batches(url, group, column, ROWS_AT_ONCE):
+        while position < len(rows) and rows[position] < first + len(batch):
+            image = batch[rows[position] - first].as_py()
+            yield image.get("bytes") if isinstance(image, dict) else image
+            position += 1
+        first += len(batch)
+        if position == len(rows):
+            return
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
