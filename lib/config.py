@@ -1,5 +1,7 @@
 """How every job starts and ends: flags become a dataclass, the result one line of JSON, errors exit statuses."""
 
+import contextlib
+import difflib
 import json
 import logging
 import os
@@ -7,14 +9,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar, cast
+from urllib.parse import urlsplit
 
 import tyro
+from tyro import _errors as refusals
 
 from lib.errors import JobError, JobStopped, StopSignal, UserError
+from lib.storage_errors import redacted
 
 Config = TypeVar("Config")
 
@@ -45,8 +49,10 @@ def absolute_url(url: str, flag: str) -> str:
     """Return `url` as an absolute local path, or unchanged when it names a storage scheme.
 
     Raises:
-        UserError: a relative path inside a submitted Ray job, whose working directory vanishes with the job.
+        UserError: a relative path inside a submitted Ray job, whose working directory vanishes with the job; a name
+            that is not UTF-8, which no table and no message between machines can hold.
     """
+    _check_utf8(url if "://" in url else os.path.abspath(url), flag)  # noqa: PTH100
     if "://" in url:
         return url
     path = os.path.expanduser(url)  # noqa: PTH111 - pathlib would not fold `..` away
@@ -72,22 +78,31 @@ def run_job(
     Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure, 75 when it was stopped
     from outside and has saved everything.
     """
+    # For as long as the process lives: threads and libraries print until its end.
+    given = [*sys.argv[1:], os.environ.get("DATA_URL", "")]
+    sys.stdout, sys.stderr = (cast(TextIO, _WithoutSecrets(each, given)) for each in (sys.stdout, sys.stderr))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     _signals_that_came.clear()
     heed_stop_signals()
     try:
-        if defaults is None:
-            config = tyro.cli(config_type, description=description)
-        else:
-            config = tyro.cli(config_type, description=description, default=defaults(sys.argv[1:]))
+        for flag in sys.argv[1:]:
+            _check_utf8(flag, "an argument")
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            # The help is wrapped at the terminal's width, which would cut a secret in two that no one then recognises.
+            os.environ["DATA_URL"] = redacted(os.environ.get("DATA_URL", ""))
+        with _one_line_refusals(config_type):
+            if defaults is None:
+                config = tyro.cli(config_type, description=description)
+            else:
+                config = tyro.cli(config_type, description=description, default=defaults(sys.argv[1:]))
         # The result alone goes to standard output; Ray would print there what its nodes say.
-        with redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr):
             result = job(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except JobError as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print("failed:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(EXIT_FAILURE)
     except JobStopped as stop:
         print(f"stopped: {stop}", file=sys.stderr)
@@ -102,6 +117,79 @@ def run_job(
         sys.exit(EXIT_FAILURE)
     print(json.dumps(result), flush=True)
     sys.exit(0)
+
+
+class _WithoutSecrets:
+    """A text stream that lets no password, key or signature of a URL through, whoever prints it.
+
+    All that a job says passes here: messages, logs, tracebacks, what Ray repeats of its workers, the result.
+    """
+
+    def __init__(self, stream: TextIO, given: Sequence[str]) -> None:
+        """Write to `stream`; the secrets of the URLs `given` are left out where they stand without their URL, too."""
+        self._stream = stream
+        self._secrets = [secret for text in given for secret in _secrets_of(text)]
+
+    def write(self, text: str) -> int:
+        shown = redacted(text)
+        for secret in self._secrets:
+            shown = shown.replace(secret, "***")
+        self._stream.write(shown)
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _secrets_of(text: str) -> list[str]:
+    """Return what storages repeat of a URL that is secret: user and password, and the query."""
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return []
+    login = rest[: rest.rfind("@") + 1]
+    query = urlsplit(f"{scheme}://{rest}").query
+    return [each for each in (login if ":" in login else "", query if "=" in query else "") if each]
+
+
+@contextlib.contextmanager
+def _one_line_refusals(config_type: type) -> Iterator[None]:
+    """Raise UserError, which becomes one line, in the place of each box that tyro would draw."""
+    flags = [f"--{name.replace('_', '-')}" for name in getattr(config_type, "__dataclass_fields__", ())]
+
+    def refuse(event: refusals.ParseErrorEvent) -> None:
+        raise UserError(f"{_refusal(event, flags)}: run {event.prog} --help for the flags and their values")
+
+    with refusals.on_parse_error(refuse):
+        yield
+
+
+def _refusal(event: refusals.ParseErrorEvent, flags: Sequence[str]) -> str:
+    if isinstance(event, refusals.UnrecognizedArgs):
+        token = event.tokens[0]
+        meant = difflib.get_close_matches(token.partition("=")[0], flags, 1, 0.75) if token.startswith("--") else ()
+        return f"{token!r} is not understood" + "".join(f", is {flag} meant?" for flag in meant)
+    if isinstance(event, refusals.InvalidChoice):
+        return f"{event.argument.display_name()} is {event.value!r}: allowed is {', '.join(event.choices)}"
+    if isinstance(event, refusals.BadValue):
+        return f"{event.argument.display_name()} has no value"
+    if isinstance(event, refusals.MissingArgs):
+        return f"{event.missing_arguments[0].arg.display_name()} is missing"
+    if isinstance(event, refusals.InstantiationFailure):
+        argument = event.argument
+        name = f"{argument.display_name()} takes {argument.lowered.metavar}: " if argument else ""
+        return name + " ".join(str(event.message).split())
+    return type(event).__name__
+
+
+def _check_utf8(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8: {os.fsencode(text)!r}: rename the file or folder") from None
 
 
 def heed_stop_signals() -> None:

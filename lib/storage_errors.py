@@ -19,8 +19,11 @@ class MissingFileError(UserError, FileNotFoundError):
 
 def redacted(text: str) -> str:
     """Return a URL, or a text with URLs in it, without passwords, keys and signatures: fit for a log."""
-    without_password = re.sub(r"://\S*:\S*@", "://***@", text)
-    return re.sub(r"(://[^?\s]*)\?\S*=\S*", r"\1?***", without_password)
+    if "://" not in text:
+        return text
+    without_password = re.sub(r"://\S*:\S*@|(?<=http)://[^\s/?#]+@|(?<=https)://[^\s/?#]+@", "://***@", text)
+    # What stands behind a URL in a sentence or in JSON stays.
+    return re.sub(r"""(://[^?\s]*)\?\S*=\S*?(?=[\\"'`),.:;\]}>]*(?:\s|$))""", r"\1?***", without_password)
 
 
 def shown(url: str) -> str:
@@ -118,7 +121,8 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
     code = s3_code(error)
     reason = reason_for(error)
     if code == "NoSuchBucket":
-        return MissingFileError(f"{what}: there is no bucket {urlsplit(url).netloc!r}: create it, or correct the URL")
+        bucket = urlsplit(redacted(url)).netloc
+        return MissingFileError(f"{what}: there is no bucket {bucket!r}: create it, or correct the URL")
     if isinstance(error, FileNotFoundError):
         return MissingFileError(f"{what}: it is not there: correct the URL, or run first the job that makes it")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):

@@ -1,0 +1,102 @@
+"""What every job says of wrong flags and of URLs with secrets; no job gets as far as to need Ray."""
+
+import json
+import logging
+import sys
+
+import pytest
+
+from lib import storage
+from lib.config import run_job
+from tests.job_runner import run_here
+from tests.test_config import Config
+
+SECRETS = ("sec-ret", "sign-ature")
+WITH_SECRETS = (
+    "s3://user:sec-ret@host/folder",
+    "https://user:sec-ret@127.0.0.1:9/folder?token=sign-ature",
+    "ftp2://user:sec-ret@host/folder?a=sign-ature&b=1",
+)
+URL_FLAGS = {
+    "preprocess.py": ("--data", "--photos", "--identities", "--faces", "--detector-weights"),
+    "train.py": ("--data", "--faces", "--init", "--from-sweep", "--cache-dir"),
+    "embed.py": ("--data", "--model", "--faces", "--photos", "--identities", "--output", "--detector-weights"),
+    "evaluate.py": ("--data", "--model", "--faces", "--photos", "--identities", "--pairs", "--slices", "--output"),
+    "export.py": ("--data", "--model", "--faces", "--output"),
+    "identify.py": ("--data", "--model", "--gallery", "--faces", "--output", "--detector-weights"),
+    "compare.py": ("--data", "--output", "stray"),
+    "sweep.py": ("--data",),
+    "pipeline.py": ("--data",),
+    "sample.py": ("--output",),
+}
+
+
+@pytest.mark.parametrize("url", WITH_SECRETS, ids=["s3", "https", "unknown"])
+@pytest.mark.parametrize(
+    ("script", "flag"), [(script, flag) for script, flags in URL_FLAGS.items() for flag in (*flags, "--no-such-flag")]
+)
+def test_no_secret_of_a_url_is_shown(script, flag, url, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "CHECK_RETRY_SECONDS", 0.0)
+    flags = [url] if flag == "stray" else [flag, url]
+    ended = run_here(script, *flags, "--dry-run", extra={"DATA_URL": str(tmp_path)})
+    assert ended.errors or ended.output
+    assert not [secret for secret in SECRETS if secret in ended.errors + ended.output], ended
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_the_help_shows_no_secret_of_the_data_url(columns):
+    told = run_here("train.py", "--help", extra={"DATA_URL": WITH_SECRETS[1], "COLUMNS": columns})
+    assert "***@127.0.0.1" in "".join(told.output.replace("│", "").split())
+    assert "ret@" not in told.output
+    assert "sign-" not in told.output
+
+
+def test_tracebacks_logs_and_results_show_no_secret_either(monkeypatch, capsys):
+    def leaking(config):
+        logging.getLogger().warning("reading %s", config.photos)
+        print("Invalid bucket name", config.photos.removeprefix("s3://"))
+        if config.dry_run:
+            raise ZeroDivisionError(config.photos)
+        return {"photos": config.photos, "query": 'http://host/x?a=sign-ature"\\', "rows": 1}
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for flags in ([], ["--dry-run"]):
+        monkeypatch.setattr(sys, "argv", ["job.py", "--photos", WITH_SECRETS[0], *flags])
+        with pytest.raises(SystemExit):
+            run_job(Config, leaking, description="")
+        shown = capsys.readouterr()
+        assert "Invalid bucket name ***host/folder" in shown.err
+        assert not [secret for secret in SECRETS if secret in shown.out + shown.err]
+        if not flags:
+            result = json.loads(shown.out)
+            assert result["photos"] == "s3://***@host/folder"
+            assert result["rows"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--fotos", "x"], "error: '--fotos' is not understood, is --photos meant?: run jobs/job.py --help"),
+        (["stray"], "error: 'stray' is not understood: run jobs/job.py --help"),
+        (["--photos"], "error: --photos has no value: run jobs/job.py --help"),
+        (["--image-size", "large"], "error: --image-size takes INT: invalid literal for int() with base 10: 'large'"),
+        (["--photos", "a\udcff"], "error: an argument is not UTF-8: b'a\\xff': rename the file or folder"),
+        (["--photos", "a\nb", "--image-size", "1"], "error: --image-size is 1: allowed is 16 or more"),
+    ],
+)
+def test_a_refusal_is_one_line(flags, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jobs/job.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        run_job(Config, lambda _: {}, description="")
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(line)
+    assert errors.count("\n") == 1
+
+
+def test_a_value_that_is_none_of_a_few_is_told_with_those():
+    refused = run_here("train.py", "--loss", "nope")
+    assert refused.status == 2
+    assert refused.errors.startswith("error: --loss is 'nope': allowed is softmax, semihard: run ")
+    assert refused.errors.count("\n") == 1
