@@ -3,15 +3,13 @@
 import hashlib
 import io
 import re
-import struct
 import warnings
-import zlib
 from collections.abc import Callable
 
 import cv2
 import numpy as np
 import pyjpegli
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from lib.faces import table
 from lib.faces.photo_structure import MAX_PIECES, OPENCV_BYTES, PNG_START, Structure, read_structure
@@ -54,21 +52,6 @@ MAX_SCANNED_SAMPLES = 1_000_000_000
 
 SLOW_SAMPLES, SLOW_BYTES = 200_000_000, 32 * 2**20
 """From these on, a JPEG is decoded once and shrunk, not decoded anew for each scale."""
-
-# What Pillow's readers are seen to raise on damaged files.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # to Pillow an MPO is a JPEG until it is open
 _OPENCV_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
@@ -285,7 +268,7 @@ def _read_header(data: bytes) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadPhotoError(table.TOO_LARGE, str(error)) from error
-    except (UnidentifiedImageError, *_UNREADABLE) as error:
+    except Exception as error:  # damaged files make readers raise whatever they trip over, such as RuntimeError
         for name, start in _FORMATS_NOT_READ.items():
             if start.match(data[:64]):
                 raise BadPhotoError(table.CORRUPT, f"{name} is not read: convert it to JPEG or PNG") from error
@@ -314,7 +297,7 @@ def _orientation(header: Image.Image, data: bytes) -> int:
             exif = header.getexif()
             _read_app1_profile(header, exif)
             value = exif.get(_EXIF_ORIENTATION)
-    except _UNREADABLE:
+    except Exception:  # noqa: BLE001 - as above: no orientation is worth a photo
         value = None
     if value is None:
         xmp = header.info.get("xmp") or header.info.get("XML:com.adobe.xmp") or b""
@@ -376,7 +359,9 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
                 band = picture.crop((0, top, picture.width, min(top + _BAND_ROWS, picture.height)))
                 pixels[top : top + _BAND_ROWS] = _bgr(band, picture.format)
             return pixels
-    except (Image.DecompressionBombError, cv2.error, *_UNREADABLE) as error:
+    except BadPhotoError:
+        raise
+    except Exception as error:
         raise BadPhotoError(table.CORRUPT, f"the picture cannot be decoded: {error}") from error
 
 

@@ -191,6 +191,12 @@ def test_a_file_that_breaks_off_is_corrupt(picture_format: str, share: float) ->
     assert status_of(data[: int(len(data) * share)]) == table.CORRUPT
 
 
+def test_a_file_of_noise_behind_its_header_is_corrupt() -> None:
+    whole = encoded(SMALL, "AVIF", quality=95)
+    place = whole.index(b"mdat") + 4
+    assert status_of(whole[:place] + np.random.default_rng(0).bytes(len(whole) - place)) == table.CORRUPT
+
+
 @pytest.mark.parametrize(
     "data",
     [
