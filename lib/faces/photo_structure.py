@@ -13,13 +13,12 @@ OPENCV_BYTES, WEBP_BYTES, ANIMATION_BYTES = 6, 8, 12
 MAX_PIECES = 100_000
 """Segments of a JPEG or chunks of a PNG that are looked at. Photos have some hundreds, readers take a step for each."""
 
-_START, _END, _SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
-_RESTARTS = range(0xD0, 0xD8)
+_JUNK, _START, _END, _SCAN = 0x00, 0xD8, 0xD9, 0xDA
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
 
-# In the coded pixels ff is followed by 00, by a restart mark, or by more ff.
-_MARKER_AFTER_PIXELS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# Not of a segment are ff 00, which is among the coded pixels, restart marks, and ff that fills up.
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ def _jpeg_structure(data: bytes) -> Structure:
     is_whole = is_buffered = False
     num_scans = num_scanned = 0
     for num_segments, (marker, body) in enumerate(_jpeg_segments(data)):
-        if num_segments > MAX_PIECES:
+        if num_segments > MAX_PIECES or marker == _JUNK:
             return Structure(is_whole=False, too_many_pieces=True)
         if marker in _FRAMES:
             samples = _samples_by_component(body)
@@ -100,26 +99,32 @@ def _jpeg_structure(data: bytes) -> Structure:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and body of each segment, up to the end mark or to where the file or its picture breaks off."""
-    place = 2
-    while (place := data.find(b"\xff", place)) >= 0:
-        while place + 1 < len(data) and data[place + 1] == 0xFF:
-            place += 1
-        if place + 1 >= len(data) or (marker := data[place + 1]) == _START:
+    """Yield marker and body of each segment, up to the end mark or to where the file or its picture breaks off.
+
+    Markers are `_JUNK` where too many bytes belong to no segment: readers go through those one by one.
+    """
+    place, num_junk = 2, 0
+    while True:
+        found = _MARKER.search(data, place)
+        num_junk += (found.end() if found else len(data)) - place - 2
+        if num_junk > MAX_PIECES:
+            yield _JUNK, b""
             return
-        place += 2
+        if found is None or (marker := data[found.end() - 1]) == _START:
+            return
+        place = found.end()
         if marker == _END:
             yield marker, b""
             return
-        if marker in (0, _TEMPORARY) or marker in _RESTARTS:
-            continue
         end = place + int.from_bytes(data[place : place + 2], "big")
-        if end < place + 2 or end > len(data):
+        if end > len(data):
             return
+        if end < place + 2:
+            continue
         yield marker, data[place + 2 : end]
         place = end
         if marker == _SCAN:
-            found = _MARKER_AFTER_PIXELS.search(data, place)
+            found = _MARKER.search(data, place)
             if found is None:
                 return
             place = found.start()
