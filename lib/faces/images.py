@@ -129,7 +129,7 @@ class Photo:
             raise BadPhotoError(table.TOO_LARGE, f"{self.width}x{self.height} has a side over {MAX_SIDE} pixels")
         self._is_jpeg = header.format in ("JPEG", "MPO")
         self._is_whole = structure.is_whole
-        self._is_slow = structure.num_scanned > SLOW_SAMPLES or len(data) > SLOW_BYTES
+        self._is_slow = structure.num_scanned > SLOW_SAMPLES or structure.num_coded > SLOW_BYTES
         # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
         self._needs_pillow = header.format not in _OPENCV_FORMATS or header.mode == "CMYK" or not self._is_whole
         self.finest = _finest_reduction(header, structure, needs_pillow=self._needs_pillow)

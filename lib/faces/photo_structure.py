@@ -32,6 +32,7 @@ class Structure:
         bytes_a_pixel: what OpenCV holds while it decodes, as measured (docs/measurements.md).
         num_scans: passes in which a JPEG brings its pixels, 1 unless it is progressive or keeps its colours apart.
         num_scanned: samples over which a decoder of a JPEG goes in all scans together.
+        num_coded: bytes that it reads for them.
         bytes_held: what a decoder of a JPEG holds until the last scan, whatever the scale: 0 where one scan has all.
     """
 
@@ -41,6 +42,7 @@ class Structure:
     bytes_a_pixel: int = OPENCV_BYTES
     num_scans: int = 1
     num_scanned: int = 0
+    num_coded: int = 0
     bytes_held: int = 0
 
 
@@ -77,8 +79,8 @@ def _jpeg_structure(data: bytes) -> Structure:
     """Walk the markers of the first picture: what follows its end, and the thumbnail in its header, do not count."""
     samples: dict[int, int] = {}
     is_whole = is_buffered = False
-    num_scans = num_scanned = 0
-    for num_segments, (marker, body) in enumerate(_jpeg_segments(data)):
+    num_scans = num_scanned = num_coded = 0
+    for num_segments, (marker, body, length_behind) in enumerate(_jpeg_segments(data)):
         if num_segments > MAX_PIECES or marker == _JUNK:
             return Structure(is_whole=False, too_many_pieces=True)
         if marker in _FRAMES:
@@ -87,6 +89,7 @@ def _jpeg_structure(data: bytes) -> Structure:
         elif marker == _SCAN:
             components = body[1 : 1 + 2 * body[0] : 2] if body else b""
             num_scans += 1
+            num_coded += length_behind
             num_scanned += sum(samples.get(component, 0) for component in components)
             is_buffered |= len(components) < len(samples)
         is_whole = marker == _END
@@ -94,40 +97,42 @@ def _jpeg_structure(data: bytes) -> Structure:
         is_whole=is_whole,
         num_scans=num_scans,
         num_scanned=num_scanned,
+        num_coded=num_coded,
         bytes_held=2 * sum(samples.values()) if is_buffered else 0,
     )
 
 
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield marker and body of each segment, up to the end mark or to where the file or its picture breaks off.
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Yield marker and body of each segment, and the length of the coded pixels behind it.
 
-    Markers are `_JUNK` where too many bytes belong to no segment: readers go through those one by one.
+    That is up to the end mark, or to where the file or its picture breaks off. Markers are `_JUNK` where too many bytes
+    belong to no segment: readers go through those one by one.
     """
     place, num_junk = 2, 0
     while True:
         found = _MARKER.search(data, place)
         num_junk += (found.end() if found else len(data)) - place - 2
         if num_junk > MAX_PIECES:
-            yield _JUNK, b""
+            yield _JUNK, b"", 0
             return
         if found is None or (marker := data[found.end() - 1]) == _START:
             return
-        place = found.end()
+        start = place = found.end()
         if marker == _END:
-            yield marker, b""
+            yield marker, b"", 0
             return
         end = place + int.from_bytes(data[place : place + 2], "big")
         if end > len(data):
             return
-        if end < place + 2:
+        if end < start + 2:
             continue
-        yield marker, data[place + 2 : end]
         place = end
         if marker == _SCAN:
-            found = _MARKER.search(data, place)
-            if found is None:
-                return
-            place = found.start()
+            found = _MARKER.search(data, end)
+            place = found.start() if found else len(data)
+        yield marker, data[start + 2 : end], place - end
+        if place == len(data):
+            return
 
 
 def _samples_by_component(frame: bytes) -> dict[int, int]:

@@ -550,10 +550,16 @@ def test_a_slow_jpeg_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decode = images._decode_with_opencv
     monkeypatch.setattr(images, "_decode_with_opencv", lambda *given: decoded.append(given[1]) or decode(*given))
     data = encoded(gradient(203, 101), "JPEG", quality=95, progressive=True)
-    for slow_samples, wanted in ((10**9, [8, 4, 1]), (100, [1])):
-        monkeypatch.setattr(images, "SLOW_SAMPLES", slow_samples)
+    never = {"SLOW_SAMPLES": 10**9, "SLOW_BYTES": len(data)}
+    for limits, wanted in (
+        (never, [8, 4, 1]),
+        (never | {"SLOW_SAMPLES": 100}, [1]),
+        (never | {"SLOW_BYTES": 100}, [1]),
+    ):
+        for name, limit in limits.items():
+            monkeypatch.setattr(images, name, limit)
         decoded.clear()
-        photo = Photo(data, max_pixels=MAX_PIXELS)
+        photo = Photo(data + VIDEO, max_pixels=MAX_PIXELS)
         assert [photo.pixels(n).shape[:2] for n in (8, 4, 1)] == [(13, 26), (26, 51), (101, 203)]
         assert decoded == wanted
 
