@@ -18,7 +18,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -137,8 +137,10 @@ def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
         UserError, JobError: it may not be read, or the storage stays away.
     """
     if is_local(url):
-        with explained(url, "read"), _local_path(url).open("rb") as file:
-            return file.read(max_bytes)
+        with explained(url, "read"):
+            _refuse_special(url)
+            with _local_path(url).open("rb") as file:
+                return file.read(max_bytes)
     if max_bytes is None:
         return _remote(url, "read", lambda files, path: files.cat_file(path))
     return _read_range(url, 0, max_bytes)
@@ -195,37 +197,46 @@ def write_json(url: str, content: Any) -> None:
     write_bytes(url, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def open_parquet(url: str, *, buffer_size: int = 0) -> pq.ParquetFile:
-    """Open a Parquet file (use it in `with`): of a remote one, only what is asked for is read, with the usual retries.
+@contextmanager
+def open_parquet(url: str, wanted: Sequence[pa.Field] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file with the columns `wanted`: of a remote one, only what is asked for is read, with retries.
 
     With `buffer_size` a column is read so many bytes at a time, where otherwise it is fetched ahead as a whole.
 
     Raises:
-        UserError: it is no Parquet file; and as `read_bytes`.
+        UserError: it is no Parquet file, a column is not there or of another type, or what is read turns out damaged;
+            and as `read_bytes`.
     """
+    if is_local(url):
+        _refuse_special(url)
     source = str(_local_path(url)) if is_local(url) else pa.PythonFile(_RemoteFile(url), mode="r")
-    with _parquet_explained(url):
-        return pq.ParquetFile(source, pre_buffer=not buffer_size, buffer_size=buffer_size)
+    with (
+        _parquet_explained(url),
+        pq.ParquetFile(source, pre_buffer=not buffer_size, buffer_size=buffer_size) as file,
+    ):
+        found = {each.name: each.type for each in file.schema_arrow}
+        wrong = [f"{each.name} of type {each.type}" for each in wanted if found.get(each.name) != each.type]
+        if wrong:
+            there = ", ".join(f"{name} ({kind})" for name, kind in found.items())
+            raise UserError(
+                f"{shown(url)} has no column {', '.join(wrong)}, it has {there}: "
+                "remove it and run the job that made it again"
+            )
+        yield file
 
 
 def row_group_batches(url: str, group: int, column: str, num_rows: int) -> Iterator[pa.Array]:
     """Yield a column of a row group, so many rows at a time: no more is in memory; raises as `open_parquet`."""
-    with open_parquet(url, buffer_size=COLUMN_BUFFER_BYTES) as file, _parquet_explained(url):
+    with open_parquet(url, buffer_size=COLUMN_BUFFER_BYTES) as file:
         for batch in file.iter_batches(num_rows, row_groups=[group], columns=[column], use_threads=False):
             yield batch.column(0)
 
 
-def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
-    """Return a Parquet file as a table; raises as `open_parquet`."""
+def read_parquet(url: str, wanted: Sequence[pa.Field] = ()) -> pa.Table:
+    """Return the columns `wanted` of a Parquet file, or all, as a table; raises as `open_parquet`."""
     # Not pq.read_table: below a folder such as split=train it adds a column that the file does not hold.
-    with open_parquet(url) as file, _parquet_explained(url):
-        absent = [name for name in columns or () if name not in file.schema_arrow.names]
-        if absent:
-            raise UserError(
-                f"{shown(url)} has no column {', '.join(absent)}, it has {', '.join(file.schema_arrow.names)}: "
-                "remove it and run the job that made it again"
-            )
-        return file.read(columns=columns)
+    with open_parquet(url, wanted) as file:
+        return file.read(columns=[each.name for each in wanted] or None)
 
 
 def parquet_schema(url: str) -> pa.Schema:
@@ -322,7 +333,7 @@ def _parquet_explained(url: str) -> Iterator[None]:
     with explained(url, "read"):
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             # Arrow calls a damaged file now the one and now the other; the system's own errors have a number.
             if isinstance(error, UserError) or getattr(error, "errno", None):
                 raise
@@ -476,6 +487,14 @@ def _remote(
 def _scheme(url: str) -> str:
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
     return match[1].lower() if match else "file"
+
+
+def _refuse_special(url: str) -> None:
+    """Raise UserError for a pipe or a device: who opens one may wait for ever."""
+    with explained(url, "read"):
+        path = _local_path(url)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{shown(url)} is a pipe or a device: write its content into a file, and name that")
 
 
 def _local_path(url: str) -> Path:

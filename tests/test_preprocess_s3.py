@@ -40,7 +40,7 @@ def parts(data: str) -> list[str]:
 
 
 def rows(data: str) -> list[str]:
-    faces = (storage.read_parquet(f"{data}/faces/{part}", columns=["photo"]) for part in parts(data))
+    faces = (storage.read_parquet(f"{data}/faces/{part}") for part in parts(data))
     return sorted(name for part in faces for name in part["photo"].to_pylist())
 
 

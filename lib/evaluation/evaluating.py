@@ -254,7 +254,7 @@ def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | Non
         names, identities, statuses, splits = (photos[column].to_pylist() for column in columns)
         return names, identities, statuses, splits
     parts = [
-        storage.read_parquet(storage.join(source.url, name), columns=["photo", "identity", "status"])
+        storage.read_parquet(storage.join(source.url, name), table.columns("photo", "identity", "status"))
         for name in source.file_names
     ]
     rows = pa.concat_tables(parts)

@@ -139,8 +139,10 @@ def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.b
     """
     try:
         options = pa.csv.ConvertOptions(column_types={"photo": pa.string(), "attribute": pa.string()})
-        rows = pa.csv.read_csv(io.BytesIO(read_bytes(url)), convert_options=options)
-    except pa.ArrowException as error:
+        content = read_bytes(url)
+        content.decode()  # Arrow finds out only once the name of a column is asked for
+        rows = pa.csv.read_csv(io.BytesIO(content), convert_options=options)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"--slices {url}: cannot be read as CSV with the columns photo, attribute: {error}") from None
     absent = [name for name in ("photo", "attribute") if name not in rows.column_names]
     if absent:

@@ -176,9 +176,10 @@ def _read_table(content: bytes, url: str) -> pa.Table:
     try:
         if url.lower().endswith(".csv"):
             options = pa.csv.ConvertOptions(column_types=text)
+            content.decode()  # Arrow finds out only once the name of a column is asked for
             return pa.csv.read_csv(io.BytesIO(content), convert_options=options)
         return pa.parquet.read_table(pa.BufferReader(content))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{url}: cannot be read as a table of pairs: {error}") from None
 
 

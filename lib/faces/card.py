@@ -87,7 +87,7 @@ def finish(
 
 
 def _read_part(faces_url: str, name: str) -> tuple[list[str], list[str | None], list[str], list[str | None], int, int]:
-    with storage.open_parquet(storage.join(faces_url, name)) as file:
+    with storage.open_parquet(storage.join(faces_url, name), table.columns("photo", "identity", "status")) as file:
         columns = ["photo", "identity", "status", "reason"]
         rows = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
         metadata = file.schema_arrow.metadata or {}
@@ -199,8 +199,7 @@ def _contact_sheet(faces_url: str, file_names: list[str]) -> bytes:
     each = -(-num_tiles // len(places))
     crops: list[bytes] = []
     for place in places:
-        with storage.open_parquet(storage.join(faces_url, file_names[place])) as file:
-            rows = file.read(columns=["status", "crop"])
+        rows = storage.read_parquet(storage.join(faces_url, file_names[place]), table.columns("status", "crop"))
         aligned = rows["crop"].filter(pc.equal(rows["status"], table.ALIGNED))
         chosen = np.unique(np.linspace(0, len(aligned) - 1, min(each, len(aligned))).astype(int))
         crops.extend(aligned[int(i)].as_py() for i in chosen)

@@ -26,7 +26,7 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
 from lib.faces.people import Moment, Person
 from lib.faces.scenery import ENCODINGS, photo_size, take_photo
-from lib.storage import exists, join, list_files, parquet_schema, remove, write_bytes, write_parquet
+from lib.storage import exists, join, list_files, parquet_schema, redacted, remove, write_bytes, write_parquet
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +235,11 @@ def _read_marker(data_url: str) -> tuple[SamplePlan, bool] | None:
     metadata = parquet_schema(url).metadata or {}
     if MARKER_KEY not in metadata:
         return None
-    marker = json.loads(metadata[MARKER_KEY])
-    return SamplePlan(**marker["plan"]), marker["complete"]
+    try:
+        marker = json.loads(metadata[MARKER_KEY])
+        return SamplePlan(**marker["plan"]), bool(marker["complete"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{redacted(url)} is damaged ({error}): remove it, or choose another place") from error
 
 
 def _draw_all(config: SampleConfig, outdated: list[str]) -> None:

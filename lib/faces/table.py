@@ -41,6 +41,11 @@ in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the sta
 why a photo could not be read; tables made earlier lack it."""
 
 
+def columns(*names: str) -> list[pa.Field]:
+    """Return the columns of these names, as readers of a faces table want them."""
+    return [SCHEMA.field(name) for name in names]
+
+
 def faces_table(rows: list[dict[str, Any]], fingerprint_json: str) -> pa.Table:
     """Return the rows (keys as in `SCHEMA`, absent ones null) as a table whose metadata carries the fingerprint."""
     schema = SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint_json.encode()})

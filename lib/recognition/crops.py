@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import storage
+from lib.faces import table
 from lib.faces.extraction import FaceExtractor
 from lib.faces.manifest import Manifest, ParquetColumns
 from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
@@ -30,9 +31,9 @@ def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
         return crops
     for file_name in source.file_names:
         url = storage.join(source.url, file_name)
-        in_file = storage.read_parquet(url, columns=["photo"])
+        in_file = storage.read_parquet(url, table.columns("photo"))
         if pc.any(pc.is_in(in_file["photo"], wanted)).as_py():
-            rows = storage.read_parquet(url, columns=["photo", "crop"])
+            rows = storage.read_parquet(url, table.columns("photo", "crop"))
             rows = rows.filter(pc.is_in(rows["photo"], wanted))
             crops |= {row["photo"]: row["crop"] for row in rows.to_pylist() if row["crop"]}
     return crops

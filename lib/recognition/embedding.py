@@ -33,6 +33,8 @@ from lib.recognition.recognizer import decoded_crop
 
 logger = logging.getLogger(__name__)
 
+_FACES_COLUMNS = [column for column in table.SCHEMA if column.name != "reason"]
+
 BATCH_SIZE = 64
 """Faces that go through the model at once; the last digits of an embedding depend on it, so it is no flag."""
 
@@ -183,7 +185,7 @@ def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
         raise UserError(f"{faces_url} has no photo in split {', '.join(splits)}: name others by --splits")
     num_rows = []
     for name in names:
-        with storage.open_parquet(storage.join(faces_url, name)) as file:
+        with storage.open_parquet(storage.join(faces_url, name), _FACES_COLUMNS) as file:
             num_rows.append(file.metadata.num_rows)
     return FacesSource(
         url=faces_url,
@@ -361,7 +363,7 @@ class EmbedWorker:
     def _rows(self, item: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
         """Yield the file, the rows of a faces table that go into it, and the number of photos they stand for."""
         if self._reader is None:
-            rows = storage.read_parquet(item["faces"]).to_pylist()
+            rows = storage.read_parquet(item["faces"], _FACES_COLUMNS).to_pylist()
             yield item["name"], rows, len(rows)
             return
         for split, made in self._reader.rows(item).items():
@@ -399,7 +401,7 @@ def _wanted_crop(embedder: Embedder, face: Mapping[str, Any], made: Alignment) -
 def _counts(output: str, file_names: Sequence[str]) -> dict[str, Any]:
     statuses, identities = Counter[str](), set[str]()
     for name in file_names:
-        rows = storage.read_parquet(storage.join(output, name), columns=["identity", "status"])
+        rows = storage.read_parquet(storage.join(output, name), table.columns("identity", "status"))
         statuses.update(rows["status"].to_pylist())
         identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
     return {

@@ -62,7 +62,13 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
     if not file_names:
         raise UserError(f"{url} holds no embeddings: run jobs/embed.py on photos with faces")
     tables = [storage.read_parquet(storage.join(url, name)) for name in file_names]
-    model, fingerprint = _about(url, tables[0].schema)
+    abouts = [_about(storage.join(url, name), part.schema) for name, part in zip(file_names, tables, strict=True)]
+    model, fingerprint = abouts[0]
+    for name, (other, _) in zip(file_names, abouts, strict=True):
+        if other["embedding_dim"] != model["embedding_dim"]:
+            raise UserError(
+                f"{storage.join(url, name)} is by another model than {file_names[0]}: run jobs/embed.py again"
+            )
     splits = [
         name.split("/")[0].removeprefix("split=")
         for name, part in zip(file_names, tables, strict=True)

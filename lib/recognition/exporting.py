@@ -165,7 +165,7 @@ def real_crops(faces_url: str, num: int) -> np.ndarray:
     source = faces_source(faces_url, table.SPLITS)
     crops: list[np.ndarray] = []
     for name in sorted(source.file_names, key=lambda name: (not name.startswith("split=test/"), name)):
-        rows = storage.read_parquet(storage.join(faces_url, name), columns=["crop"])
+        rows = storage.read_parquet(storage.join(faces_url, name), table.columns("crop"))
         crops.extend(decoded_crop(crop) for crop in rows["crop"].drop_null().slice(0, num - len(crops)).to_pylist())
         if len(crops) == num:
             break

@@ -91,8 +91,8 @@ def _run_urls(data: str, given: str) -> list[str]:
 
 def trial_urls(sweep_url: str) -> list[str]:
     """Return the runs of a sweep, those that have not begun too, in their order."""
-    names = storage.read_json(storage.join(sweep_url, SWEEP_NAME))["runs"]
-    return [storage.join(sweep_url, "runs", name) for name in names]
+    names = storage.read_json(storage.join(sweep_url, SWEEP_NAME), {"runs": list})["runs"]
+    return [storage.join(sweep_url, "runs", str(name)) for name in names]
 
 
 def _runs_in(data: str) -> list[str]:
@@ -104,7 +104,7 @@ def _runs_in(data: str) -> list[str]:
 def read_run(url: str) -> ComparedRun:
     """Return what a run's folder says; a run that has not begun has no settings and no rows."""
     config_url = storage.join(url, CONFIG_NAME)
-    settings = storage.read_json(config_url) if storage.exists(config_url) else {}
+    settings = storage.read_json(config_url, {"fingerprint": dict}) if storage.exists(config_url) else {}
     if settings:
         settings["fingerprint"] = settings["fingerprint"].get("id")
     rows = read_rows(url)
@@ -113,7 +113,7 @@ def read_run(url: str) -> ComparedRun:
     state: State = "finished" if progress is not None and progress.finished else "unfinished"
     if outcome is not None and state != "finished":
         state = outcome.ending
-    values = [figure_of(row, settings.get("best_by", "accuracy")) for row in rows]
+    values = [figure_of(row, str(settings.get("best_by", "accuracy"))) for row in rows]
     judged = [(value, row) for value, row in zip(values, rows, strict=True) if value is not None]
     value, best = max(judged, key=lambda each: each[0], default=(None, None))
     return ComparedRun(

@@ -175,7 +175,7 @@ def _equal_batches(urls: Sequence[str], kept_people: pa.Array | None) -> Iterato
     pending: list[pa.RecordBatch] = []
     num_pending = 0
     for url in urls:
-        with storage.open_parquet(url) as file:
+        with storage.open_parquet(url, table.columns(*CACHE_SCHEMA.names, "status")) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status"]):
                 kept = batch.filter(_usable(batch)).select(CACHE_SCHEMA.names)
                 if kept_people is not None:
@@ -202,7 +202,7 @@ def read_identities(faces_url: str, splits: Sequence[str], *, photos_limit: int 
     table.read_success(faces_url)
     urls = [url for split in splits for url in _part_urls(faces_url, split)]
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        parts = pool.map(lambda url: storage.read_parquet(url, ["identity", "status"]), urls)
+        parts = pool.map(lambda url: storage.read_parquet(url, table.columns("identity", "status")), urls)
         names = [part.filter(_usable(part))["identity"] for part in parts]
     identities = pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
     if not photos_limit:

@@ -106,7 +106,10 @@ def write_history(url: str, rows: Sequence[Row]) -> None:
 def read_rows(run_url: str) -> list[Row]:
     """Return the rows of a run's history, none where it has not begun."""
     url = storage.join(run_url, "history.parquet")
-    return storage.read_parquet(url).to_pylist() if storage.exists(url) else []
+    if not storage.exists(url):
+        return []
+    with storage.open_parquet(url, [pa.field("epoch", pa.int64())]) as file:
+        return file.read().to_pylist()
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -116,7 +116,7 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
                 f"{config.run_url} holds files but no {CONFIG_NAME}, such as {foreign.path}: choose another --name"
             )
         return None
-    earlier = storage.read_json(url)
+    earlier = storage.read_json(url, {"fingerprint": dict})
     if different := differences(plan, earlier):
         raise UserError(
             f"{config.run_url} is a run of another configuration ({'; '.join(different)}): choose another --name, or "

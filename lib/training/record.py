@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import ray
 
 from lib import storage
+from lib.errors import UserError
 from lib.recognition.model import VALIDATION_SPLIT, EmbeddingModel, save_model
 from lib.training import collective
 from lib.training.checkpoints import Progress
@@ -232,7 +233,12 @@ class Outcome:
 def read_outcome(run_url: str) -> Outcome | None:
     """Return why a run ended early, None where it did not, or has been taken up since."""
     url = storage.join(run_url, OUTCOME_NAME)
-    return Outcome(**storage.read_json(url)) if storage.exists(url) else None
+    if not storage.exists(url):
+        return None
+    content = storage.read_json(url, {"ending": str, "reason": str})
+    if content["ending"] not in get_args(Ending):
+        raise UserError(f"{storage.redacted(url)} names no end of a run: {content['ending']!r}: remove it")
+    return Outcome(ending=content["ending"], reason=content["reason"])
 
 
 def write_outcome(run_url: str, ending: Ending, reason: str) -> None:

@@ -112,7 +112,7 @@ def _settle(url: str, plan: dict[str, Any]) -> None:
         if foreign is not None:
             raise UserError(f"{url} holds files but no {SWEEP_NAME}, such as {foreign.path}: choose another --name")
         return
-    if different := differences(plan, storage.read_json(plan_url)):
+    if different := differences(plan, storage.read_json(plan_url, {"fingerprint": dict})):
         raise UserError(
             f"{url} is a sweep of other settings ({'; '.join(different)}): choose another --name, or go back to those"
         )

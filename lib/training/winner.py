@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lib import storage
 from lib.config import absolute_url
@@ -40,7 +40,23 @@ def winner_settings(url: str) -> dict[str, Any]:
         if storage.exists(storage.join(url, SWEEP_NAME)):
             raise UserError(f"--from-sweep {url} is not finished and has no winner yet: start the same sweep again")
         raise UserError(f"--from-sweep {url} holds no sweep: name the folder that jobs/sweep.py has made")
-    results = storage.read_json(results_url)
+    results = storage.read_json(results_url, {"winner": str, "init": str})
     content = storage.read_json(storage.join(url, "runs", results["winner"], CONFIG_NAME))
     names = {field.name for field in dataclasses.fields(TrainConfig)} - {*FREE_SETTINGS, *BUDGET_SETTINGS}
-    return {**{name: content[name] for name in names & content.keys()}, "init": results["init"]}
+    settings = {name: content[name] for name in names & content.keys()}
+    hints = get_type_hints(TrainConfig)
+    wrong = [f"{name}={value!r}" for name, value in sorted(settings.items()) if not _fits(value, hints[name])]
+    if wrong:
+        raise UserError(
+            f"--from-sweep {url}: its winner has settings of no training: {', '.join(wrong)}: name another sweep"
+        )
+    return {**settings, "init": results["init"]}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value from a JSON file is one of a setting's type."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):
+        return any(_fits(value, each) for each in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
