@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from lib import storage
+from lib.csv_text import csv_bytes
 from lib.evaluation import plots
 from lib.evaluation.curves import roc_curve
 from lib.evaluation.findings import DUPLICATE, WRONG_LABEL, Finding, Suspect, suspects, worst_pairs
@@ -20,7 +21,6 @@ from lib.evaluation.report import (
     ShownPair,
     ShownPhoto,
     Table,
-    csv_bytes,
     html,
     number,
     percent,

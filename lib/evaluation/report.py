@@ -1,9 +1,7 @@
 """The report of an evaluation: one HTML file with its pictures inside, which needs no network and runs no script."""
 
 import base64
-import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,12 +151,3 @@ def _jpeg(crop: bytes) -> str:
     pixels = cv2.imdecode(np.frombuffer(crop, np.uint8), cv2.IMREAD_COLOR)
     small = cv2.resize(pixels, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA)
     return "data:image/jpeg;base64," + base64.b64encode(to_jpeg(small, _THUMBNAIL_QUALITY)).decode()
-
-
-def csv_bytes(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
-    """Return rows as a CSV file in UTF-8."""
-    sink = io.StringIO(newline="")
-    writer = csv.writer(sink)
-    writer.writerow(header)
-    writer.writerows(rows)
-    return sink.getvalue().encode("utf-8", "backslashreplace")

@@ -16,12 +16,12 @@ import cv2
 import matplotlib
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from lib import storage
 from lib.config import absolute_url, default_data_url
+from lib.csv_text import csv_bytes
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import POLICIES
@@ -142,9 +142,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     ]
     matches = _matches(probes, gallery, found, index_BK, distance_BK, decisions)
     storage.write_parquet(storage.join(output, MATCHES_NAME), matches)
-    sink = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(matches, sink)
-    storage.write_bytes(storage.join(output, CSV_NAME), sink.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(output, CSV_NAME), matches_csv(matches))
 
     shown = found[:_SHEET_ROWS]
     probe_crops = read_crops(source, [probes.photos[n] for n in shown])
@@ -200,6 +198,11 @@ def known_faces(url: str, embedder: Embedder) -> Embeddings:
         embeddings_ND=made.embeddings_ND[kept],
         failed_N=made.failed_N[kept],
     )
+
+
+def matches_csv(matches: pa.Table) -> bytes:
+    """Return the matches as a CSV file in UTF-8; no name in it is a formula."""
+    return csv_bytes(matches.column_names, zip(*(column.to_pylist() for column in matches.columns), strict=True))
 
 
 def _matches(

@@ -1,6 +1,5 @@
 """What each epoch gave: a row an epoch in Parquet, CSV, Excel and TensorBoard, and what the rows say of training."""
 
-import csv
 import io
 import math
 import tempfile
@@ -20,6 +19,7 @@ from openpyxl.utils import get_column_letter
 from torch.utils.tensorboard import SummaryWriter
 
 from lib import storage
+from lib.csv_text import csv_bytes
 
 Scalar = int | float | str | bool | None
 Row = dict[str, Scalar]
@@ -124,11 +124,8 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 
 
 def _csv(rows: Sequence[Row]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _columns(rows))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    columns = _columns(rows)
+    return csv_bytes(columns, ([row.get(name) for name in columns] for row in rows))
 
 
 def _excel(rows: Sequence[Row]) -> bytes:
