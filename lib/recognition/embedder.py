@@ -17,9 +17,9 @@ from lib.config import absolute_url
 from lib.errors import UserError
 from lib.faces.alignment import EYES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint_differences, settings_from_fingerprint
-from lib.recognition.model import SPEC_NAME, WEIGHTS_NAME, ModelSpec, embed, load_model
+from lib.recognition.model import SPEC_NAME, ModelSpec, built_model, embed, read_model
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel
-from lib.storage import exists, join, list_files, read_bytes
+from lib.storage import exists, join, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class TorchEmbedder:
     """
 
     def __init__(self, url: str, *, device: str = "cpu") -> None:
-        self._model = load_model(url)
+        spec, weights = read_model(url)
+        self._model = built_model(spec, weights, url)
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"the model cannot run on {device!r}: torch finds no GPU here; leave --gpus out")
         self._device = device
-        spec = self._model.spec
-        self.url, self.digest = url, _digest(spec, read_bytes(join(url, WEIGHTS_NAME)))
+        self.url, self.digest = url, _digest(spec, weights)
         self.embedding_dim, self.threshold, self.fingerprint = spec.embedding_dim, spec.threshold, spec.fingerprint
         self.template = self.fingerprint.get("template", EYES)
 

@@ -336,6 +336,11 @@ class EmbedWorker:
     ) -> None:
         torch.set_num_threads(1)  # a worker has one CPU, and other numbers of threads would give other last digits
         self._embedder = load_embedder(*model_source, device="cuda" if use_gpu else "cpu")
+        if self._embedder.digest != model["digest"]:
+            raise UserError(
+                f"the model {storage.redacted(self._embedder.url)} is another one than when this job began: start it "
+                "again once the training of that model has ended"
+            )
         self._output = output
         self._schema = embeddings_table.schema(model["embedding_dim"], json.dumps(fingerprint), json.dumps(model))
         self._made = settings_from_fingerprint(fingerprint).alignment

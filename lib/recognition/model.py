@@ -6,8 +6,10 @@ Shape suffixes: N images, C channels, H height, W width, D embedding dimension.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import logging
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,7 +30,8 @@ from lib.recognition.weights import (
     WEIGHTS_SUFFIXES,
     load_pretrained,
     load_tensors,
-    read_tensors,
+    read_weights,
+    tensors_of,
 )
 from lib.storage import exists, join, read_json, write_bytes, write_json
 
@@ -38,6 +41,12 @@ FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 SPEC_NAME = "model.json"
 CARD_NAME = "README.md"
+
+WEIGHTS_KEY = "weights_sha256"
+"""In `model.json`: which weights it describes. Folders of older versions do not say."""
+
+REPLACED_WITHIN_S = (0.5, 1.0, 2.0)
+"""Pauses before a folder whose files do not belong together is read again: a training may be replacing them."""
 
 MIN_IMAGE_SIZE = 32
 
@@ -106,7 +115,9 @@ class ModelSpec:
             version = content.get("version") if isinstance(content, dict) else None
             raise UserError(f"{source!r} has version {version!r}; this code reads version {FORMAT_VERSION}")
         names = {spec_field.name for spec_field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {name: value for name, value in content.items() if name != "version"}
+        values: dict[str, Any] = {
+            name: value for name, value in content.items() if name not in ("version", WEIGHTS_KEY)
+        }
         if values.keys() != names:
             unknown, missing = sorted(values.keys() - names), sorted(names - values.keys())
             raise UserError(f"{source!r} is not a model description: unknown keys {unknown}, missing keys {missing}")
@@ -310,9 +321,10 @@ def save_model(model: EmbeddingModel, url: str, spec: ModelSpec | None = None) -
     """
     spec = spec or model.spec
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(join(url, WEIGHTS_NAME), safetensors.torch.save(tensors))
+    weights = safetensors.torch.save(tensors)
+    write_bytes(join(url, WEIGHTS_NAME), weights)
     write_bytes(join(url, CARD_NAME), model_card(spec).encode())
-    write_json(join(url, SPEC_NAME), spec.to_json())
+    write_json(join(url, SPEC_NAME), {**spec.to_json(), WEIGHTS_KEY: hashlib.sha256(weights).hexdigest()})
 
 
 def load_model(url: str) -> EmbeddingModel:
@@ -321,11 +333,39 @@ def load_model(url: str) -> EmbeddingModel:
     Raises:
         UserError: no such folder, a file of it is missing, damaged or of another version, or a weight is NaN.
     """
-    if not exists(join(url, SPEC_NAME)):
+    return built_model(*read_model(url), url)
+
+
+def read_model(url: str) -> tuple[ModelSpec, bytes]:
+    """Return the description and the weights of the folder `url`, of one and the same model.
+
+    Raises:
+        UserError: no such folder, a file of it is missing or of another version, or they stay those of two models.
+    """
+    spec_url = join(url, SPEC_NAME)
+    if not exists(spec_url):
         raise UserError(f"no model at {url!r}: {SPEC_NAME} is missing; jobs/train.py writes one to runs/<name>/model")
-    model = EmbeddingModel(ModelSpec.from_json(read_json(join(url, SPEC_NAME)), join(url, SPEC_NAME)))
+    for pause_s in (*REPLACED_WITHIN_S, None):
+        content = read_json(spec_url)
+        spec = ModelSpec.from_json(content, spec_url)
+        weights = read_weights(join(url, WEIGHTS_NAME))
+        if content.get(WEIGHTS_KEY) in (None, hashlib.sha256(weights).hexdigest()):
+            return spec, weights
+        if pause_s is not None:
+            logger.info("the files of %s are those of two models, which is so while it is replaced: waiting", url)
+            time.sleep(pause_s)
+    tensors_of(weights, join(url, WEIGHTS_NAME))  # says so where the file is damaged
+    raise UserError(
+        f"{SPEC_NAME} of {url!r} describes other weights than {WEIGHTS_NAME} holds: take both from one model; where a "
+        "training was killed between the two, the same command goes on and writes both"
+    )
+
+
+def built_model(spec: ModelSpec, weights: bytes, url: str) -> EmbeddingModel:
+    """Return the model that `read_model` found in the folder `url`, as `load_model` does."""
+    model = EmbeddingModel(spec)
     weights_url = join(url, WEIGHTS_NAME)
-    load_tensors(model, read_tensors(weights_url), weights_url)
+    load_tensors(model, tensors_of(weights, weights_url), weights_url)
     return model.eval()
 
 
@@ -345,10 +385,11 @@ def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any]) -> No
     Raises:
         UserError, JobError: the folder is no model, or cannot be written to.
     """
-    spec = ModelSpec.from_json(read_json(join(url, SPEC_NAME)), join(url, SPEC_NAME))
+    content = read_json(join(url, SPEC_NAME))
+    spec = ModelSpec.from_json(content, join(url, SPEC_NAME))
     spec = dataclasses.replace(spec, threshold=threshold, metrics=dict(metrics))
     write_bytes(join(url, CARD_NAME), model_card(spec).encode())
-    write_json(join(url, SPEC_NAME), spec.to_json())
+    write_json(join(url, SPEC_NAME), {**content, **spec.to_json()})
 
 
 def model_card(spec: ModelSpec) -> str:

@@ -96,9 +96,22 @@ def read_tensors(url: str) -> Tensors:
     Raises:
         UserError: the file is missing, damaged, or holds anything but named tensors.
     """
+    return tensors_of(read_weights(url), url)
+
+
+def read_weights(url: str) -> bytes:
+    """Return the content of a file of weights.
+
+    Raises:
+        UserError: the file is missing.
+    """
     if not exists(url):
         raise UserError(f"no weights at {url!r}: the file does not exist")
-    content = read_bytes(url)
+    return read_bytes(url)
+
+
+def tensors_of(content: bytes, url: str) -> Tensors:
+    """Return the named tensors of a file's content, as `read_tensors` does; `url` is its name."""
     if url.endswith(SAFETENSORS_SUFFIX):
         try:
             return safetensors.torch.load(content)

@@ -59,6 +59,10 @@ _READ_FLAGS = {
 """OpenCV names no reduced RGB; its bits for the scale alone stand in the grey names."""
 
 
+class NoFacesError(UserError):
+    """No photo of the splits is aligned."""
+
+
 def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos_limit: int = 0) -> str:
     """Return the path of the cache file of these splits, after making it where it is not there yet.
 
@@ -68,8 +72,9 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos
     file under the final name. Caches of other faces are left alone.
 
     Raises:
-        UserError: the faces folder is absent or not finished, no photo of these splits is aligned, the limit leaves
-            nobody, or `cache_dir` cannot be written to.
+        NoFacesError: no photo of these splits is aligned.
+        UserError: the faces folder is absent or not finished, a part of it is damaged, the limit leaves nobody, or
+            `cache_dir` cannot be written to.
         JobError: the disk is full.
     """
     folder = Path(cache_dir)
@@ -130,7 +135,7 @@ def _build(faces_url: str, splits: Sequence[str], path: Path, photos_limit: int)
     finally:
         temporary.unlink(missing_ok=True)
     if not num_rows:
-        raise UserError(
+        raise NoFacesError(
             f"no photo in split {', '.join(splits)} of {faces_url} is aligned: "
             "run jobs/preprocess.py on photos with faces first"
         )

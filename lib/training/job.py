@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -117,7 +117,8 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
             )
         return None
     earlier = storage.read_json(url, {"fingerprint": dict})
-    if different := differences(plan, earlier):
+    # Runs that are older than a setting had its default; what they began from, if they do not say, is not read again.
+    if different := differences(plan, earlier, {**asdict(TrainConfig()), "init": plan["init"]}):
         raise UserError(
             f"{config.run_url} is a run of another configuration ({'; '.join(different)}): choose another --name, or "
             "go back to those settings"

@@ -32,7 +32,7 @@ from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
 from lib.training.checkpoints import Progress
 from lib.training.control import connect_control
 from lib.training.decoders import Decoders
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.face_cache import FaceCache, NoFacesError, build_cache
 from lib.training.feature_store import FeatureStore
 from lib.training.freezing import fix_statistics, freeze_stages
 from lib.training.objective import SUM_NAMES, EpochSums, objective
@@ -139,7 +139,7 @@ class Worker:
         self.cache = FaceCache(build_cache(job.config.faces_url, ["train"], cache_dir, photos_limit=limit))
         try:
             val_cache = FaceCache(build_cache(job.config.faces_url, ["val"], cache_dir))
-        except UserError:
+        except NoFacesError:  # and nothing else: training on would hide a damaged part, which others may not see
             val_cache = None
         self.val_cache = val_cache
         self.validation = Validation(val_cache, job.config)
@@ -184,7 +184,8 @@ class Worker:
                 job.config.run_url, self.cache.labels_N, dim=job.spec.embedding_dim, num_shards=job.num_shards
             )
             self.upkeep = StoreUpkeep(store=store, cache=self.cache, how=self.how)
-        self.suspects = SuspectLog()
+        before = checkpoints.without_prefix("suspects", checkpoint.tensors) if self.rank == 0 else {}
+        self.suspects = SuspectLog.from_tensors(before)
         self.anchors_per_step = job.config.anchors_per_step(len(self.index.pairable))
         self.images_per_batch = self.anchors_per_step * (3 if job.config.batch == "triplets" else 1)
         self.anchors_per_epoch = job.config.triplets_per_epoch or len(self.cache)
@@ -256,7 +257,7 @@ class Worker:
                 sums=sums,
                 figures=self.validation.figures(self._validation_embeddings(), self.progress.negatives),
                 usage_3N=collective.summed(self.usage.counts_3N),
-                suspects=collective.gathered(self.suspects),
+                suspects=self._all_suspects(),
                 staleness=self._staleness(),
                 num_corrupt=len(self.cache.failed_rows),
                 num_filled=num_filled,
@@ -271,7 +272,7 @@ class Worker:
             progress = None
             if record:
                 progress = record.end_epoch(self.progress, outcome, self.evaluated)
-                self._save(progress, outcome.usage_3N)
+                self._save(progress, outcome.usage_3N, outcome.suspects)
             self.progress, is_leaving = collective.broadcast(
                 None if progress is None else (progress, self._must_leave())
             )
@@ -459,6 +460,7 @@ class Worker:
         self._save(
             dataclasses.replace(self.progress, anchors_done=anchors_done, sums=all_sums),
             collective.summed(self.usage.counts_3N),
+            self._all_suspects(),
         )
         if request == LEAVE:
             raise JobStopped
@@ -476,7 +478,11 @@ class Worker:
         self._stop_answer = None
         return bool(ray.get(ready[0]))
 
-    def _save(self, progress: Progress, usage_3N: Counts) -> None:
+    def _all_suspects(self) -> SuspectLog:
+        """Return what all workers have found, on worker 0."""
+        return SuspectLog.merged(collective.gathered(self.suspects.copied()))
+
+    def _save(self, progress: Progress, usage_3N: Counts, suspects: SuspectLog) -> None:
         """Write a checkpoint on worker 0."""
         self.last_saved = time.monotonic()
         if self.rank:
@@ -489,6 +495,7 @@ class Worker:
                 **checkpoints.prefixed("model", self.model.state_dict()),
                 **checkpoints.prefixed("averaged", averaged),
                 **checkpoints.prefixed("optimizer", checkpoints.flat_optimizer(self.optimizer)),
+                **checkpoints.prefixed("suspects", suspects.to_tensors()),
                 "usage": torch.from_numpy(usage_3N),
                 "random_state": torch.get_rng_state(),
             },

@@ -38,8 +38,8 @@ class EpochOutcome:
     figures: Figures
     usage_3N: npt.NDArray[np.int32]
     """Since the beginning of the run, of all workers."""
-    suspects: list[SuspectLog]
-    """Of each worker."""
+    suspects: SuspectLog
+    """Since the beginning of the run, of all workers."""
     staleness: dict[str, float]
     """Of the feature store; empty where it is not used."""
     num_corrupt: int
@@ -107,6 +107,8 @@ class RunRecord:
         if is_best or (value is None and finished):
             self._save_model(model, progress, row, figures)
         self._write_suspects(outcome.suspects)
+        if finished:
+            self._write_usage()
         self._control.tell.remote(line=_line(row, config))
         return dataclasses.replace(
             progress,
@@ -119,10 +121,7 @@ class RunRecord:
         )
 
     def finish(self, progress: Progress) -> None:
-        """Write the usage of each photo, and tell the driver what the run made."""
-        usage_url = storage.join(self._config.run_url, "usage.parquet")
-        if self._usage.counts_3N.any():
-            storage.write_parquet(usage_url, self._usage.table(self._cache.photos))
+        """Tell the driver what the run made."""
         # Waited for: the process may end right after this.
         ray.get(self._control.finish.remote(run_result(self._history.rows, progress)))
 
@@ -184,17 +183,20 @@ class RunRecord:
                 "negatives": row["negatives"],
                 "lr": config.lr,
                 "augment": config.augment,
+                "init": storage.redacted(config.init),
                 "seed": config.seed,
             },
         )
         save_model(model, storage.join(config.run_url, MODEL_FOLDER), spec)
 
-    def _write_suspects(self, logs: list[SuspectLog]) -> None:
-        merged = SuspectLog()
-        for log in logs:
-            merged.merge(log)
-        if len(merged):
-            table = merged.table(self._cache.photos, self._cache.identities, self._cache.labels_N)
+    def _write_usage(self) -> None:
+        if self._usage.counts_3N.any():
+            usage_url = storage.join(self._config.run_url, "usage.parquet")
+            storage.write_parquet(usage_url, self._usage.table(self._cache.photos))
+
+    def _write_suspects(self, suspects: SuspectLog) -> None:
+        if len(suspects):
+            table = suspects.table(self._cache.photos, self._cache.identities, self._cache.labels_N)
             storage.write_parquet(storage.join(self._config.run_url, "suspects.parquet"), table)
 
 

@@ -17,7 +17,7 @@ BatchNorm = Literal["auto", "batch", "fixed"]
 NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
 FREE_SETTINGS = (
-    *("data", "faces", "name", "init", "workers", "gpus", "cache_dir", "loader_threads"),
+    *("data", "faces", "name", "workers", "gpus", "cache_dir", "loader_threads"),
     *("compile", "checkpoint_activations"),
     *("checkpoint_minutes", "max_failures", "wait_minutes", "dry_run", "from_sweep"),
 )
@@ -252,6 +252,7 @@ class TrainConfig:
     def content(self, faces: dict[str, Any]) -> dict[str, Any]:
         """Return what `config.json` holds: every setting that decides the result, and the faces' own run."""
         decisive = {name: value for name, value in asdict(self).items() if name not in FREE_SETTINGS}
+        decisive["init"] = storage.redacted(self.init)
         return {**decisive, "faces_run_id": faces["run_id"], "fingerprint": faces["fingerprint"]}
 
 

@@ -1,10 +1,13 @@
 """Photos of different people that are too alike to be so: probably wrong labels or duplicates, for people to judge."""
 
 import heapq
+from collections.abc import Iterable
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
 Ints = npt.NDArray[np.integer]
 
@@ -32,6 +35,36 @@ class SuspectLog:
         for pair, similarity in other._similarities.items():
             self._note(pair, similarity)
         self._shrink()
+
+    @classmethod
+    def merged(cls, logs: Iterable["SuspectLog"]) -> Self:
+        """Return what several workers have collected."""
+        made = cls()
+        for log in logs:
+            made.merge(log)
+        return made
+
+    def copied(self) -> "SuspectLog":
+        """Return a copy as of now, though another thread may add pairs meanwhile."""
+        made = SuspectLog()
+        made._similarities = self._similarities.copy()
+        return made
+
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the pairs [M, 2] and their similarities [M] for a checkpoint."""
+        return {
+            "pairs": torch.tensor(list(self._similarities), dtype=torch.int64).reshape(-1, 2),
+            "similarities": torch.tensor(list(self._similarities.values()), dtype=torch.float64),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
+        """Return the log that `to_tensors` came from, an empty one for those of an older checkpoint: none."""
+        made = cls()
+        if tensors:
+            anchors_X, rows_X = tensors["pairs"].numpy().T
+            made.add(anchors_X, rows_X, tensors["similarities"].numpy())
+        return made
 
     def _note(self, pair: tuple[int, int], similarity: float) -> None:
         self._similarities[pair] = max(similarity, self._similarities.get(pair, -1.0))

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -112,7 +112,8 @@ def _settle(url: str, plan: dict[str, Any]) -> None:
         if foreign is not None:
             raise UserError(f"{url} holds files but no {SWEEP_NAME}, such as {foreign.path}: choose another --name")
         return
-    if different := differences(plan, storage.read_json(plan_url, {"fingerprint": dict})):
+    earlier = storage.read_json(plan_url, {"fingerprint": dict})
+    if different := differences(plan, earlier, {**plan, **asdict(TrainConfig())}):
         raise UserError(
             f"{url} is a sweep of other settings ({'; '.join(different)}): choose another --name, or go back to those"
         )

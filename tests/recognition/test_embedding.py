@@ -13,7 +13,7 @@ from lib.faces import table
 from lib.faces.alignment import ARCFACE, EYES, Alignment, align
 from lib.faces.images import Photo
 from lib.recognition.embedder import find_model
-from lib.recognition.embedding import BATCH_SIZE, embed_faces, model_name
+from lib.recognition.embedding import BATCH_SIZE, EmbedWorker, embed_faces, model_name
 from lib.recognition.model import SPEC_NAME
 from lib.recognition.recognizer import decoded_crop
 
@@ -43,6 +43,14 @@ def faces(faces_url: str) -> list[dict]:
         row for path in sorted(Path(faces_url).glob("split=*/*")) for row in pq.ParquetFile(path).read().to_pylist()
     ]
     return [row for row in rows if row["status"] == table.ALIGNED]
+
+
+def test_a_worker_refuses_another_model_than_the_job_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.recognition.embedding.load_embedder", lambda *_, **__: Recorder(EYES))
+    about = {"digest": "1", "embedding_dim": 3, "template": EYES}
+    with pytest.raises(UserError, match="a model is another one than when this job began"):
+        EmbedWorker(("a model", None), "out", None, {}, about, False)
+    EmbedWorker(("a model", None), "out", None, {}, {**about, "digest": "0"}, False)
 
 
 def test_crops_go_through_in_batches_and_in_order(faces: list[dict]) -> None:

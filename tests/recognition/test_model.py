@@ -1,5 +1,6 @@
 """The embedding model: what comes out of it, what a saved one is, and what is refused."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from lib.recognition.model import (
     ModelSpec,
     embed,
     initial_model,
+    keep_threshold,
     load_model,
     normalized_images,
     resized_crops,
@@ -251,12 +252,55 @@ def test_truncated_weights_are_refused(folder: Path, share: float) -> None:
         load_model(str(folder))
 
 
-def test_weights_with_nan_are_refused(folder: Path) -> None:
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    tensors["head.0.bias"][3] = float("nan")
-    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors))
+def test_weights_with_nan_are_refused(folder: Path, model: EmbeddingModel) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.head[0].bias[3] = float("nan")  # type: ignore[index, operator]
+    save_model(broken, str(folder))
     with pytest.raises(UserError, match=r"head\.0\.bias holds NaN"):
         load_model(str(folder))
+
+
+@pytest.fixture
+def other_weights(folder: Path, model: EmbeddingModel, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Return the weights of another model of this kind; a reader waits for hardly any time."""
+    monkeypatch.setattr("lib.recognition.model.REPLACED_WITHIN_S", (0.0, 0.0))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head[0].bias += 1  # type: ignore[index, operator]
+    save_model(other, str(folder.parent / "other"))
+    return (folder.parent / "other" / "model.safetensors").read_bytes()
+
+
+def test_weights_of_another_model_are_noticed(folder: Path, other_weights: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(other_weights)
+    with pytest.raises(UserError, match=r"describes other weights than model\.safetensors"):
+        load_model(str(folder))
+
+
+def test_a_model_that_is_being_replaced_is_read_once_it_is_whole(
+    folder: Path, other_weights: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").write_bytes(other_weights)
+    replaced = (folder.parent / "other" / "model.json").read_bytes()
+    monkeypatch.setattr("time.sleep", lambda _: (folder / "model.json").write_bytes(replaced))
+    loaded, other = load_model(str(folder)), load_model(str(folder.parent / "other"))
+    np.testing.assert_array_equal(embed(loaded, drawn_crops(2)), embed(other, drawn_crops(2)))
+
+
+def test_a_threshold_leaves_the_weights_their_own(folder: Path, other_weights: bytes) -> None:
+    keep_threshold(str(folder), 0.5, {})
+    assert load_model(str(folder)).spec.threshold == 0.5
+    (folder / "model.safetensors").write_bytes(other_weights)
+    with pytest.raises(UserError, match="describes other weights"):
+        load_model(str(folder))
+
+
+def test_a_folder_of_an_older_version_is_read(folder: Path) -> None:
+    content = json.loads((folder / "model.json").read_text())
+    del content["weights_sha256"]
+    (folder / "model.json").write_text(json.dumps(content))
+    assert load_model(str(folder)).spec == SPEC
 
 
 def test_the_model_card_tells_what_it_was_made_from(tmp_path: Path, model: EmbeddingModel) -> None:

@@ -33,6 +33,16 @@ def test_the_logs_of_several_workers_are_one() -> None:
     assert merged.table(PHOTOS, IDENTITIES, LABELS)["similarity"].to_pylist() == pytest.approx([0.99, 0.92])
 
 
+def test_a_log_goes_on_from_a_checkpoint() -> None:
+    before = log((0, 2, 0.9), (3, 1, 0.95))
+    copied = before.copied()
+    before.add(np.array([0]), np.array([3]), np.array([0.99]))
+    after = SuspectLog.from_tensors(copied.to_tensors())
+    assert after.table(PHOTOS, IDENTITIES, LABELS) == log((0, 2, 0.9), (3, 1, 0.95)).table(PHOTOS, IDENTITIES, LABELS)
+    assert len(SuspectLog.from_tensors(SuspectLog().to_tensors())) == 0
+    assert len(SuspectLog.from_tensors({})) == 0
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspects, "MAX_PAIRS", 10)
     made = SuspectLog()

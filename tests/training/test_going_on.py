@@ -1,0 +1,108 @@
+"""A run goes on as itself: with what it has found, with its own settings, and past no damage."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib import storage
+from lib.errors import UserError
+from lib.recognition.model import ModelSpec
+from lib.training import checkpoints
+from lib.training.job import CONFIG_NAME, _begin, _settle
+from lib.training.loop import Worker, WorkerJob
+from lib.training.record import EpochOutcome, RunRecord
+from lib.training.settings import TrainConfig
+from lib.training.suspects import SuspectLog
+from lib.training.validation import Figures
+from tests.training.learnable_faces import write_faces
+
+CONTROL: Any = SimpleNamespace(tell=SimpleNamespace(remote=lambda **_: None))
+SPEC = ModelSpec(backbone="test_convnext", embedding_dim=8, image_size=32)
+FACES = {"run_id": "r", "fingerprint": {"id": "f"}}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    write_faces(tmp_path / "faces", people={"train": 4, "val": 3}, photos=4)
+    return TrainConfig(
+        data=str(tmp_path), cache_dir=str(tmp_path / "cache"), backbone="test_convnext", init="none", epochs=1
+    )
+
+
+def begun(config: TrainConfig) -> Worker:
+    job = WorkerJob(config=config, spec=_begin(config, config.content(FACES), SPEC), num_shards=0, use_gpu=False)
+    return Worker(job, CONTROL, torch.device("cpu"))
+
+
+def gone_on(worker: Worker) -> Worker:
+    job = WorkerJob(config=worker.config, spec=worker.model.spec, num_shards=0, use_gpu=False)
+    return Worker(job, CONTROL, torch.device("cpu"))
+
+
+def test_suspects_found_before_a_restart_stay(config: TrainConfig) -> None:
+    worker = begun(config)
+    worker.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
+    worker._save(worker.progress, worker.usage.counts_3N, worker._all_suspects())
+    assert len(gone_on(worker).suspects) == 1
+
+
+def test_a_checkpoint_of_an_older_version_has_none(config: TrainConfig) -> None:
+    assert len(gone_on(begun(config)).suspects) == 0
+
+
+def test_the_usage_stands_before_the_last_checkpoint_does(config: TrainConfig) -> None:
+    """A job killed between the two finds the run finished, and writes nothing any more."""
+    worker = begun(config)
+    record = RunRecord(config, worker.progress, worker.cache, CONTROL)
+    names = ("loss", "steps", "triplets", "active", "positive", "negative", "images")
+    outcome = EpochOutcome(
+        sums=dict.fromkeys(names, 1.0),
+        figures=Figures(row={}, loss=1.0, loss_random=1.0, variance=1.0, metrics={}),
+        usage_3N=np.ones((3, len(worker.cache)), np.int32),
+        suspects=SuspectLog(),
+        staleness={},
+        num_corrupt=0,
+        num_filled=0,
+        seconds=dict.fromkeys(("train", "data_wait", "store_wait", "refresh", "epoch"), 1.0),
+    )
+    assert record.end_epoch(worker.progress, outcome, worker.evaluated).finished
+    assert storage.read_parquet(storage.join(config.run_url, "usage.parquet")).num_rows == len(worker.cache)
+    assert "- init: none" in storage.read_bytes(storage.join(config.run_url, "model", "README.md")).decode()
+
+
+def test_a_damaged_part_of_the_validation_people_is_no_lack_of_them(config: TrainConfig, tmp_path: Path) -> None:
+    part = tmp_path / "faces" / "split=val" / "part-000001.parquet"
+    data = bytearray(part.read_bytes())
+    data[200:-2000] = bytes(len(data) - 2200)
+    part.write_bytes(data)
+    with pytest.raises(UserError, match=r"split=val/part-000001\.parquet"):
+        begun(config)
+    (tmp_path / "faces" / "split=val" / "part-000000.parquet").unlink()
+    part.unlink()
+    assert begun(config).validation.problem == "no photo of a validation person is aligned"
+
+
+def test_other_initial_weights_are_another_run(config: TrainConfig) -> None:
+    _begin(config, config.content(FACES), SPEC)
+    assert _settle(config, config.content(FACES)) == checkpoints.newest_progress(config.run_url)
+    other = TrainConfig(**{**vars(config), "init": "s3://me:secret@host/weights"})
+    with pytest.raises(UserError, match=r"init: none there, s3://\*\*\*@host/weights now"):
+        _settle(other, other.content(FACES))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("confusable_share", 0.5), ("accumulate", 4)])
+def test_a_run_older_than_a_setting_had_its_default(config: TrainConfig, setting: str, value: float) -> None:
+    _begin(config, config.content(FACES), SPEC)
+    path = Path(config.run_url) / CONFIG_NAME
+    earlier = json.loads(path.read_text())
+    del earlier[setting], earlier["init"]
+    path.write_text(json.dumps(earlier))
+    assert _settle(config, config.content(FACES)) is not None
+    other = TrainConfig(**{**vars(config), setting: value})
+    with pytest.raises(UserError, match=f"{setting}: .* there, {value} now"):
+        _settle(other, other.content(FACES))
