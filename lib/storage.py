@@ -48,6 +48,9 @@ _KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
+"""Of files that `write_bytes` has not finished."""
+
 COLUMN_BUFFER_BYTES = 4 * 2**20
 """Of a column that is read bit by bit: large enough that a bucket's latency does not count."""
 
@@ -170,6 +173,20 @@ def write_bytes(url: str, data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def remove_unfinished(url: str) -> None:
+    """Remove the files below a local folder that a process of this user was killed while it wrote by `write_bytes`.
+
+    Of object stores nothing is seen before it is whole. No other process may be writing there.
+    """
+    if not is_local(url):
+        return
+    for info in list_files(url, suffix=".tmp", skip_prefixes=()):
+        path = _local_path(url) / info.path
+        if _TEMPORARY_NAME.fullmatch(path.name) and path.lstat().st_uid == os.geteuid():
+            logger.info("removing %s, which a killed process has left", path)
+            remove(str(path))
 
 
 def read_json(url: str, wanted: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:

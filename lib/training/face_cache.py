@@ -1,7 +1,8 @@
 """Random access to any crop: one memory-mapped Arrow file a node, made once from the faces table.
 
 The file holds the crops in the order (split, file name, row), so a row is the same photo on every node. Its name
-carries a digest of `_SUCCESS`: other faces get another file.
+carries a digest of `_SUCCESS`: other faces get another file. Faces are personal data: the file is its user's alone, and
+what stands in its place and is not, such as a link in a folder that others write to, is refused.
 
 Shape suffixes: N photos (rows), H and W pixels.
 """
@@ -13,6 +14,9 @@ import json
 import logging
 import os
 import shutil
+import stat
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -48,6 +52,9 @@ CACHE_SCHEMA = pa.schema(
 READ_AHEAD = 16
 """Files read side by side where only a little of each is wanted: hides the latency of a bucket."""
 
+KEPT_DAYS = 7
+"""In the default folder, caches that no training has used for so long are removed when another is made."""
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _READ_FLAGS = {
@@ -57,6 +64,24 @@ _READ_FLAGS = {
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
 """OpenCV names no reduced RGB; its bits for the scale alone stand in the grey names."""
+
+
+def default_folder() -> str:
+    """Return this user's own folder of caches on this node, made where it is not there yet.
+
+    Raises:
+        UserError: something of its name is there that is a link, no folder, or another user's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"conv-facenet-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error}): name a folder of your own by --cache-dir") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise UserError(f"{folder} is a link or another user's: name a folder of your own by --cache-dir")
+    folder.chmod(0o700)
+    return str(folder)
 
 
 class NoFacesError(UserError):
@@ -69,27 +94,55 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos
     With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most.
 
     Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
-    file under the final name. Caches of other faces are left alone.
+    file under the final name. Caches of other faces are left alone, but for old ones in `default_folder`.
 
     Raises:
         NoFacesError: no photo of these splits is aligned.
         UserError: the faces folder is absent or not finished, a part of it is damaged, the limit leaves nobody, or
-            `cache_dir` cannot be written to.
+            `cache_dir` cannot be written to or holds a file of that name that is not ours.
         JobError: the disk is full.
     """
     folder = Path(cache_dir)
     path = folder / _cache_name(table.read_success(faces_url), splits, photos_limit)
-    if path.exists():
+    if _is_there(path):
         return str(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock_file = path.with_suffix(".lock").open("wb")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise UserError(f"--cache-dir {cache_dir!r} cannot be written to ({error}): choose another folder") from error
-    with lock_file, _locked(lock_file.fileno(), path):
-        if not path.exists():
+    with os.fdopen(lock, "wb"), _locked(lock, path):
+        if not _is_there(path):
+            if cache_dir == default_folder():
+                _remove_old(folder)
             _build(faces_url, splits, path, photos_limit)
     return str(path)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a cache is there, and note that it is used.
+
+    Raises:
+        UserError: what is there is not ours.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"--cache-dir {str(path.parent)!r} cannot be read ({error}): choose another folder") from error
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        raise UserError(f"{path} is a link or another user's: choose another --cache-dir")
+    os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+    return True
+
+
+def _remove_old(folder: Path) -> None:
+    for path in folder.glob("faces-*.arrow"):
+        unused_s = time.time() - max(path.stat().st_atime, path.stat().st_mtime)
+        if unused_s > KEPT_DAYS * 24 * 3600:
+            logger.info("removing %s, which no training has used for %d days", path, unused_s // (24 * 3600))
+            path.unlink(missing_ok=True)
 
 
 def _cache_name(success: dict[str, object], splits: Sequence[str], photos_limit: int) -> str:
@@ -165,7 +218,8 @@ def _num_bytes(url: str) -> int:
 def _copy(urls: Sequence[str], path: Path, kept: pa.Array | None) -> int:
     """Write the aligned faces of the people `kept` (None: of all), file after file; return how many there are."""
     num_rows = 0
-    with path.open("wb") as sink:
+    path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as sink:
         with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
             for batch in _equal_batches(urls, kept):
                 writer.write_batch(batch)

@@ -10,9 +10,7 @@ import ctypes
 import dataclasses
 import logging
 import os
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -32,7 +30,7 @@ from lib.training.batches import EpochBatches, EpochPlan, TrainingBatch
 from lib.training.checkpoints import Progress
 from lib.training.control import connect_control
 from lib.training.decoders import Decoders
-from lib.training.face_cache import FaceCache, NoFacesError, build_cache
+from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
 from lib.training.feature_store import FeatureStore
 from lib.training.freezing import fix_statistics, freeze_stages
 from lib.training.objective import SUM_NAMES, EpochSums, objective
@@ -132,9 +130,11 @@ class Worker:
                 "to be a disk that all nodes share, or an object store such as s3://bucket/folder"
             )
         self.progress = checkpoint.progress
+        if self.rank == 0:
+            storage.remove_unfinished(job.config.run_url)
 
         self._tell(status="reading the faces")
-        cache_dir = job.config.cache_dir or str(Path(tempfile.gettempdir()) / "conv-facenet")
+        cache_dir = job.config.cache_dir or default_folder()
         limit = job.config.photos_limit
         self.cache = FaceCache(build_cache(job.config.faces_url, ["train"], cache_dir, photos_limit=limit))
         try:

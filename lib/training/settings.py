@@ -136,7 +136,7 @@ class TrainConfig:
     """Threads of a worker that read crops, processes where it has a GPU; 0 takes the worker's CPUs, eight threads or
     sixteen processes at most."""
     cache_dir: str = ""
-    """Folder on each node for a copy of the crops. Default: conv-facenet/ in the system's temporary folder."""
+    """Folder on each node for a copy of the crops. Default: conv-facenet-<user id>/ in the temporary folder."""
     checkpoint_minutes: float = 10.0
     """A checkpoint is written after every epoch, and within an epoch this often."""
     max_failures: int = 5

@@ -1,8 +1,11 @@
 """The cache against the rows it was made from; builders that race, die and run out of disk are real processes."""
 
 import logging
+import os
+import stat
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -204,6 +207,68 @@ def test_a_cache_folder_that_cannot_be_made_is_the_users_mistake(faces, tmp_path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="--cache-dir"):
         build_cache(faces, ["train"], str(tmp_path / "file"))
+
+
+def test_caches_are_their_users_alone(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
+    folder = Path(face_cache.default_folder())
+    assert folder.parent == tmp_path
+    made = Path(build_cache(faces, ["train"], str(folder)))
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, made, made.with_suffix(".lock"))] == [
+        *(0o700, 0o600, 0o600)
+    ]
+    folder.chmod(0o755)
+    face_cache.default_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_default_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"conv-facenet-{os.geteuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"is a link or another user's: name .* by --cache-dir"):
+        face_cache.default_folder()
+    monkeypatch.setattr(face_cache.os, "geteuid", lambda: 12345)
+    (tmp_path / "conv-facenet-12345").mkdir()
+    with pytest.raises(UserError, match="another user's"):
+        face_cache.default_folder()
+
+
+@pytest.mark.parametrize("suffix", [".lock", ".unfinished", ".arrow"])
+def test_links_planted_in_the_folder_harm_nothing(faces, cache_dir, tmp_path, suffix):
+    path = Path(build_cache(faces, ["train"], cache_dir))
+    content = path.read_bytes()
+    path.unlink()
+    path.with_suffix(".lock").unlink()
+    (tmp_path / "precious").write_text("precious")
+    path.with_suffix(suffix).symlink_to(tmp_path / "precious")
+    if suffix == ".unfinished":
+        assert Path(build_cache(faces, ["train"], cache_dir)).read_bytes() == content
+    else:
+        with pytest.raises(UserError, match="--cache-dir"):
+            build_cache(faces, ["train"], cache_dir)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_caches_that_no_training_uses_go_from_the_default_folder_alone(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
+    for folder in (Path(face_cache.default_folder()), tmp_path / "named"):
+        folder.mkdir(exist_ok=True)
+        for days in (6, 8):
+            (folder / f"faces-{days}.arrow").touch()
+            os.utime(folder / f"faces-{days}.arrow", (time.time() - days * 24 * 3600,) * 2)
+        build_cache(faces, ["train"], str(folder))
+        assert (folder / "faces-6.arrow").exists()
+        assert (folder / "faces-8.arrow").exists() == (folder.name == "named")
+
+
+def test_a_cache_in_use_stays(faces, tmp_path, monkeypatch):
+    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
+    path = build_cache(faces, ["train"], face_cache.default_folder())
+    os.utime(path, (0, 0))
+    build_cache(faces, ["train"], face_cache.default_folder())
+    build_cache(faces, ["val"], face_cache.default_folder())
+    assert Path(path).exists()
 
 
 def test_faces_whose_crops_are_all_corrupt_are_refused(tmp_path, cache_dir):

@@ -87,6 +87,16 @@ def test_a_damaged_part_of_the_validation_people_is_no_lack_of_them(config: Trai
     assert begun(config).validation.problem == "no photo of a validation person is aligned"
 
 
+def test_what_a_killed_write_has_left_goes_when_the_run_goes_on(config: TrainConfig) -> None:
+    worker = begun(config)
+    folder = Path(config.run_url) / checkpoints.FOLDER
+    for name in (f".{'0a' * 16}.tmp", ".0a.tmp", "mine.tmp"):
+        (folder / name).write_bytes(b"half a checkpoint")
+    before = {path.name for path in folder.iterdir()}
+    gone_on(worker)
+    assert before - {path.name for path in folder.iterdir()} == {f".{'0a' * 16}.tmp"}
+
+
 def test_other_initial_weights_are_another_run(config: TrainConfig) -> None:
     _begin(config, config.content(FACES), SPEC)
     assert _settle(config, config.content(FACES)) == checkpoints.newest_progress(config.run_url)
