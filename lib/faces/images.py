@@ -23,8 +23,8 @@ PHOTO_SUFFIXES = (
 MAX_PHOTO_BYTES = 256 * 2**20
 """A file longer than this is refused unread: no camera writes one."""
 
-_BAND_ROWS = 512
-"""Rows that are converted at a time, so that a large picture is not held once more."""
+_BAND_PIXELS = 2**22
+"""Pixels that are converted at a time, so that a large picture is not held once more."""
 
 REDUCTIONS = (8, 4, 2, 1)
 """Scales (1/n) at which a JPEG can be decoded cheaply, the coarsest first."""
@@ -209,8 +209,9 @@ def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
     shrunk = np.empty((-(-height // reduction), -(-width // reduction), 3), np.uint8)
     # Replicating up to a multiple keeps the scale exactly 1/n, as the JPEG decoder does. That copies a band at a time.
     right = shrunk.shape[1] * reduction - width
-    for top in range(0, len(shrunk), _BAND_ROWS):
-        band = shrunk[top : top + _BAND_ROWS]
+    rows = max(1, _BAND_PIXELS // (width * reduction))
+    for top in range(0, len(shrunk), rows):
+        band = shrunk[top : top + rows]
         source = pixels[top * reduction : (top + len(band)) * reduction]
         bottom = len(band) * reduction - len(source)
         padded = cv2.copyMakeBorder(source, 0, bottom, 0, right, cv2.BORDER_REPLICATE) if bottom or right else source
@@ -355,9 +356,10 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             picture = Image.open(io.BytesIO(data), formats=_FORMATS)
             picture.load()
             pixels = np.empty((picture.height, picture.width, 3), np.uint8)
-            for top in range(0, picture.height, _BAND_ROWS):
-                band = picture.crop((0, top, picture.width, min(top + _BAND_ROWS, picture.height)))
-                pixels[top : top + _BAND_ROWS] = _bgr(band, picture.format)
+            rows = max(1, _BAND_PIXELS // picture.width)
+            for top in range(0, picture.height, rows):
+                band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+                pixels[top : top + rows] = _bgr(band, picture.format)
             return pixels
     except BadPhotoError:
         raise

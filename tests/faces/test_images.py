@@ -97,7 +97,7 @@ READABLE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", READABLE)
 def test_every_kind_of_file_gives_the_pixels_that_pillow_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.faces.images._BAND_ROWS", 7)  # in several bands, as a large photo
+    monkeypatch.setattr("lib.faces.images._BAND_PIXELS", 600)  # in several bands, as a large photo
     data = READABLE[kind]()
     photo = Photo(data, max_pixels=MAX_PIXELS)
     pixels = photo.pixels()
@@ -287,6 +287,7 @@ def test_the_largest_photos_are_decoded_in_bounded_memory() -> None:
         claiming(encoded(SMALL, "JPEG", progressive=True), 8190, 6103): "1/2 of 8190x6103",
         encoded(flat(6000, 4000), "JPEG", exif=exif(6))[:-2]: "1/1 of 4000x6000",
         encoded(flat(6000, 4000).convert("CMYK"), "JPEG", progressive=True): "1/1 of 6000x4000",
+        encoded(flat(380, 65_000), "TIFF", compression="tiff_lzw", tiffinfo={ORIENTATION: 6}): "1/1 of 65000x380",
         encoded(flat(6000, 4000), "PNG", compress_level=1, save_all=True, append_images=[SMALL]): "1/1 of 6000x4000",
     }
     for (said, megabytes), wanted in zip(measured(list(photos)), photos.values(), strict=True):
