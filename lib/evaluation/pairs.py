@@ -6,6 +6,7 @@ Shapes: N photos of the caller, I identities, P pairs, M photos of one fold.
 """
 
 import io
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from lib.errors import UserError
 from lib.storage import read_bytes
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDS = 10
 MAX_FOLDS = 32_767
@@ -104,12 +107,32 @@ def parse_lfw_pairs(content: bytes, photos: Sequence[str], url: str, *, seed: in
             f"and {len(pairs)} follow: is the file cut off?"
         )
 
-    names_a, names_b, same = zip(*pairs, strict=True)
-    same_P = np.array(same)
-    fold_P = np.arange(len(pairs)) // (2 * num_each) if num_folds > 1 else _dealt_folds(same_P, seed)
+    all_a, all_b, same = zip(*pairs, strict=True)
+    kept = _distinct(pa.array(all_a), pa.array(all_b), np.array(same), url)
+    names_a, names_b = ([names[row] for row in kept] for names in (all_a, all_b))
+    same_P = np.array(same)[kept]
+    fold_P = kept // (2 * num_each) if num_folds > 1 else _dealt_folds(same_P, seed)
     index = _index_by_person_and_stem(photos, {*names_a, *names_b}, url)
     a_P, b_P = (np.array([index.get(name, -1) for name in names]) for names in (names_a, names_b))
     return _found_pairs(a_P, b_P, same_P, fold_P, pa.array(names_a), pa.array(names_b), url)
+
+
+def _distinct(names_a: pa.Array, names_b: pa.Array, same_P: NDArray[np.bool_], url: str) -> NDArray[np.int64]:
+    """Return the row in which each pair is listed first, whichever of its photos is named first, in order.
+
+    Raises:
+        UserError: a pair is listed as one person and as two.
+    """
+    encoded = pa.array([*names_a.to_pylist(), *names_b.to_pylist()], pa.string()).dictionary_encode()
+    a_P, b_P = encoded.indices.to_numpy().astype(np.int64).reshape(2, -1)
+    key_P = np.minimum(a_P, b_P) * len(encoded.dictionary) + np.maximum(a_P, b_P)
+    _, rows_U, pair_P = np.unique(key_P, return_index=True, return_inverse=True)
+    first_P = rows_U[pair_P]
+    _refuse_rows(same_P != same_P[first_P], "contradict an earlier row on whether two photos show one person", url)
+    num_again = len(same_P) - len(rows_U)
+    if num_again:
+        logger.warning("%s: %d of %d pairs are listed more than once: each counts once", url, num_again, len(same_P))
+    return np.sort(rows_U)
 
 
 def _lfw_pair(line: str) -> tuple[str, str, bool] | None:
@@ -160,6 +183,8 @@ def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: 
     _refuse_rows(~np.isin(same, (0, 1)), "where same is neither true, false, 1 nor 0", url)
     same_P = same.astype(bool)
 
+    kept = _distinct(names_a, names_b, same_P, url)
+    table, same_P, names_a, names_b = table.take(kept), same_P[kept], names_a.take(kept), names_b.take(kept)
     if "fold" in columns:
         labels, fold_P = np.unique(table["fold"].to_numpy(), return_inverse=True)
         if len(labels) > MAX_FOLDS:

@@ -1,5 +1,6 @@
 """Pretrained weights for a backbone: from a file or URL, from an installed package, or from timm's hub."""
 
+import importlib
 import io
 import logging
 import pickle
@@ -48,6 +49,9 @@ _UNREADABLE = (
     struct.error,
 )
 
+_WRAPPERS = ("state_dict_ema", "model_state_dict", "state_dict", "model")
+"""Keys under which training scripts keep the tensors, those of averaged weights first."""
+
 _NUM_NAMED = 5
 
 Tensors = dict[str, torch.Tensor]
@@ -91,7 +95,7 @@ def load_pretrained(backbone: nn.Module, init: str) -> InputNormalization | None
 def read_tensors(url: str) -> Tensors:
     """Return the named tensors of a .safetensors, .pth or .pt file; code pickled into a .pth is refused, never run.
 
-    A .pth may keep its tensors under `state_dict` or `model`, as training scripts write them.
+    A .pth may keep its tensors under `state_dict`, `model` and the like, as training scripts write them.
 
     Raises:
         UserError: the file is missing, damaged, or holds anything but named tensors.
@@ -143,9 +147,14 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     misfits += [f"{name} is missing" for name in expected if name not in tensors]
     misfits += [f"{name} is not part of the model" for name in tensors if name not in expected]
     if misfits:
-        raise UserError(
-            f"{source!r} does not fit the model: {_first_few(misfits)}; choose the backbone it was made for"
-        )
+        named = sum(name in expected for name in tensors)
+        if not named:
+            advice = "none of its names is one of the model: choose the backbone it was made for"
+        elif any("pos_embed" in each or "relative_position" in each for each in misfits):
+            advice = "it was made for images of another size: name that by --image-size, such as 224"
+        else:
+            advice = f"{named} of {len(expected)} names are the model's: choose the backbone and head it was made for"
+        raise UserError(f"{source!r} does not fit the model: {_first_few(misfits)}; {advice}")
     broken = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"{source!r} is broken: {_first_few(broken)}; take an earlier or another copy")
@@ -172,7 +181,7 @@ def timm_name(name: str) -> str:
 
 
 def _named_tensors(loaded: Any, url: str) -> Tensors:
-    for wrapper in ("state_dict", "model"):
+    for wrapper in _WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict):
@@ -197,8 +206,55 @@ def _load_file(backbone: nn.Module, url: str) -> InputNormalization:
             timm_name(name): tensor.flatten() if name.endswith("layer_scale") else tensor
             for name, tensor in tensors.items()
         }
-    load_tensors(backbone, _without_classifier(tensors, backbone), url)
+    load_tensors(backbone, _fitted(tensors, backbone, url), url)
     return IMAGENET_NORMALIZATION if is_torchvision_convnext else _timm_normalization(backbone)
+
+
+def _fitted(tensors: Tensors, backbone: nn.Module, source: str) -> Tensors:
+    """Return the backbone's part of a checkpoint under the backbone's own names, at its image size.
+
+    Position embeddings of another size are resampled as timm does it.
+    """
+    expected = backbone.state_dict()
+    tensors = _without_prefix(tensors, expected, source)
+    resample = getattr(backbone, "checkpoint_filter_fn", None) or getattr(
+        importlib.import_module(type(backbone).__module__), "checkpoint_filter_fn", None
+    )
+    has_positions = any(
+        ("pos_embed" in name or "relative_position" in name) and name in tensors and tensors[name].shape != of.shape
+        for name, of in expected.items()
+    )
+    if has_positions and resample:
+        try:
+            tensors = dict(resample(dict(tensors), backbone))
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            # What does not fit is named by `load_tensors`.
+            logger.debug("position embeddings cannot be resampled: %s", error)
+        else:
+            logger.info("position embeddings are resampled to the image size of the backbone")
+    return _without_classifier(tensors, backbone)
+
+
+def _without_prefix(tensors: Tensors, expected: Mapping[str, torch.Tensor], source: str) -> Tensors:
+    """Take off what DistributedDataParallel, torch.compile, Lightning and others put in front of a network's names.
+
+    What stands beside that network, such as the layers of its training, is left out.
+
+    Raises:
+        UserError: several networks of these names are in it.
+    """
+    first = next(iter(expected))
+    if first in tensors:
+        return tensors
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(f".{first}")]
+    num_found = {prefix: sum(prefix + name in tensors for name in expected) for prefix in prefixes}
+    whole = [prefix for prefix in prefixes if num_found[prefix] == max(num_found.values())]
+    if len(whole) > 1:
+        raise UserError(f"{source!r} holds several networks, {', '.join(whole)}: save one of them in a file of its own")
+    if not whole:
+        return tensors
+    logger.info("the names of the weights are taken without the prefix %r", whole[0])
+    return {name.removeprefix(whole[0]): tensor for name, tensor in tensors.items() if name.startswith(whole[0])}
 
 
 def _without_classifier(tensors: Tensors, backbone: nn.Module) -> Tensors:
@@ -248,7 +304,7 @@ def _load_hub(backbone: nn.Module, name: str, *, required: bool) -> InputNormali
         path = None
         reason = str(error).strip().split("\n")[0] or type(error).__name__
     if path:
-        load_tensors(backbone, _without_classifier(read_tensors(path), backbone), path)
+        load_tensors(backbone, _fitted(read_tensors(path), backbone, path), path)
         logger.info("%s starts from the pretrained weights %s", name, repository)
         return _timm_normalization(backbone)
     if required:

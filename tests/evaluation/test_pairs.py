@@ -116,22 +116,21 @@ def parquet(columns):
 
 @pytest.mark.parametrize(("yes", "no"), [("true", "false"), ("True", "False"), ("1", "0")])
 def test_a_csv_of_pairs_is_read(yes, no):
-    content = f'photo_a,photo_b,same,fold\n007,"a, b.jpg",{yes},x\n007,gone é.jpg,{no},x\n"a, b.jpg",007,{no},y\n'
-    pairs = parse_pairs_table(content.encode(), ["a, b.jpg", "007"], "p.csv")
-    assert listed(pairs) == [(1, 0, True), (0, 1, False)]
+    content = f'photo_a,photo_b,same,fold\n007,"a, b.jpg",{yes},x\n007,gone é.jpg,{no},x\n"a, b.jpg",008,{no},y\n'
+    pairs = parse_pairs_table(content.encode(), ["a, b.jpg", "007", "008"], "p.csv")
+    assert listed(pairs) == [(1, 0, True), (0, 2, False)]
     assert pairs.fold_P.tolist() == [0, 1]
     assert (pairs.missing_photos, pairs.num_missing_pairs) == (("gone é.jpg",), 1)
 
 
 @pytest.mark.parametrize("same", [[True, False], [1, 0], [1.0, 0.0], pa.array([1, 0], pa.uint8())])
 def test_a_parquet_of_pairs_is_read_and_dealt_into_folds(same):
-    content = parquet(
-        {"photo_a": PHOTOS[:2] * 20, "photo_b": PHOTOS[2:] * 20, "same": pa.concat_arrays([pa.array(same)] * 20)}
-    )
-    pairs = parse_pairs_table(content, PHOTOS, "p.parquet", seed=5)
+    photos = [f"é {n}.jpg" for n in range(80)]
+    content = parquet({"photo_a": photos[:40], "photo_b": photos[40:], "same": pa.concat_arrays([pa.array(same)] * 20)})
+    pairs = parse_pairs_table(content, photos, "p.parquet", seed=5)
     assert pairs.same_P.tolist() == [True, False] * 20
     assert set(Counter(zip(pairs.fold_P.tolist(), pairs.same_P.tolist(), strict=True)).values()) == {2}
-    again = parse_pairs_table(content, PHOTOS, "p.parquet", seed=5)
+    again = parse_pairs_table(content, photos, "p.parquet", seed=5)
     np.testing.assert_array_equal(again.fold_P, pairs.fold_P)
 
 
@@ -298,3 +297,29 @@ def test_the_originals_pairs_need_two_people_and_two_photos_of_one(counts):
     photos, identities = people_of(counts)
     with pytest.raises(UserError, match="pairs need two people"):
         original_pairs(photos, identities, seed=0)
+
+
+def test_a_pair_that_is_listed_again_counts_once_and_is_told(caplog):
+    names = [f"{n}.jpg" for n in range(40)]
+    rows = [f"{a},{b},{int(n < 10)}" for n, (a, b) in enumerate(zip(names[::2], names[1::2], strict=True))]
+    turned = [",".join((b, a, same)) for a, b, same in (row.split(",") for row in rows)]
+    once, thrice = (
+        parse_pairs_table("\n".join(["photo_a,photo_b,same", *lines]).encode(), names, "x.csv")
+        for lines in (rows, [*rows, *turned, *rows])
+    )
+    assert listed(once) == listed(thrice)
+    assert "x.csv: 40 of 60 pairs are listed more than once: each counts once" in caplog.text
+
+
+def test_lfw_pairs_that_are_listed_again_count_once():
+    pairs = parse_lfw_pairs(
+        lfw("2", "a 1 2", "a 2 1", "a 1 b 1", "b 1 a 1"), ["a/a_0001.jpg", "a/a_0002.jpg", "b/b_0001.jpg"], "x"
+    )
+    assert len(pairs) == 2
+    assert pairs.same_P.tolist() == [True, False]
+
+
+def test_a_pair_of_one_person_and_of_two_is_refused():
+    content = b"photo_a,photo_b,same\na,b,1\nc,d,0\nb,a,0\n"
+    with pytest.raises(UserError, match=r"x.csv: 1 row\(s\) \(3\) contradict an earlier row"):
+        parse_pairs_table(content, ["a", "b", "c", "d"], "x.csv")

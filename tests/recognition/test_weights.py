@@ -265,3 +265,45 @@ def test_offline_auto_starts_from_random_weights_and_hub_fails(
     assert lines[0].startswith("test_convnext starts from random weights")
     assert model.spec == SPEC
     assert all(np.isfinite(parameter.detach().numpy()).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [("module.", "state_dict"), ("_orig_mod.", None), ("module._orig_mod.model.", None), ("backbone.", "state_dict"),
+     ("", "state_dict_ema"), ("", "model_state_dict")],
+)  # fmt: skip
+def test_weights_are_taken_whatever_has_wrapped_their_network(
+    tmp_path: Path, classifier: torch.nn.Module, prefix: str, key: str | None
+) -> None:
+    named: dict[str, Any] = {prefix + name: tensor for name, tensor in classifier.state_dict().items()}
+    if prefix:
+        named["loss.weight"] = torch.zeros(3)  # what training has beside the network
+    torch.save({key: named, "epoch": 3} if key else named, tmp_path / "wrapped.pth")
+    model = initial_model(SPEC, str(tmp_path / "wrapped.pth"))
+    assert torch.equal(model.backbone.state_dict()["stem.0.weight"], classifier.state_dict()["stem.0.weight"])
+
+
+def test_of_two_networks_none_is_guessed(tmp_path: Path, classifier: torch.nn.Module) -> None:
+    tensors = classifier.state_dict()
+    both = {f"{kind}.{name}": tensor for kind in ("student", "teacher") for name, tensor in tensors.items()}
+    with pytest.raises(UserError, match=r"holds several networks, student\., teacher\.: save one of them"):
+        initial_model(SPEC, str(save_pth(both, tmp_path)))
+
+
+@pytest.mark.parametrize("backbone", ["test_vit", "test_vit2"])
+def test_position_embeddings_of_another_size_are_resampled(tmp_path: Path, backbone: str) -> None:
+    original = timm.create_model(backbone, img_size=160).state_dict()
+    spec = ModelSpec(backbone=backbone, image_size=96)
+    ours = initial_model(spec, str(save_pth(original, tmp_path))).backbone.state_dict()
+    assert ours["pos_embed"].shape != original["pos_embed"].shape
+    assert ours["pos_embed"].std() == pytest.approx(float(original["pos_embed"].std()), rel=0.5)
+    assert torch.equal(ours["blocks.0.attn.qkv.weight"], original["blocks.0.attn.qkv.weight"])
+
+
+def test_the_advice_follows_from_what_differs(tmp_path: Path, classifier: torch.nn.Module) -> None:
+    other = timm.create_model("test_vit", num_classes=0).state_dict()
+    with pytest.raises(UserError, match=r"none of its names is one of the model: choose the backbone"):
+        initial_model(SPEC, str(save_pth(other, tmp_path)))
+    tensors = {**classifier.state_dict(), "stem.9.bias": torch.zeros(3)}
+    with pytest.raises(UserError, match=r"\d+ of \d+ names are the model's: choose the backbone and head"):
+        initial_model(SPEC, str(save_pth(tensors, tmp_path)))
