@@ -4,6 +4,7 @@ Shape suffixes: B pictures, A anchors, N anchors over the floor or
 faces, F faces chosen, 5 landmarks, 4 box corners (x0 y0 x1 y1), 2 coordinates (x y).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import threading
@@ -174,7 +175,16 @@ def _weights(name: str, url: str | None) -> bytes:
             f"--detector-weights names {storage.redacted(url)}, which is not there: "
             "put the .onnx or .pth file at that place"
         )
-    return storage.read_bytes(url)
+    weights = storage.read_bytes(url)
+    if name != "batch-face":
+        import onnx
+        from google.protobuf.message import DecodeError
+
+        from lib.onnx_files import check_memory
+
+        with contextlib.suppress(DecodeError):  # what is no ONNX file is told of by who runs it
+            check_memory(url, onnx.load_model_from_string(weights))
+    return weights
 
 
 def _openvino_network(weights: bytes) -> Network:

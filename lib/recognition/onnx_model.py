@@ -22,6 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from lib.errors import UserError
 from lib.faces.alignment import ARCFACE, EYES
+from lib.onnx_files import check_memory
 from lib.recognition.model import resized_crops
 from lib.storage import read_bytes
 
@@ -97,6 +98,9 @@ class OnnxModel:
         if not (self._session.get_inputs() and self._session.get_outputs()):
             raise UserError(f"{url!r} has no input or no output: a model that takes one picture is needed")
         self._input = self._session.get_inputs()[0]
+        self._output = self._vector_output()
+        first = self._input.shape[0] if self._input.shape else None
+        self._batch_size = first if isinstance(first, int) and first > 0 else None
         self._dtype = _DTYPES.get(self._input.type, np.float32)
         self._size = self._about.get("image_size") or self._input_size()
         self.embedding_dim = self._probe()
@@ -104,9 +108,8 @@ class OnnxModel:
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops of any size."""
         images = self._images(resized_crops(crops_NHWC, self._size))
-        one_by_one = self._input.shape[0] == 1
-        batches = [images[n : n + 1] for n in range(len(images))] if one_by_one else [images]
-        vectors = [self._run(batch) for batch in batches]
+        at_once = self._batch_size or max(1, len(images))
+        vectors = [self._run(images[n : n + at_once]) for n in range(0, len(images), at_once)] or [self._run(images)]
         embeddings_ND = np.concatenate(vectors).reshape(len(images), -1).astype(np.float32)
         if self._about or not self._wanted.normalize:
             return embeddings_ND
@@ -125,14 +128,26 @@ class OnnxModel:
         return np.ascontiguousarray(images, self._dtype)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
+        """Return the output for so many images; a file of a fixed batch gets empty ones to fill it, dropped again."""
+        missing = max(0, (self._batch_size or 0) - len(images))
+        batch = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
         try:
-            return np.asarray(self._session.run([self._session.get_outputs()[0].name], {self._input.name: images})[0])
+            output = np.asarray(self._session.run([self._output], {self._input.name: batch})[0])
+            return output[: len(images)] if missing and output.ndim else output
         except _REFUSED as error:
             raise UserError(
                 f"{self.url!r} does not take faces of shape {list(images.shape)}, {images.dtype}; its input is "
                 f"{self._input.name}: {self._input.shape}, {self._input.type}: correct --layout and --input-size "
                 f"({_first_line(error)})"
             ) from error
+
+    def _vector_output(self) -> str:
+        """Return the first output that is a vector for each face: some files give its norm, one number, before it."""
+        outputs = self._session.get_outputs()
+        for each in outputs:
+            if not (each.shape and (len(each.shape) < 2 or each.shape[1:] == [1])):
+                return str(each.name)
+        return str(outputs[0].name)
 
     def _input_size(self) -> int:
         if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4:
@@ -152,8 +167,11 @@ class OnnxModel:
         """Return the length of an embedding, which the file need not tell."""
         output = self._run(self._images(np.zeros((1, self._size, self._size, 3), np.uint8)))
         if output.ndim < 2 or output.shape[0] != 1 or output.size < 2 or output.dtype.kind != "f":
+            others = ", ".join(each.name for each in self._session.get_outputs() if each.name != self._output)
             raise UserError(
-                f"{self.url!r} gives {output.dtype} of shape {list(output.shape)} for one face: a vector is needed"
+                f"{self.url!r} gives {output.dtype} of shape {list(output.shape)} for one face in its output "
+                f"{self._output!r}: a vector is needed"
+                + (f"; save a copy without the other outputs ({others}), or with the vector first" if others else "")
             )
         return int(output.size)
 
@@ -163,6 +181,13 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
         model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise UserError(f"{url!r} is no ONNX model: give one, or a model folder of this project") from error
+    check_memory(url, model)
+    if _first_operators(model) in (("Sub", "Mul"), ("Sub", "Div")):
+        logger.warning(
+            "%s begins with %s of its input, as files do that normalise it themselves: if so, --mean 0 0 0 --std 1 1 1",
+            url,
+            " and ".join(_first_operators(model)),
+        )
     graphs = [model.graph, *model.functions]
     outside = [tensor.name for graph in graphs for tensor in _tensors(graph) if tensor.data_location]
     if outside:
@@ -188,6 +213,19 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
         raise UserError(f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}") from error
     logger.debug("%s: %s, %s", url, ends, about)
     return session
+
+
+def _first_operators(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the kinds of the two operators that the input of a file goes through first."""
+    found: list[str] = []
+    name = model.graph.input[0].name if model.graph.input else ""
+    for _ in range(2):
+        taking = [node for node in model.graph.node if name in node.input]
+        if len(taking) != 1 or not taking[0].output:
+            break
+        found.append(taking[0].op_type)
+        name = taking[0].output[0]
+    return tuple(found)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

