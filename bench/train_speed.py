@@ -44,7 +44,7 @@ class TimedWorker(loop.Worker):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         torch.manual_seed(0)
-        size, batch_size = self.model.spec.image_size, self.config.batch_size
+        size, batch_size = self.model.spec.image_size, BATCH_SIZE
         self._bare_model = EmbeddingModel(self.model.spec).to(memory_format=torch.channels_last).train()
         self._bare_optimizer = torch.optim.AdamW(self._bare_model.parameters(), lr=3e-4)
         self._images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)

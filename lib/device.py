@@ -7,7 +7,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -51,6 +51,8 @@ def worker_device(*, use_gpu: bool) -> torch.device:
 
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:
     """Set up this process for speed on its device: TF32 for what stays float32, and kernels chosen by trial."""
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # a call imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -221,6 +223,33 @@ def compile_module(
         logger.warning("not compiled (%s): the model runs as it is, slower", reason)
         return False
     return True
+
+
+def largest_batch(run: Callable[[int], Any], device: torch.device, *, reserved: int) -> int | None:
+    """Return how many images `run` can take at once on a GPU, None on a CPU, whose memory others use too.
+
+    `reserved` bytes are left for what will be there later, such as the optimiser's state, beside a tenth of the memory.
+    """
+    if device.type != "cuda":
+        return None
+    peaks = []
+    for num_images in _PROBES:
+        torch.cuda.reset_peak_memory_stats(device)
+        run(num_images)
+        peaks.append(torch.cuda.max_memory_allocated(device))
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    return fitting(peaks, free + ours - total // 10 - reserved)
+
+
+_PROBES = (16, 48)
+"""Images of the two runs that tell how much memory one takes."""
+
+
+def fitting(peaks: Sequence[int], room: int) -> int:
+    """Return how many images fit into so many bytes, where the runs of `_PROBES` had these peaks."""
+    each = max(1.0, (peaks[1] - peaks[0]) / (_PROBES[1] - _PROBES[0]))
+    return max(0, int((room - (peaks[0] - each * _PROBES[0])) / each))
 
 
 @contextlib.contextmanager

@@ -57,6 +57,8 @@ class Progress:
     """Whether BatchNorm goes by the statistics that came with the initial weights."""
     clip_norm: float = PRETRAINED_CLIP_NORM
     """Norm that gradients are scaled down to."""
+    batch_size: int = 0
+    """What `--batch-size auto` has found; 0 before that, and where the flag says a number."""
     finished: bool = False
     """No further epoch follows."""
     sums: dict[str, float] = field(default_factory=dict)

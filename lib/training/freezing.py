@@ -1,4 +1,4 @@
-"""What of a pretrained model training leaves as it is: the statistics of BatchNorm, and the first stages."""
+"""What training keeps: a pretrained model's statistics of BatchNorm and first stages, and how many activations."""
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,3 +41,16 @@ def freeze_stages(model: EmbeddingModel, num_stages: int) -> None:
     for stage in sorted(stages)[:num_stages]:
         for parameter in stages[stage]:
             parameters[parameter].requires_grad_(False)
+
+
+def checkpoint_activations(model: EmbeddingModel) -> None:
+    """Have the backward pass compute the activations of each block again, instead of keeping them in memory.
+
+    Raises:
+        UserError: timm cannot do so with this backbone.
+    """
+    try:
+        model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError) as error:
+        name = model.spec.backbone
+        raise UserError(f"--checkpoint-activations: timm knows no way for {name}; take another backbone") from error

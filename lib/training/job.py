@@ -27,7 +27,7 @@ from lib.training.checkpoints import Progress
 from lib.training.control import create_control, failure_error
 from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
-from lib.training.freezing import freeze_stages, has_statistics
+from lib.training.freezing import checkpoint_activations, freeze_stages, has_statistics
 from lib.training.history import read_rows
 from lib.training.record import MODEL_FOLDER, run_result
 from lib.training.schedule import PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM, first_phase
@@ -130,7 +130,9 @@ def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelS
     """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
     torch.manual_seed(config.seed)
     model = initial_model(spec, config.init)
-    freeze_stages(model, config.frozen_stages)  # the workers do it again: what cannot be is refused here
+    freeze_stages(model, config.frozen_stages)  # the workers do both again: what cannot be is refused here
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
     fixed = config.batch_norm != "batch" and has_statistics(model)
     if config.batch_norm == "fixed" and not fixed:
         raise UserError(f"--batch-norm fixed: the weights of {spec.backbone} come with no statistics: use batch")

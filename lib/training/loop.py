@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -32,7 +33,7 @@ from lib.training.control import connect_control
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
 from lib.training.feature_store import FeatureStore
-from lib.training.freezing import fix_statistics, freeze_stages
+from lib.training.freezing import checkpoint_activations, fix_statistics, freeze_stages
 from lib.training.objective import SUM_NAMES, EpochSums, objective
 from lib.training.passes import EmbeddingPass, StoreUpkeep
 from lib.training.record import EpochOutcome, RunRecord
@@ -49,6 +50,9 @@ MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16
 COMPILING_PAYS = 500_000
 """Images that a run still has to train on from which on the shorter steps give back what compiling takes: on an H100,
 convnext_tiny at 240 pixels saves 0.1 ms an image, and compiling takes under a minute."""
+
+BYTES_A_WEIGHT = 16
+"""Of the optimiser's two averages, the averaged weights, and what a step of the optimiser needs meanwhile."""
 
 MAX_STEPS_UNCHECKED = 32
 """Steps that a GPU may be behind before the oldest one's gradient is waited for, to see whether it is finite."""
@@ -115,11 +119,11 @@ class Worker:
 
     def __init__(self, job: WorkerJob, control: Any, device: torch.device) -> None:
         """Map the crops, and take model, optimiser and counts from the newest checkpoint."""
+        self.job = job
         self.config = job.config
         self.control = control
         self.device = device
         self.rank, self.num_workers = collective.rank(), collective.num_workers()
-        torch.use_deterministic_algorithms(job.config.deterministic)
         devices.prepare(device, deterministic=job.config.deterministic)
         if device.type == "cpu":
             _keep_freed_memory()
@@ -142,7 +146,6 @@ class Worker:
         except NoFacesError:  # and nothing else: training on would hide a damaged part, which others may not see
             val_cache = None
         self.val_cache = val_cache
-        self.validation = Validation(val_cache, job.config)
         self.index = PhotoIndex(self.cache.labels_N)
 
         num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
@@ -157,17 +160,17 @@ class Worker:
             decoders=self.decoders,
         )
 
-        model = EmbeddingModel(job.spec).to(device).to(memory_format=torch.channels_last)
-        model.load_state_dict(checkpoints.without_prefix("model", checkpoint.tensors))
-        freeze_stages(model, job.config.frozen_stages)
-        self.model = model
+        self.model = model = self._model_of(checkpoint)
         self.averaged: AveragedWeights | None = None
         if job.config.ema:
             self.averaged = AveragedWeights(model, job.config.ema)
             if averaged := checkpoints.without_prefix("averaged", checkpoint.tensors):
                 self.averaged.load_state_dict(averaged)
-        if job.config.checkpoint_activations:
-            model.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        if job.config.batch_size == "auto":
+            self.config = job.config.with_batch_of(self.progress.batch_size or self._images_that_fit())
+            self.progress = dataclasses.replace(self.progress, batch_size=int(self.config.batch_size))
+            self._tell(line=f"--batch-size auto: {self.config.batch_size} images")
+        self.validation = Validation(val_cache, self.config)
         self.optimizer = devices.adamw(_parameter_groups(model, job.config.weight_decay), device, lr=job.config.lr)
         if optimizer := checkpoints.without_prefix("optimizer", checkpoint.tensors):
             checkpoints.restore_optimizer(self.optimizer, optimizer)
@@ -186,13 +189,21 @@ class Worker:
             self.upkeep = StoreUpkeep(store=store, cache=self.cache, how=self.how)
         before = checkpoints.without_prefix("suspects", checkpoint.tensors) if self.rank == 0 else {}
         self.suspects = SuspectLog.from_tensors(before)
-        self.anchors_per_step = job.config.anchors_per_step(len(self.index.pairable))
+        self.anchors_per_step = self.config.anchors_per_step(len(self.index.pairable))
         self.images_per_batch = self.anchors_per_step * (3 if job.config.batch == "triplets" else 1)
         self.anchors_per_epoch = job.config.triplets_per_epoch or len(self.cache)
         self.last_saved = time.monotonic()
         self._stop_answer: Any = None
         self._unchecked: collections.deque[tuple[str, devices.Fetched]] = collections.deque()
         self._unwritten: collections.deque[tuple[TrainingBatch, devices.Fetched, int]] = collections.deque()
+
+    def _model_of(self, checkpoint: checkpoints.Checkpoint) -> EmbeddingModel:
+        model = EmbeddingModel(self.job.spec).to(self.device).to(memory_format=torch.channels_last)
+        model.load_state_dict(checkpoints.without_prefix("model", checkpoint.tensors))
+        freeze_stages(model, self.config.frozen_stages)
+        if self.config.checkpoint_activations:
+            checkpoint_activations(model)
+        return model
 
     def close(self) -> None:
         """End the processes that decode."""
@@ -209,29 +220,46 @@ class Worker:
         config = self.config
         epochs_left = config.epochs - self.progress.epoch + 1
         images_left = epochs_left * self.anchors_per_epoch // self.num_workers
+        with self._state_kept():
+            is_compiled = devices.compile_module(
+                self.model,
+                config.compile,
+                self.device,
+                lambda: self._try(self.images_per_batch),
+                pays=images_left >= COMPILING_PAYS,
+                parts=repeated_blocks(self.model.backbone),
+            )
+        if is_compiled:
+            self._tell(line=f"the model is compiled for this {devices.told(self.device)}")
+
+    def _try(self, num_images: int) -> None:
+        """Run the model forward and backward on black images."""
         size = self.model.spec.image_size
-        shape = (self.images_per_batch, size, size, 3)
+        crops_NHWC = torch.zeros((num_images, size, size, 3), dtype=torch.uint8, device=self.device)
+        self._embeddings(crops_NHWC, self.model).sum().backward()
 
-        def first_run() -> None:
-            self._embeddings(torch.zeros(shape, dtype=torch.uint8, device=self.device), self.model).sum().backward()
+    def _images_that_fit(self) -> int | None:
+        """Return the largest batch that fits into the memory of every worker's GPU, None for CPUs."""
+        num_weights = sum(parameter.numel() for parameter in self.model.parameters())
+        with self._state_kept():
+            largest = devices.largest_batch(self._try, self.device, reserved=BYTES_A_WEIGHT * num_weights)
+        devices.free_memory()
+        return None if largest is None else min(collective.broadcast(collective.gathered(largest)))
 
+    @contextlib.contextmanager
+    def _state_kept(self) -> Iterator[None]:
+        """Have the model in training mode for trial runs, which leave nothing behind."""
         buffers = [buffer.clone() for buffer in self.model.buffers()]
+        random_state = torch.get_rng_state()
         self.model.train()
         if self.progress.fixed_statistics:
             fix_statistics(self.model)
-        if devices.compile_module(
-            self.model,
-            config.compile,
-            self.device,
-            first_run,
-            pays=images_left >= COMPILING_PAYS,
-            parts=repeated_blocks(self.model.backbone),
-        ):
-            self._tell(line=f"the model is compiled for this {devices.told(self.device)}")
+        yield
         with torch.no_grad():
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        torch.set_rng_state(random_state)
 
     def _embeddings(self, crops_NHWC: torch.Tensor, model: nn.Module) -> torch.Tensor:
         with devices.autocast(self.device, self.how.precision):

@@ -24,6 +24,10 @@ FREE_SETTINGS = (
 """What may differ when a run goes on: where it computes and reads, but not what it computes."""
 
 
+USUAL_BATCH, LARGEST_BATCH = 96, 1024
+"""Images of a batch that `--batch-size auto` takes on a CPU, and that it takes on a GPU at most."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Fit a face embedding to aligned faces by triplet loss."""
@@ -78,8 +82,9 @@ class TrainConfig:
     """Epochs in all."""
     triplets_per_epoch: int = 0
     """Anchors of an epoch, all workers together; 0 takes as many as there are training photos."""
-    batch_size: int = 96
-    """Images of one batch of one worker: a third as many triplets, or P x K."""
+    batch_size: Literal["auto"] | int = 96
+    """Images of one batch of one worker: a third as many triplets, or P x K. auto: as many as the GPU's memory holds,
+    1,024 at most; 96 on a CPU."""
     accumulate: int = 1
     """Batches of a worker that make one step: their gradients are averaged, each batch with its own negatives."""
     margin: float = 0.2
@@ -182,7 +187,7 @@ class TrainConfig:
         ):
             if not is_right:
                 raise UserError(f"--{name} is {value!r}: {allowed}")
-        if self.batch_size < (6 if self.batch == "triplets" else 2 * self.photos_per_person):
+        if self.batch_size != "auto" and self.batch_size < self.smallest_batch:
             raise UserError(
                 f"--batch-size {self.batch_size} is too small: two triplets (6 images), or two people "
                 f"({2 * self.photos_per_person} images with --photos-per-person {self.photos_per_person}) are needed"
@@ -210,12 +215,32 @@ class TrainConfig:
         except ValueError:
             raise UserError(f"--head is {self.head!r}: widths such as 256,128") from None
 
+    @property
+    def smallest_batch(self) -> int:
+        """Images without which a batch has no negative: two triplets, or two people."""
+        return 6 if self.batch == "triplets" else 2 * self.photos_per_person
+
+    def with_batch_of(self, num_images: int | None) -> "TrainConfig":
+        """Return the settings with a number in the place of `auto`: what fits into memory, None where nobody asked."""
+        if num_images is None:
+            return replace(self, batch_size=USUAL_BATCH)
+        whole = 3 if self.batch == "triplets" else self.photos_per_person
+        num_images = min(num_images, LARGEST_BATCH) // whole * whole
+        if num_images < self.smallest_batch:
+            raise UserError(
+                "the GPU's memory holds no batch of this model: take --checkpoint-activations, a smaller --backbone or "
+                "a smaller --image-size"
+            )
+        return replace(self, batch_size=num_images)
+
     def people_per_batch(self, num_pairable: int) -> int:
         """Return P of `--batch identities`, where so many people have two photos or more."""
+        assert self.batch_size != "auto"
         return min(self.batch_size // self.photos_per_person, num_pairable)
 
     def anchors_per_step(self, num_pairable: int) -> int:
         """Return the anchors of one step of one worker."""
+        assert self.batch_size != "auto"
         if self.batch == "triplets":
             return self.batch_size // 3
         return self.people_per_batch(num_pairable) * self.photos_per_person

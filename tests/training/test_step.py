@@ -1,5 +1,6 @@
 """A worker's step: it never waits for the device, says where a loss is not finite, and adds batches up to one step."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib.errors import JobError
+from lib import device as devices
+from lib.errors import JobError, UserError
 from lib.recognition.model import ModelSpec
 from lib.training.augmentation import BatchLoader, LoadTask
 from lib.training.batches import StoredVectors, TrainingBatch
@@ -173,3 +175,29 @@ def test_the_blocks_of_a_backbone_are_found(name: str, num_blocks: int) -> None:
 
     with torch.device("meta"):
         assert len(repeated_blocks(timm.create_model(name, num_classes=0))) == num_blocks
+
+
+def test_an_automatic_batch_is_the_usual_one_on_a_cpu_and_stays_what_it_was_found_to_be(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert made(faces, tmp_path / "a", batch_size="auto").config.batch_size == 96
+    monkeypatch.setattr(devices, "largest_batch", lambda *_, **__: 27)
+    worker = made(faces, tmp_path / "b", batch_size="auto")
+    assert worker.config.batch_size == 24, "people of 4 photos"
+    progress = dataclasses.replace(worker.progress, step=1)
+    worker._save(progress, worker.usage.counts_3N, worker.suspects)
+    monkeypatch.setattr(devices, "largest_batch", lambda *_, **__: 1000)
+    assert Worker(worker.job, CONTROL, CPU).config.batch_size == 24
+    with pytest.raises(UserError, match="memory holds no batch"):
+        TrainConfig(data="d", batch_size="auto").with_batch_of(7)
+
+
+def test_trial_runs_leave_the_model_as_it_was(faces: Path, tmp_path: Path) -> None:
+    worker = made(faces, tmp_path, backbone="resnet18")
+    before = {name: tensor.clone() for name, tensor in worker.model.state_dict().items()}
+    with worker._state_kept():
+        worker._try(8)
+        assert not worker.model.state_dict()["backbone.bn1.running_mean"].equal(before["backbone.bn1.running_mean"])
+    for name, tensor in worker.model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], msg=name)
+    assert all(parameter.grad is None for parameter in worker.model.parameters())
