@@ -9,4 +9,4 @@
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --signal=B:USR1@120
-exec slurm/ray-cluster.sh jobs/train.py ${SLURM_GPUS_ON_NODE:+--use-gpu} "$@"
+exec slurm/ray-cluster.sh jobs/train.py "$@" # on all GPUs, where the job has any

@@ -153,7 +153,7 @@ def test_both_jobs_run_from_photos_to_the_report_and_ask_for_their_workers(
         asked, log = run_job(head, train, settings, volume)
     assert "succeeded" in log, log
     assert "CPU" in asked
-    assert "GPU" not in asked, "no GPU is asked for without --use-gpu"
+    assert "GPU" not in asked, "no GPU is asked for without --gpus"
     run = volume / "runs" / settings["RUN"]
     assert [row["num_workers"] for row in pq.read_table(run / "history.parquet").to_pylist()] == [1]
     assert (run / "report" / "report.html").is_file()
