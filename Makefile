@@ -69,7 +69,7 @@ check: $(VENV)/.development
 
 # The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/; drawn photos else.
 bench: $(VENV)/.development
-	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory hostile_photos metrics_speed face_cache negative_search gallery_search train_speed sweep_speed; do \
+	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory hostile_photos metrics_speed face_cache negative_search gallery_search train_speed training_job sweep_speed; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
 
 # The container image, by whichever builder is there and works: make image IMAGE=registry/me/conv-facenet:0.1.0

@@ -133,8 +133,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """bf16 computes the model in bfloat16 where that is safe; auto does so on GPUs that have it."""
     compile: Compile = "auto"
-    """Build kernels for the model, which takes a minute and makes steps a third shorter; auto does so on GPUs where the
-    run is long enough."""
+    """Build kernels for the model, which takes a minute and makes steps a quarter shorter; auto does so on GPUs where
+    the run is long enough."""
     checkpoint_activations: bool = False
     """Compute activations again instead of keeping them: a step takes a third longer and much less memory."""
     loader_threads: int = 0
