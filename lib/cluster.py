@@ -120,6 +120,12 @@ def num_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def cpus_a_gpu() -> int:
+    """Return the fewest CPUs that a node with GPUs has for each of them, at least 1."""
+    nodes = [node for node in node_resources() if node.get("GPU", 0) >= 1]
+    return max(1, min((int(node.get("CPU", 0) // node["GPU"]) for node in nodes), default=1))
+
+
 def chosen_gpus(asked: Gpus) -> int:
     """Return how many GPUs of the connected cluster to use, and tell it: `auto` takes all there are.
 

@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -191,6 +192,31 @@ class Worker:
         return done
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a worker holds: a CPU, or a part of a GPU and the CPUs that feed it.
+
+    Attributes:
+        num_workers: 0 for as many as the cluster has room for.
+    """
+
+    num_workers: int = 0
+    num_cpus: int = 1
+    num_gpus: float = 0.0
+
+    @classmethod
+    def of_gpus(cls, gpus: int, *, most_a_gpu: int) -> "Share":
+        """Return the shares of so many GPUs of the connected cluster; of none, a CPU each.
+
+        Several workers keep a GPU busy where one would wait for its CPU; each has two CPUs, or what is there.
+        """
+        if not gpus:
+            return cls()
+        cpus_a_gpu = cluster.cpus_a_gpu()
+        a_gpu = max(1, min(most_a_gpu, cpus_a_gpu // 2))
+        return cls(gpus * a_gpu, max(1, cpus_a_gpu // a_gpu), 1 / a_gpu)
+
+
 def run_parts(
     items: Sequence[dict[str, Any]],
     worker: type,
@@ -199,24 +225,20 @@ def run_parts(
     unit: str,
     num_done: int,
     num_all: int,
-    gpus: int = 0,
+    share: "Share | None" = None,
 ) -> tuple[int, float]:
     """Run the parts on the connected cluster; return the units processed and the seconds since the first of them.
 
-    A worker takes an item and returns its `summary`. With `gpus` so many workers have a GPU each, else each has a CPU.
+    A worker takes an item and returns its `summary`. Each has its `share` of the GPUs, or a CPU.
 
     Raises:
         JobError: a worker's failure.
-        UserError: the cluster has fewer GPUs.
     """
     from tqdm import tqdm
 
-    if gpus > cluster.num_gpus():
-        raise UserError(
-            f"--gpus is {gpus}, but the cluster has {cluster.num_gpus()}: ask for no more, or leave --gpus out"
-        )
-    num_workers = min(len(items), gpus or cluster.num_cpus())
-    summaries = _summaries(items, (worker, worker_arguments), num_workers, use_gpus=bool(gpus))
+    share = share or Share()
+    num_workers = min(len(items), share.num_workers or cluster.num_cpus())
+    summaries = _summaries(items, (worker, worker_arguments), num_workers, share)
     logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
     pause_s = 0.5 if sys.stderr.isatty() else 10.0
     started, num_processed, num_by_node = 0.0, 0, Counter[str]()
@@ -234,7 +256,7 @@ def run_parts(
     return num_processed, time.monotonic() - started
 
 
-def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_workers: int, *, use_gpus: bool) -> Any:
+def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_workers: int, share: "Share") -> Any:
     """Return the dataset of what so many `Worker`s of these arguments say of the items."""
     import ray
     from ray.util.annotations import RayDeprecationWarning
@@ -249,11 +271,11 @@ def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_
             Worker,
             fn_constructor_args=arguments,
             max_task_retries=TRIES_OF_A_PART - 1,
-            num_cpus=1,
-            num_gpus=1 if use_gpus else None,
+            num_cpus=share.num_cpus,
+            num_gpus=share.num_gpus or None,
             # Nodes that join later are used too.
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=num_workers, max_size=num_workers if use_gpus else len(items)
+                min_size=1, initial_size=num_workers, max_size=num_workers if share.num_gpus else len(items)
             ),
         )
 

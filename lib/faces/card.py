@@ -21,6 +21,12 @@ logger = logging.getLogger(__name__)
 BYTES_KEY = b"conv-facenet.photo-bytes"
 """Key in a part's Parquet metadata: bytes of the photos that the part was made from."""
 
+MADE_ON_KEY = b"conv-facenet.made-on"
+"""Key there: the device and the arithmetic of the detector, such as `cuda float16`."""
+
+MADE_ON_KEY = b"conv-facenet.made-on"
+"""Key there: the device and the arithmetic of the detector, such as `cuda float16`."""
+
 CARD_NAME, README_NAME, SHEET_NAME = "card.json", "README.md", "contact_sheet.jpg"
 NAMES = (CARD_NAME, README_NAME, SHEET_NAME)
 
@@ -37,6 +43,7 @@ class _Totals:
     refused: list[dict[str, str]] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
+    made_on: set[str] = field(default_factory=set)
 
     @property
     def num_rows(self) -> int:
@@ -73,6 +80,7 @@ def finish(
         "bytes_before": totals.bytes_before,
         "bytes_after": totals.bytes_after,
         "photos_per_s": photos_per_s and round(photos_per_s, 1),
+        "made_on": sorted(totals.made_on),
     }
     storage.write_json(storage.join(faces_url, CARD_NAME), card)
     storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
@@ -86,7 +94,9 @@ def finish(
     return counts
 
 
-def _read_part(faces_url: str, name: str) -> tuple[list[str], list[str | None], list[str], list[str | None], int, int]:
+def _read_part(
+    faces_url: str, name: str
+) -> tuple[list[str], list[str | None], list[str], list[str | None], int, int, str]:
     with storage.open_parquet(storage.join(faces_url, name), table.columns("photo", "identity", "status")) as file:
         columns = ["photo", "identity", "status", "reason"]
         rows = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
@@ -95,7 +105,8 @@ def _read_part(faces_url: str, name: str) -> tuple[list[str], list[str | None], 
         num_bytes = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
     names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
     reasons = rows["reason"].to_pylist() if "reason" in rows.column_names else [None] * len(names)
-    return names, identities, statuses, reasons, int(metadata.get(BYTES_KEY, b"0")), num_bytes
+    made_on = metadata.get(MADE_ON_KEY, b"").decode()
+    return names, identities, statuses, reasons, int(metadata.get(BYTES_KEY, b"0")), num_bytes, made_on
 
 
 def _add(
@@ -107,7 +118,9 @@ def _add(
     reasons: list[str | None],
     bytes_before: int,
     bytes_after: int,
+    made_on: str,
 ) -> None:
+    totals.made_on |= {made_on} - {""}
     totals.statuses[split].update(statuses)
     totals.bytes_before += bytes_before
     totals.bytes_after += bytes_after

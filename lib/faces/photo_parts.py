@@ -1,11 +1,13 @@
 """Photos of a manifest, part by part, as rows of the faces table: what preprocess writes and what embed embeds."""
 
+import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,9 @@ from lib.faces.extraction import FaceExtractor
 from lib.faces.images import MAX_PHOTO_BYTES
 from lib.faces.manifest import Manifest
 from lib.faces.photo_names import name_on_disk
+
+if TYPE_CHECKING:
+    from lib.faces.batch_extraction import BatchExtractor
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +38,18 @@ PIECES_OF_A_GROUP = 4
 ROWS_AT_ONCE = 8
 """Photos of Parquet in memory at once: as many of the largest size fill the 2 GiB that Arrow's `binary` can address."""
 
+NUM_READERS = 16
 READ_AHEAD = 16
 """Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
+
+BATCH_SIZE = 128
+"""Photos that a worker on a GPU extracts at once."""
+BATCHES_AT_ONCE = 2
+
+Photo = tuple[dict[str, Any], bytes | str]
+"""An entry of the manifest with the photo's bytes, or with the status that says why there are none."""
+Extracted = tuple[dict[str, Any], int, list[dict[str, Any]]]
+"""An entry, the length of its file, and its rows of the faces table."""
 
 
 @dataclass(frozen=True)
@@ -107,38 +122,59 @@ class SplitRows:
 class PhotoReader:
     """Reads the photos of a part ahead, and turns each into its rows of the faces table."""
 
-    def __init__(self, photos_url: str, image_column: str, extractor: FaceExtractor, *, num_threads: int = 1) -> None:
+    def __init__(self, photos_url: str, image_column: str, extractor: "FaceExtractor | BatchExtractor") -> None:
         self._photos_url = photos_url
         self._image_column = image_column
         self._extractor = extractor
-        self._num_threads = num_threads
 
     def rows(self, item: dict[str, Any]) -> dict[str, SplitRows]:
         """Return the rows of a part made by `part_item`, by split."""
         entries = pa.ipc.open_stream(item["photos"]).read_all().to_pylist()
         splits = {entry["split"]: SplitRows() for entry in entries}
-        with ThreadPoolExecutor(READ_AHEAD) as readers, ThreadPoolExecutor(self._num_threads) as extractors:
+        with ThreadPoolExecutor(NUM_READERS) as readers, ThreadPoolExecutor(BATCHES_AT_ONCE) as extractors:
             read = (
-                self._read_parquet(entries) if entries[0]["row"] is not None else _ahead(readers, self._read, entries)
+                self._read_parquet(entries)
+                if entries[0]["row"] is not None
+                else _ahead(readers, self._read, entries, num_ahead=self._num_read_ahead)
             )
-            extract = _ahead(extractors, self._rows, read) if self._num_threads > 1 else map(self._rows, read)
-            for entry, length, faces in extract:
+            for entry, length, faces in self._extracted(read, extractors):
                 made = splits[entry["split"]]
                 made.num_photos += 1
                 made.num_bytes += length
                 made.rows.extend(faces)
         return splits
 
-    def _rows(self, item: tuple[dict[str, Any], bytes | str]) -> tuple[dict[str, Any], int, list[dict[str, Any]]]:
-        entry, data = item
-        faces = [{"status": data}] if isinstance(data, str) else self._extractor.rows(data)
+    @property
+    def _num_read_ahead(self) -> int:
+        return READ_AHEAD if isinstance(self._extractor, FaceExtractor) else BATCH_SIZE
+
+    def _extracted(self, read: Iterator[Photo], pool: ThreadPoolExecutor) -> Iterator[Extracted]:
+        """Yield each photo's entry, the length of its file, and its rows."""
+        if isinstance(self._extractor, FaceExtractor):
+            for entry, data in read:
+                faces = [{"status": data}] if isinstance(data, str) else self._extractor.rows(data)
+                yield self._named(entry, data, faces)
+            return
+        # While one batch is encoded the next is on the device.
+        for batch in _ahead(pool, self._batch, _batched(read, BATCH_SIZE), num_ahead=BATCHES_AT_ONCE):
+            yield from batch
+
+    def _batch(self, photos: list[Photo]) -> list[Extracted]:
+        assert not isinstance(self._extractor, FaceExtractor)
+        faces = iter(self._extractor.rows([data for _, data in photos if isinstance(data, bytes)]))
+        return [
+            self._named(entry, data, [{"status": data}] if isinstance(data, str) else next(faces))
+            for entry, data in photos
+        ]
+
+    def _named(self, entry: dict[str, Any], data: bytes | str, faces: list[dict[str, Any]]) -> Extracted:
         several = self._extractor.settings.policy == "all" and faces[0]["status"] != table.NO_FACE
         for number, face in enumerate(faces):
             face["photo"] = f"{entry['photo']}#{number}" if several and "box" in face else entry["photo"]
             face["identity"] = entry["identity"]
         return entry, 0 if isinstance(data, str) else len(data), faces
 
-    def _read(self, entry: dict[str, Any]) -> tuple[dict[str, Any], bytes | str]:
+    def _read(self, entry: dict[str, Any]) -> Photo:
         """Return the entry with the photo's bytes, or with the status that says why there are none."""
         if entry["status"] is not None:
             return entry, entry["status"]
@@ -152,7 +188,7 @@ class PhotoReader:
             return entry, table.CORRUPT
         return entry, data
 
-    def _read_parquet(self, entries: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | str]]:
+    def _read_parquet(self, entries: list[dict[str, Any]]) -> Iterator[Photo]:
         for (source, group), wanted in groupby(entries, key=lambda entry: (entry["source"], entry["group"])):
             url = storage.join(self._photos_url, source) if source else self._photos_url
             mine = list(wanted)
@@ -174,12 +210,19 @@ def _group_images(url: str, column: str, group: int, rows: list[int]) -> Iterato
             return
 
 
-def _ahead(pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Map in threads, in order, never more than `READ_AHEAD` results ahead of the consumer."""
-    waiting: list[Future[Result]] = []
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int
+) -> Iterator[Result]:
+    """Map in threads, in order, never more than so many results ahead of the consumer."""
+    waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
-        if len(waiting) > READ_AHEAD:
-            yield waiting.pop(0).result()
+        if len(waiting) > num_ahead:
+            yield waiting.popleft().result()
     while waiting:
-        yield waiting.pop(0).result()
+        yield waiting.popleft().result()
+
+
+def _batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch

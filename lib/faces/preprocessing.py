@@ -9,7 +9,7 @@ import logging
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
@@ -18,13 +18,13 @@ from lib.faces import card, table
 from lib.faces.alignment import Alignment
 from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
-from lib.faces.gpu_detection import gpu_detectors, remote_detect
 from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
 from lib.parts import (
     PLAN_NAME,
     SUCCESS_ENTRIES,
     SUCCESS_NAME,
+    Share,
     differences,
     present_files,
     run_parts,
@@ -35,10 +35,13 @@ from lib.parts import (
 )
 from lib.storage_errors import MissingFileError
 
+if TYPE_CHECKING:
+    from lib.faces.batch_extraction import BatchExtractor
+
 logger = logging.getLogger(__name__)
 
-GPU_THREADS = 8
-"""Photos a worker has in flight to the GPU."""
+WORKERS_A_GPU = 8
+"""While one decodes headers and encodes crops on its CPUs, another has the GPU."""
 
 WAIT_EVERY_S = 5.0
 WAIT_TOLD_EVERY_S = 300.0
@@ -86,8 +89,8 @@ class PreprocessConfig:
     """Parquet input: column of the identity."""
     photo_column: str = "photo"
     """Parquet input: column of a distinct name a photo; file and row where there is none."""
-    gpus: int = 0
-    """GPUs to detect on; 0 detects on the CPUs."""
+    gpus: cluster.Gpus = "auto"
+    """GPUs to use: auto (all of the cluster), 0 (none) or N."""
     wait_minutes: float = 0.0
     """How long to wait for the GPUs, on a cluster that grows when it is asked to."""
     overwrite: bool = False
@@ -101,8 +104,9 @@ class PreprocessConfig:
         self.settings()  # refuses what cannot be before anything starts
         if not 0.0 <= self.min_listed_share <= 1.0:
             raise UserError(f"--min-listed-share is {self.min_listed_share}: allowed is 0 to 1")
-        if self.gpus < 0:
-            raise UserError(f"--gpus is {self.gpus}: 0 or more")
+        cluster.check_gpus(self.gpus)
+        if self.gpus not in ("auto", 0) and self.detector == "batch-face":
+            raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
         if self.wait_minutes < 0:
             raise UserError(f"--wait-minutes is {self.wait_minutes}: 0 or more")
 
@@ -184,8 +188,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
 def _check_detector(config: PreprocessConfig) -> None:
     """Raise UserError where the workers' detector could not be loaded: so it is told in one line."""
-    if not config.gpus:
-        load_detector(config.detector, config.settings().detector_weights)
+    load_detector(config.detector, config.settings().detector_weights)
 
 
 def _make(
@@ -283,19 +286,22 @@ def _read_plan(faces_url: str) -> dict[str, Any]:
     return storage.read_json(storage.join(faces_url, PLAN_NAME), {"run_id": str, "fingerprint": dict})
 
 
+def _gpu_extractor(config: PreprocessConfig, num_cpus: int) -> "BatchExtractor":
+    from lib.device import worker_device
+    from lib.faces.batch_extraction import BatchExtractor
+
+    return BatchExtractor(config.settings(), worker_device(use_gpu=True), num_threads=num_cpus)
+
+
 class PartWorker:
     """Ray Data's worker: turns a part of the manifest into Parquet files and returns one row about it."""
 
-    def __init__(self, config: PreprocessConfig, fingerprint: dict[str, Any], gpu_handles: list[Any]) -> None:
-        detect = remote_detect(gpu_handles) if gpu_handles else None
+    def __init__(self, config: PreprocessConfig, fingerprint: dict[str, Any], num_cpus: int, use_gpu: bool) -> None:
         self._faces_url = config.faces_url
         self._fingerprint_json = json.dumps(fingerprint)
-        self._reader = PhotoReader(
-            config.photos_url,
-            config.image_column,
-            FaceExtractor(config.settings(), detect),
-            num_threads=GPU_THREADS if gpu_handles else 1,
-        )
+        extractor = _gpu_extractor(config, num_cpus) if use_gpu else FaceExtractor(config.settings())
+        self._made_on = extractor.made_on
+        self._reader = PhotoReader(config.photos_url, config.image_column, extractor)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         """Process one part, an item of `part_item`, and return its summary."""
@@ -305,7 +311,8 @@ class PartWorker:
         num_photos = 0
         for split, made in self._reader.rows(part).items():
             faces_table = table.faces_table(made.rows, self._fingerprint_json)
-            metadata = {**faces_table.schema.metadata, card.BYTES_KEY: str(made.num_bytes).encode()}
+            about = {card.BYTES_KEY: str(made.num_bytes).encode(), card.MADE_ON_KEY: self._made_on.encode()}
+            metadata = {**faces_table.schema.metadata, **about}
             url = storage.join(self._faces_url, part_name(split, part["index"]))
             # JPEG does not shrink; the other columns are small beside it.
             storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), compression="none")
@@ -320,12 +327,15 @@ def _process(
     if not todo:
         return 0, 0.0
     with cluster.connected():
-        cluster.wait_for("GPU", config.gpus, limit_s=60 * config.wait_minutes)
-        handles = gpu_detectors(config.settings(), config.gpus) if config.gpus else []
+        if config.gpus != "auto":
+            cluster.wait_for("GPU", config.gpus, limit_s=60 * config.wait_minutes)
+        gpus = 0 if config.detector == "batch-face" else cluster.chosen_gpus(config.gpus)
+        share = Share.of_gpus(gpus, most_a_gpu=WORKERS_A_GPU)
         return run_parts(
             [part_item(manifest, part) for part in todo],
             PartWorker,
-            (config, faces_fingerprint, handles),
+            (config, faces_fingerprint, share.num_cpus, bool(gpus)),
+            share=share,
             unit="photo",
             num_done=num_done,
             num_all=len(manifest),

@@ -25,7 +25,7 @@ from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint,
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
-from lib.parts import SUCCESS_NAME, present_files, run_parts, settle, summary, sweep, write_plan
+from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, sweep, write_plan
 from lib.recognition import embeddings_table
 from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, find_model, load_embedder
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
@@ -280,7 +280,7 @@ def embed_source(
                 unit="face",
                 num_done=num_all - num_todo,
                 num_all=num_all,
-                gpus=gpus,
+                share=Share.of_gpus(gpus, most_a_gpu=1),
             )
     sweep(output)
     counts = _counts(output, file_names)

@@ -1,4 +1,3 @@
-import asyncio
 import os
 import pickle
 import socket
@@ -9,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import onnxruntime
 import pytest
@@ -20,7 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 from retinaface.weights import WEIGHTS
 
 from lib.errors import UserError
-from lib.faces import gpu_detection
 from lib.faces.detection import (
     SCORE_FLOOR,
     BatchFace,
@@ -32,7 +29,6 @@ from lib.faces.detection import (
     load_detector,
     sha256,
 )
-from lib.faces.gpu_detection import MAX_BATCH, DetectionServer
 from lib.faces.images import Photo
 from lib.faces.sample import SamplePlan, draw_photo
 
@@ -372,107 +368,6 @@ def test_no_detector_opens_a_connection(untrained_weights: Path, monkeypatch: py
     assert isinstance(load_detector("batch-face", str(untrained_weights)), BatchFace)
     with pytest.raises(UserError):
         load_detector("batch-face")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there_is_told(untrained_weights: Path) -> None:
-    for weights in (None, str(untrained_weights)):
-        with pytest.raises(UserError, match=r"--gpus asks for detection on a GPU, but .* leave --gpus out"):
-            load_detector("retinaface", weights, use_gpu=True)
-
-
-def test_batch_face_is_not_taken_for_a_gpu_detector(untrained_weights: Path) -> None:
-    with pytest.raises(UserError, match="batch-face runs on CPUs only"):
-        load_detector("batch-face", str(untrained_weights), use_gpu=True)
-
-
-# The server that detects for many workers; its CPU form, for the batching is the same.
-
-
-class CountingDetector:
-    """The real detector, with the sizes of its batches; it is never asked twice at once."""
-
-    weights_sha256 = ""
-
-    def __init__(self) -> None:
-        self.batch_sizes: list[int] = []
-        self.is_busy = False
-
-    def detect(self, pictures: list[np.ndarray]) -> list[Detections]:
-        assert not self.is_busy
-        self.is_busy = True
-        self.batch_sizes.append(len(pictures))
-        found = packaged().detect(pictures)
-        self.is_busy = False
-        return found
-
-
-def test_the_server_answers_as_the_detector_does() -> None:
-    async def ask() -> list[Detections]:
-        return await DetectionServer("retinaface", None, use_gpu=False).detect(pictures()[:3])
-
-    for found, wanted in zip(asyncio.run(ask()), packaged().detect(pictures()[:3]), strict=True):
-        assert np.array_equal(found.scores_N, wanted.scores_N)
-        assert np.array_equal(found.boxes_N4, wanted.boxes_N4)
-
-
-def test_the_server_batches_what_many_ask_and_gives_each_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = CountingDetector()
-    monkeypatch.setattr(gpu_detection, "load_detector", lambda *_, **__: detector)
-    small = [cv2.resize(picture, (96, 96), interpolation=cv2.INTER_AREA) for picture in pictures()]
-    asked = [small[i % len(small)] for i in range(MAX_BATCH + 9)]
-
-    async def ask() -> list[list[Detections]]:
-        server = DetectionServer("retinaface", None, use_gpu=True)
-        answers = await asyncio.gather(*(server.detect([picture]) for picture in asked))
-        return [*answers, await server.detect([])]
-
-    *answers, nothing = asyncio.run(ask())
-    assert nothing == []
-    assert detector.batch_sizes == [MAX_BATCH, 9]
-    for picture, (found,) in zip(asked, answers, strict=True):
-        assert_same_sure_faces(found, packaged().detect([picture])[0], tolerance=0.05)
-
-
-def test_what_arrives_while_a_batch_runs_makes_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = CountingDetector()
-    monkeypatch.setattr(gpu_detection, "load_detector", lambda *_, **__: detector)
-
-    async def ask() -> None:
-        server = DetectionServer("retinaface", None, use_gpu=True)
-        asks = []
-        for picture in pictures()[:12]:
-            asks.append(asyncio.create_task(server.detect([picture])))
-            await asyncio.sleep(0.001)
-        await asyncio.gather(*asks)
-
-    asyncio.run(ask())
-    assert sum(detector.batch_sizes) == 12
-    assert 1 < len(detector.batch_sizes) < 12
-
-
-def test_an_error_reaches_everyone_who_asked_and_the_server_goes_on() -> None:
-    async def ask() -> tuple[list[Any], list[Detections]]:
-        server = DetectionServer("retinaface", None, use_gpu=False)
-        wrong = np.zeros(7, np.uint8)
-        outcomes = await asyncio.gather(*(server.detect([p]) for p in (pictures()[0], wrong)), return_exceptions=True)
-        return outcomes, await server.detect([pictures()[0]])
-
-    outcomes, afterwards = asyncio.run(ask())
-    assert [type(outcome) for outcome in outcomes] == [IndexError, IndexError]
-    assert len(afterwards[0])
-
-
-def test_one_who_gives_up_does_not_keep_the_others_waiting() -> None:
-    async def ask() -> list[Detections]:
-        server = DetectionServer("retinaface", None, use_gpu=False)
-        impatient = asyncio.create_task(server.detect([pictures()[0]]))
-        patient = asyncio.create_task(server.detect([pictures()[1]]))
-        await asyncio.sleep(0)
-        impatient.cancel()
-        return await asyncio.wait_for(patient, timeout=60)
-
-    assert len(asyncio.run(ask())) == 1
 
 
 def test_no_thread_is_bound_to_a_core() -> None:
