@@ -101,7 +101,7 @@ def load_network(weights: bytes) -> RetinaFaceNet:
     shapes_wanted = [(each.weight.shape, each.bias.shape) for each in wanted if each.bias is not None]
     if shapes_found != shapes_wanted:
         raise UserError(
-            f"--detector-weights holds another network than RetinaFace MobileNet-0.25: it has {len(found)} "
+            f"--detector-weights holds no RetinaFace MobileNet-0.25: it has {len(found)} "
             f"convolutions, where {len(wanted)} of certain shapes are expected"
         )
     with torch.no_grad():

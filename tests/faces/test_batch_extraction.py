@@ -95,7 +95,7 @@ def test_the_network_computes_what_the_originals_class_does_with_its_weights() -
 def test_another_network_is_refused() -> None:
     file = io.BytesIO()
     torch.save({"body.stage1.0.0.weight": torch.zeros(8, 3, 3, 3), "body.stage1.0.0.bias": torch.zeros(8)}, file)
-    with pytest.raises(UserError, match=r"another network than RetinaFace MobileNet-0\.25: it has 1 convolutions"):
+    with pytest.raises(UserError, match=r"no RetinaFace MobileNet-0\.25: it has 1 convolutions"):
         load_network(file.getvalue())
 
 
