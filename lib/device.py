@@ -54,7 +54,8 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
     if deterministic != torch.are_deterministic_algorithms_enabled():  # a call imports the compiler: seconds
         torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
