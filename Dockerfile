@@ -7,24 +7,22 @@
 # Build arguments:
 #   BASE                 another Python image, such as the same one by its digest
 #   PIP_EXTRA_INDEX_URL  https://download.pytorch.org/whl/cpu for an image without CUDA, a third of the size
-#   GPU_RUNTIME          onnxruntime-gpu==1.31.1 for detection on GPUs, as `make gpu` (training needs no argument)
 #   BACKBONE_WEIGHTS     URL of a .safetensors or .pth file, kept as /opt/weights/FILE for --init
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 # What requirements.txt comes to, in five lists: layers of at most 2 GB that are pulled side by side and stay as they are
-# when a requirement of another list changes. triton, which compiles for GPUs what torch.compile is given, is left out:
-# nothing here is compiled.
+# when a requirement of another list changes. triton is left out (0.9 GB): without it `train --compile auto` says that it
+# does not compile, and goes on.
 FROM ${BASE} AS pins
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG PIP_EXTRA_INDEX_URL
-ARG GPU_RUNTIME
 WORKDIR /pins
 COPY requirements.txt .
 RUN touch cuda.txt nvidia.txt torch.txt large.txt others.txt \
     && pip install --no-cache-dir --dry-run --ignore-installed --quiet --report report.json -r requirements.txt \
     && python -c 'import json; found = json.load(open("report.json"))["install"]; \
         print(*("{name}=={version}".format(**each["metadata"]) for each in found), sep="\n")' \
-    | sed -e '/^triton==/d' -e "s/^onnxruntime==.*/${GPU_RUNTIME:-&}/" | sort \
+    | sed -e '/^triton==/d' | sort \
     | awk '{ print > ((/-cu[0-9]+==/ ? "nvidia" : /^(cuda|nvidia)-/ ? "cuda" : /^torch/ ? "torch" \
         : /^(ray|openvino|onnxruntime.*|opencv-python|pyarrow|pandas|scipy|numpy)==/ ? "large" : "others") ".txt") }'
 

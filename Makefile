@@ -7,11 +7,10 @@ DEMO_DATA := $(CURDIR)/data/demo
 # A tiny backbone on small images: learns drawn people in a minute on two cores. Leave these out for a real model.
 DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 80 --lr 2e-3 \
 	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
-GPU_RUNTIME := onnxruntime-gpu==1.31.1
 
 IMAGE ?= conv-facenet:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slurm test-image check bench image gpu clean
+.PHONY: demo test test-slurm test-image check bench image clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -69,11 +68,11 @@ check: $(VENV)/.development
 
 # The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/; drawn photos else.
 bench: $(VENV)/.development
-	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory hostile_photos metrics_speed face_cache negative_search gallery_search train_speed training_job sweep_speed; do \
+	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory preprocess_batches hostile_photos metrics_speed face_cache negative_search gallery_search train_speed training_job sweep_speed; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
 
 # The container image, by whichever builder is there and works: make image IMAGE=registry/me/conv-facenet:0.1.0
-# BUILD_ARGS are those of the Dockerfile: make image BUILD_ARGS="--build-arg GPU_RUNTIME=onnxruntime-gpu==1.31.1"
+# BUILD_ARGS are those of the Dockerfile: make image BUILD_ARGS="--build-arg BASE=python:3.11-slim"
 image:
 	@for builder in docker podman buildah; do \
 		if $$builder info > /dev/null 2>&1; then \
@@ -81,11 +80,6 @@ image:
 			$$builder build --tag $(IMAGE) --build-arg VERSION=$(lastword $(subst :, ,$(IMAGE))) \
 				--build-arg REVISION=$$(git rev-parse HEAD 2> /dev/null || echo unknown) $(BUILD_ARGS) . && exit; exit 1; fi; done; \
 		echo "error: docker, podman or buildah is needed to build an image, and none of them works here" >&2; exit 2
-
-# On a machine with a CUDA GPU, once: ONNX Runtime's CUDA build in place of the CPU one (both write the same folder).
-gpu: $(VENV)/.runtime
-	@$(BIN)/python -m pip uninstall --quiet --yes onnxruntime
-	@$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(GPU_RUNTIME)
 
 clean:
 	rm -rf $(VENV) data/demo
