@@ -34,15 +34,15 @@ _VOTING_FACES = 256
 class BatchDetector:
     """RetinaFace with MobileNet-0.25 for batches of pictures on one device; safe to be called by several threads."""
 
-    def __init__(self, weights: bytes, device: torch.device) -> None:
-        """Prepare the network.
+    def __init__(self, weights: bytes, device: torch.device, *, is_torch: bool = False) -> None:
+        """Prepare the network, whose weights are the content of an .onnx or (`is_torch`) a .pth file.
 
         Raises:
             UserError: the weights are those of another network.
         """
         self.device = device
         self._batch_size = BATCH_SIZES[device.type]
-        network = load_network(weights)
+        network = load_network(weights, is_torch=is_torch)
         first = network.stages[0][0]  # type: ignore[index]
         first.weight.copy_(first.weight.flip(1))  # it was trained on BGR
         self._dtype = torch.float16 if device.type == "cuda" else torch.float32

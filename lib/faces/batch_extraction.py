@@ -26,7 +26,7 @@ from lib.errors import JobError
 from lib.faces import table
 from lib.faces.alignment import Alignment, alignment_matrix, reduction_wanted
 from lib.faces.batch_detection import BatchDetector
-from lib.faces.detection import Detections, detector_weights
+from lib.faces.detection import Detections, detector_weights, is_torch_file
 from lib.faces.extraction import (
     CLOSE_UP,
     JPEG_QUALITY,
@@ -100,7 +100,8 @@ class BatchExtractor:
         cv2.setNumThreads(1)
         self.settings = settings
         self.device = device
-        self._detector = BatchDetector(detector_weights(settings.detector, settings.detector_weights), device)
+        weights = detector_weights(settings.detector, settings.detector_weights)
+        self._detector = BatchDetector(weights, device, is_torch=is_torch_file(settings.detector_weights))
         self.made_on = f"{device.type} {self._detector.arithmetic}"
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="photo")
         self._on_device = threading.Lock()

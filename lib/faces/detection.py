@@ -104,7 +104,7 @@ class BatchFace:
         from lib.faces.retinaface import load_network
 
         # Refuses a pickle, or another network, before the package's own, trusting loader sees the file.
-        load_network(weights)
+        load_network(weights, is_torch=True)
         self.weights_sha256 = sha256(weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
             file.write(weights)
@@ -134,7 +134,7 @@ def load_detector(name: str, weights_url: str | None = None) -> Detector:
     weights = detector_weights(name, weights_url)
     if name == "batch-face":
         return BatchFace(weights)
-    network = _torch_network(weights) if is_torch_file(weights) else _openvino_network(weights)
+    network = _torch_network(weights) if is_torch_file(weights_url) else _openvino_network(weights)
     side = _STRIDES[-1]
     num_anchors = len(_anchors(side, side))
     shapes = [output.shape for output in network(np.zeros((1, side, side, 3), np.uint8))]
@@ -189,9 +189,9 @@ def detector_weights(name: str, url: str | None = None) -> bytes:
     return weights
 
 
-def is_torch_file(content: bytes) -> bool:
-    """Return whether a file is one of PyTorch's, new or old."""
-    return content.startswith((b"PK", b"\x80"))
+def is_torch_file(weights_url: str | None) -> bool:
+    """Return whether a weights file is one of PyTorch's, by its name."""
+    return weights_url is not None and weights_url.endswith((".pth", ".pt"))
 
 
 def _openvino_network(weights: bytes) -> Network:
@@ -264,7 +264,7 @@ def _torch_network(weights: bytes) -> Network:
 
     from lib.faces.retinaface import load_network
 
-    model = load_network(weights)
+    model = load_network(weights, is_torch=True)
     mean_311 = torch.tensor(_MEAN_BGR).view(3, 1, 1)
 
     def run(pictures_BHW3: np.ndarray) -> Outputs:

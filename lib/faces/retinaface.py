@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lib.errors import UserError
-from lib.faces.detection import is_torch_file
 
 _SLOPE = 0.1
 _BATCH_NORM_EPSILON = 1e-5
@@ -88,14 +87,14 @@ def _rows(outputs_BCHW: Tensor, width: int) -> Tensor:
     return outputs_BCHW.permute(0, 2, 3, 1).reshape(len(outputs_BCHW), -1, width)
 
 
-def load_network(weights: bytes) -> RetinaFaceNet:
-    """Return the network with these weights, the content of an .onnx or a .pth file, in eval mode on the CPU.
+def load_network(weights: bytes, *, is_torch: bool = False) -> RetinaFaceNet:
+    """Return the network with these weights, the content of an .onnx or (`is_torch`) .pth file, in eval mode.
 
     Raises:
         UserError: they are those of another network, or no plain tensors.
     """
     network = RetinaFaceNet()
-    found = list(_of_state(_torch_state(weights)) if is_torch_file(weights) else _of_onnx(weights))
+    found = list(_of_state(_torch_state(weights)) if is_torch else _of_onnx(weights))
     wanted = _convolutions(network)
     shapes_found = [(weight.shape, bias.shape) for weight, bias in found]
     shapes_wanted = [(each.weight.shape, each.bias.shape) for each in wanted if each.bias is not None]

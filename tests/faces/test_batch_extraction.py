@@ -18,7 +18,7 @@ from lib.errors import JobError, UserError
 from lib.faces import batch_extraction, table
 from lib.faces.batch_detection import BatchDetector
 from lib.faces.batch_extraction import BatchExtractor
-from lib.faces.detection import Detections, RetinaFace, _torch_network, load_detector
+from lib.faces.detection import Detections, Outputs, RetinaFace, load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.images import Photo
 from lib.faces.retinaface import load_network
@@ -87,7 +87,7 @@ def test_the_network_computes_what_the_originals_class_does_with_its_weights() -
     torch.save(original.state_dict(), file)
     pictures = torch.randn(1, 3, 128, 96) * 60
     with torch.inference_mode():
-        outputs, wanted = load_network(file.getvalue())(pictures), original.eval()(pictures)
+        outputs, wanted = load_network(file.getvalue(), is_torch=True)(pictures), original.eval()(pictures)
     for output, right in zip(outputs, wanted, strict=True):
         np.testing.assert_allclose(output.numpy(), right.numpy(), rtol=1e-3, atol=1e-3)
 
@@ -96,17 +96,26 @@ def test_another_network_is_refused() -> None:
     file = io.BytesIO()
     torch.save({"body.stage1.0.0.weight": torch.zeros(8, 3, 3, 3), "body.stage1.0.0.bias": torch.zeros(8)}, file)
     with pytest.raises(UserError, match=r"no RetinaFace MobileNet-0\.25: it has 1 convolutions"):
-        load_network(file.getvalue())
+        load_network(file.getvalue(), is_torch=True)
 
 
 # Detection
+
+
+def float32_network(pictures_BHW3: np.ndarray) -> Outputs:
+    """Run the packaged network in float32, for the detector of single pictures."""
+    mean_311 = torch.tensor((104.0, 117.0, 123.0)).view(3, 1, 1)
+    with torch.inference_mode():
+        pictures = torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2).float() - mean_311
+        offsets, probabilities, points = (output.numpy() for output in load_network(bytes(WEIGHTS))(pictures))
+    return offsets, probabilities, points
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_of_many_sizes_has_the_faces_that_the_detector_for_one_finds(device: str) -> None:
     whole = [photo for photo, row in zip(photos(), one_by_one_rows(), strict=True) if row["status"] != table.CORRUPT]
     pictures = [Photo(photo, max_pixels=10**8).pixels() for photo in whole]
-    reference = RetinaFace(_torch_network(bytes(WEIGHTS)), "")
+    reference = RetinaFace(float32_network, "")
     planes = [torch.from_numpy(np.ascontiguousarray(p[..., ::-1].transpose(2, 0, 1))).to(device) for p in pictures]
     found = BatchDetector(bytes(WEIGHTS), torch.device(device)).detect(planes)
     assert len(found) == len(pictures)
