@@ -280,7 +280,7 @@ def embed_source(
                 unit="face",
                 num_done=num_all - num_todo,
                 num_all=num_all,
-                share=Share.of_gpus(gpus, most_a_gpu=1),
+                share=Share.of_gpus(cluster.chosen_gpus(gpus), most_a_gpu=1),
             )
     sweep(output)
     counts = _counts(output, file_names)
