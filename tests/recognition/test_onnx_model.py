@@ -164,10 +164,15 @@ def test_damaged_files_end_in_a_users_error_or_work(tmp_path: Path) -> None:
     assert num_refused > 50
 
 
-def test_a_gpu_that_onnx_runtime_does_not_know_is_told(tmp_path: Path) -> None:
+def test_where_onnx_runtime_knows_no_gpu_a_model_runs_on_the_cpu_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
-    with pytest.raises(UserError, match="knows no GPU"):
-        OnnxModel(onnx_file(tmp_path / "a.onnx"), OnnxInput(), device="cuda")
+    url = onnx_file(tmp_path / "a.onnx")
+    on_cpu = OnnxModel(url, OnnxInput()).embed(crops())
+    caplog.clear()
+    np.testing.assert_array_equal(OnnxModel(url, OnnxInput(), device="cuda").embed(crops()), on_cpu)
+    assert "runs on the CPU: this ONNX Runtime knows no GPU" in caplog.text
 
 
 def own_file(path: Path, **changes: object) -> str:
