@@ -25,7 +25,7 @@ from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.recognition.embedder import find_model, load_embedder
 from lib.recognition.embedding import faces_source
-from lib.recognition.model import EmbeddingModel, embed, load_model, normalized_images, resized_crops
+from lib.recognition.model import EmbeddingModel, embed, load_model, resized_crops, standardized
 from lib.recognition.onnx_model import METADATA_KEY, OnnxInput, OnnxModel
 from lib.recognition.recognizer import decoded_crop
 
@@ -66,9 +66,11 @@ class _WholeModel(nn.Module):
     def __init__(self, model: EmbeddingModel) -> None:
         super().__init__()
         self.model = model
+        self.register_buffer("mean_C", torch.tensor(model.spec.mean))
+        self.register_buffer("std_C", torch.tensor(model.spec.std))
 
     def forward(self, faces: torch.Tensor) -> torch.Tensor:
-        return self.model(normalized_images(faces, self.model.spec))
+        return self.model(standardized(faces, self.mean_C, self.std_C))
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

@@ -268,7 +268,11 @@ def resized_crops(crops_NHWC: np.ndarray, image_size: int) -> np.ndarray:
 
 def normalized_images(crops_NHWC: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     """Return uint8 RGB crops as images_NCHW, the model's input: (value / 255 - mean) / std, float32, channels last."""
-    mean_C, std_C = _statistics(spec.mean, spec.std, crops_NHWC.device)
+    return standardized(crops_NHWC, *_statistics(spec.mean, spec.std, crops_NHWC.device))
+
+
+def standardized(crops_NHWC: torch.Tensor, mean_C: torch.Tensor, std_C: torch.Tensor) -> torch.Tensor:
+    """Return what `normalized_images` does, with the statistics as tensors."""
     return (crops_NHWC.float() / 255).sub_(mean_C).div_(std_C).permute(0, 3, 1, 2)  # in place: half the time
 
 
@@ -276,7 +280,10 @@ def normalized_images(crops_NHWC: torch.Tensor, spec: ModelSpec) -> torch.Tensor
 def _statistics(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean_C and std_C on the device, made once: to make them in every step would stop a GPU each time."""
+    """Return mean_C and std_C on the device, made once: making them in every step would stop a GPU each time.
+
+    Nothing that torch traces may call this: the tracer's stand-ins for tensors would stay in the cache.
+    """
     with torch.inference_mode(mode=False):
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 

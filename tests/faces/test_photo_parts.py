@@ -15,12 +15,12 @@ from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
 
 
 class Echo:
-    """Stands in for the extractor: the rows of a photo hold the photo itself."""
+    """Stands in for the extractor of batches: the rows of a photo hold the photo itself."""
 
     settings = ExtractionSettings()
 
-    def rows(self, data: bytes) -> list[dict[str, Any]]:
-        return [{"status": table.NO_FACE, "crop": data}]
+    def rows(self, photos: list[bytes]) -> list[list[dict[str, Any]]]:
+        return [[{"status": table.NO_FACE, "crop": data}] for data in photos]
 
 
 def write(path: Path, first: int, group_sizes: Sequence[int], *, kind: str = "binary") -> None:

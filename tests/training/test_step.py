@@ -193,7 +193,7 @@ def test_an_automatic_batch_is_the_usual_one_on_a_cpu_and_stays_what_it_was_foun
 
 
 def test_trial_runs_leave_the_model_as_it_was(faces: Path, tmp_path: Path) -> None:
-    worker = made(faces, tmp_path, backbone="resnet18")
+    worker = made(faces, tmp_path, backbone="resnet18", batch_norm="batch")
     before = {name: tensor.clone() for name, tensor in worker.model.state_dict().items()}
     with worker._state_kept():
         worker._try(8)
