@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
 
 from lib.config import run_job
-from lib.faces.sample import SampleConfig, make_sample
+from lib.sample.sample import SampleConfig, make_sample
 
 if __name__ == "__main__":
     run_job(SampleConfig, make_sample, description=__doc__ or "")

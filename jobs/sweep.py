@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
 
 from lib.config import run_job
-from lib.training.sweep import SweepConfig, sweep
+from lib.tuning.sweep import SweepConfig, sweep
 
 if __name__ == "__main__":
     run_job(SweepConfig, sweep, description=__doc__ or "")

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other
 from lib.config import run_job
 from lib.training.job import train
 from lib.training.settings import TrainConfig
-from lib.training.winner import train_defaults
+from lib.tuning.winner import train_defaults
 
 if __name__ == "__main__":
     run_job(TrainConfig, train, description=__doc__ or "", defaults=train_defaults)

@@ -13,8 +13,8 @@ import torch
 from lib import storage
 from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, fingerprint
-from lib.faces.sample import SampleConfig, make_sample
 from lib.recognition.model import EmbeddingModel, ModelSpec, save_model
+from lib.sample.sample import SampleConfig, make_sample
 from tests.job_runner import run_job
 from tests.s3_server import S3Server
 

@@ -8,8 +8,8 @@ from lib.config import default_data_url
 from lib.errors import UserError
 from lib.evaluation.evaluating import EvaluateConfig
 from lib.faces.preprocessing import PreprocessConfig
+from lib.pipeline import PipelineConfig, pipeline_defaults
 from lib.recognition.model import load_model
-from lib.training.pipeline import PipelineConfig, pipeline_defaults
 from lib.training.settings import TrainConfig
 from tests.job_runner import kill_session, run_here, run_job, start_job, wait_until
 

@@ -16,11 +16,11 @@ from lib.evaluation.pairs import read_pairs
 from lib.faces import table
 from lib.recognition import embeddings_table
 from lib.recognition.model import ModelSpec
-from lib.training.comparing import read_run, trial_urls
 from lib.training.face_cache import read_identities
 from lib.training.history import read_rows
 from lib.training.record import read_outcome
-from lib.training.winner import train_defaults
+from lib.tuning.run_comparison import read_run, trial_urls
+from lib.tuning.winner import train_defaults
 
 PLAN = {"job": "x", "fingerprint": {"id": "1"}}
 SUCCESS = {"run_id": "1", "fingerprint": {"image_size": 112}, "parts": {}, "counts": {}}

@@ -15,10 +15,10 @@ import tyro
 
 from lib.errors import UserError
 from lib.training import checkpoints
-from lib.training.comparing import read_run
 from lib.training.job import train
 from lib.training.settings import TrainConfig
-from lib.training.winner import winner_settings
+from lib.tuning.run_comparison import read_run
+from lib.tuning.winner import winner_settings
 from tests.job_runner import Finished, RayHead, finish, kill_session, ray_head, run_here, run_job, start_job, wait_until
 from tests.training.learnable_faces import write_faces
 

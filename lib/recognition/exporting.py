@@ -63,6 +63,9 @@ class ExportConfig:
 class _WholeModel(nn.Module):
     """The model with all that comes before it: uint8 RGB faces in, embeddings out."""
 
+    mean_C: torch.Tensor
+    std_C: torch.Tensor
+
     def __init__(self, model: EmbeddingModel) -> None:
         super().__init__()
         self.model = model

@@ -21,8 +21,8 @@ from lib.faces.extraction import (
     most_prominent,
 )
 from lib.faces.images import Photo
-from lib.faces.sample import SamplePlan, draw_photo
 from lib.faces.table import faces_table
+from lib.sample.sample import SamplePlan, draw_photo
 
 PLAN = SamplePlan(identities=50, photos_per_identity=3, seed=1)
 

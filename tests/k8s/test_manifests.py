@@ -12,7 +12,7 @@ import tyro
 
 from lib.evaluation.evaluating import EvaluateConfig
 from lib.faces.preprocessing import PreprocessConfig
-from lib.faces.sample import SampleConfig
+from lib.sample.sample import SampleConfig
 from lib.training.settings import TrainConfig
 from tests.job_runner import SCRIPTS
 from tests.k8s.checks import CLUSTER_WIDE, FOLDER, Document, config_of, load, load_folder, pods, problems

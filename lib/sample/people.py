@@ -1,13 +1,13 @@
 """People who do not exist: a `Person` is what stays over all pictures, a `Moment` how one picture meets them.
 
-Lengths are in face coordinates (lib/faces/drawing.py).
+Lengths are in face coordinates (lib/sample/drawing.py).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from lib.faces.drawing import Colour, colour
+from lib.sample.drawing import Colour, colour
 
 # Few colours, shared by many people: nobody is known by colour alone.
 SKINS = tuple(map(colour, ("ecc8ae", "e2b593", "cf9c74", "b8845e", "9c6b4f", "80553c")))

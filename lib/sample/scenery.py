@@ -10,9 +10,9 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from lib.faces.drawing import BLACK, WHITE, Colour, colour, mix
-from lib.faces.people import Moment, Person
-from lib.faces.portrait import draw_person
+from lib.sample.drawing import BLACK, WHITE, Colour, colour, mix
+from lib.sample.people import Moment, Person
+from lib.sample.portrait import draw_person
 
 WALLS = tuple(map(colour, ("c9bfae", "8a9a8b", "6f8191", "b88a78", "40464f", "d8d3c8", "7b6a86", "a3b4bd", "5e4b3c")))
 

@@ -7,7 +7,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.training.settings import TrainConfig
-from lib.training.sweep_settings import SweepConfig, plan_trials
+from lib.tuning.settings import SweepConfig, plan_trials
 
 
 def test_every_combination_is_a_trial_with_a_name_of_its_own() -> None:

@@ -17,7 +17,7 @@ from lib.recognition.model import SPEC_NAME
 from lib.training.job import train
 from lib.training.record import MODEL_FOLDER
 from lib.training.settings import TrainConfig
-from lib.training.winner import train_defaults
+from lib.tuning.winner import train_defaults
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,12 @@
 """Draws one person into a picture, from back to front.
 
-Lengths are in face coordinates (lib/faces/drawing.py). Shape suffixes: N points, 2 coordinates (x y), 5 landmarks.
+Lengths are in face coordinates (lib/sample/drawing.py). Shape suffixes: N points, 2 coordinates (x y), 5 landmarks.
 """
 
 import numpy as np
 
-from lib.faces.drawing import BLACK, WHITE, Pen, colour, curve, ellipse, mirrored, mix
-from lib.faces.people import Moment, Person
+from lib.sample.drawing import BLACK, WHITE, Pen, colour, curve, ellipse, mirrored, mix
+from lib.sample.people import Moment, Person
 
 
 def draw_person(

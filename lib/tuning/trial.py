@@ -32,7 +32,7 @@ from lib.training.job import LEAVE_LIMIT_S, WATCH_EVERY_S, create_store, train
 from lib.training.loop import WorkerJob, work
 from lib.training.record import OUTCOME_NAME, figure_of, write_outcome
 from lib.training.settings import TrainConfig
-from lib.training.sweep_settings import Trial
+from lib.tuning.settings import Trial
 
 logger = logging.getLogger(__name__)
 

@@ -24,15 +24,15 @@ from lib.faces.table import crop_size, read_success
 from lib.parts import differences
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.recognition.weights import INIT_NAMES
-from lib.training.comparing import read_run, write_comparison
 from lib.training.control import create_control
 from lib.training.face_cache import read_identities
 from lib.training.job import cpus_each, watch, with_devices
 from lib.training.settings import TrainConfig
-from lib.training.sweep_settings import SWEPT, SweepConfig, Trial, plan_trials
-from lib.training.trial import Halving, SweepProgress, Waiting, run_trial
 from lib.training.triplets import PhotoIndex
-from lib.training.winner import RESULTS_NAME, SWEEP_NAME
+from lib.tuning.run_comparison import read_run, write_comparison
+from lib.tuning.settings import SWEPT, SweepConfig, Trial, plan_trials
+from lib.tuning.trial import Halving, SweepProgress, Waiting, run_trial
+from lib.tuning.winner import RESULTS_NAME, SWEEP_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from lib.training import checkpoints
 from lib.training.history import Row, read_rows, write_history
 from lib.training.job import CONFIG_NAME, SPEC_NAME
 from lib.training.record import figure_of, read_outcome
-from lib.training.winner import SWEEP_NAME
+from lib.tuning.winner import SWEEP_NAME
 
 logger = logging.getLogger(__name__)
 

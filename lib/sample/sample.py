@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
-from lib.faces.people import Moment, Person
-from lib.faces.scenery import ENCODINGS, photo_size, take_photo
+from lib.sample.people import Moment, Person
+from lib.sample.scenery import ENCODINGS, photo_size, take_photo
 from lib.storage import exists, join, list_files, parquet_schema, redacted, remove, write_bytes, write_parquet
 
 logger = logging.getLogger(__name__)

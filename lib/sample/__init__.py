@@ -1,0 +1,1 @@
+"""Drawn people who do not exist, for a first try, for tests and for benches."""
