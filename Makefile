@@ -10,7 +10,7 @@ DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 8
 
 IMAGE ?= conv-facenet:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slurm test-image check bench image clean
+.PHONY: demo test test-slurm test-image check docs bench image clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -65,6 +65,10 @@ check: $(VENV)/.development
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/python -m pip check
+
+# Write docs/flags.md anew from the code. `make test` fails when it is stale.
+docs: $(VENV)/.development
+	@$(BIN)/python docs/flags.py
 
 # The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/; drawn photos else.
 bench: $(VENV)/.development
