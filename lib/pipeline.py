@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """Preprocess, train and evaluate in one go; the flags of each job follow its name, such as --train.epochs."""
+    """Run preprocess, train and evaluate. The flags of each job follow its name, such as --train.epochs."""
 
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     dry_run: bool = False
-    """Check what can be checked before the first photo is looked at, print the plans, do nothing."""
+    """Check what can be checked now and print the plans, then stop."""
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

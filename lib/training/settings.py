@@ -30,128 +30,129 @@ USUAL_BATCH, LARGEST_BATCH = 96, 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Fit a face embedding to aligned faces by triplet loss."""
+    """Train a face embedding on aligned faces."""
 
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     faces: str | None = None
-    """The faces table that preprocess made. Default: faces/ below --data."""
+    """Faces table to train on. Default: faces/ below --data."""
     name: str = "default"
-    """Name of the run; it lives in runs/NAME/ below --data."""
+    """Name of the run. Its folder is runs/NAME/ below --data."""
     from_sweep: str = ""
-    """A sweep's folder: the winner's settings take the place of the defaults; flags beside it count more."""
+    """Folder of a sweep. Its winner's settings become the defaults; flags you give still win."""
     photos_limit: int = 0
-    """Train on whole people, chosen by a hash of their names, of so many photos at most; 0 takes all."""
+    """Train on at most this many photos, of whole people chosen by a hash; 0 uses all."""
 
     backbone: str = "convnext_tiny"
-    """Any timm model."""
+    """Any backbone of timm."""
     init: str = "auto"
-    """Where the weights start: a run or model folder, .safetensors or .pth, hub, efficientnet-lite0, none, or auto."""
+    """Initial weights: a run or model folder, a .safetensors or .pth file, hub, efficientnet-lite0, none, or auto."""
     embedding_dim: int = 128
     """Length of an embedding."""
     head: str = ""
-    """Widths of layers between the pooled features and the embedding, such as 256,128."""
+    """Widths of the layers between backbone and embedding, such as 256,128."""
     normalize: bool = True
-    """Embeddings of length 1; --no-normalize gives the head's raw vectors, as the original project had them."""
+    """Scale embeddings to length 1. With --no-normalize they are the raw output, as in the original project."""
     image_size: int = 0
-    """Side of the model's input in pixels; 0 takes that of the faces."""
+    """Side of the model's input, in pixels; 0 uses the size of the crops."""
 
     batch: BatchKind = "identities"
-    """identities: P people x K photos, every triplet of them. triplets: one negative chosen for each pair."""
+    """identities: P people with K photos each, every triplet of them. triplets: one negative for each anchor and
+    positive."""
     loss: BatchLossName = "softmax"
-    """Of --batch identities. softmax: each pair against all negatives at once. semihard: --margin, over the triplets
-    whose negative is farther than the positive by less. --batch triplets has --margin."""
+    """Loss of --batch identities. softmax: each positive against all negatives. semihard: triplets whose negative is
+    farther than the positive, but by less than --margin."""
     temperature: float = 0.1
-    """Of --loss softmax: the lower, the more the nearest negatives count."""
+    """Temperature of --loss softmax. A lower value puts more weight on the nearest negatives."""
     negatives: NegativePolicy = "auto"
-    """Where negatives come from. auto: random until the validation loss stops falling, then hard."""
+    """How negatives are chosen. auto: random until the validation loss stops falling, then hard."""
     candidates: int = 2000
-    """Random photos of other people of which hard and semihard take the nearest."""
+    """Number of random photos of other people from which hard and semihard take the nearest."""
     ceiling: float | None = None
-    """Cosine similarity above which a mined negative is taken for a wrong label: skipped, named in suspects.parquet."""
+    """Highest cosine similarity of a mined negative. A more similar one counts as a wrong label: it is skipped and
+    listed in suspects.parquet. Default: no limit."""
     photos_per_person: int = 4
-    """K of --batch identities."""
+    """Photos of each person in a batch: the K of --batch identities."""
     confusable_share: float = 0.75
-    """--batch identities, hard: share of a batch's people that are near to the others by their stored features."""
+    """For --batch identities with hard negatives: share of the people in a batch whom the model confuses."""
     stored_negatives: int = 0
-    """--batch identities, hard: this many stored features of other photos join each step as negatives."""
+    """For --batch identities with hard negatives: number of stored features that join each step as negatives."""
     refresh_fraction: float = 0.1
-    """Photos whose stored feature is computed again after an epoch, as a share of all."""
+    """Share of the stored features that is computed again after each epoch."""
 
     epochs: int = 30
-    """Epochs in all."""
+    """Number of epochs."""
     triplets_per_epoch: int = 0
-    """Anchors of an epoch, all workers together; 0 takes as many as there are training photos."""
+    """Anchors per epoch, over all workers; 0 means one for each training photo."""
     batch_size: Literal["auto"] | int = 96
-    """Images of one batch of one worker: a third as many triplets, or P x K. auto: as many as the GPU's memory holds,
-    1,024 at most; 96 on a CPU."""
+    """Images per batch and worker; three make a triplet. auto: as many as fit into the GPU's memory, at most 1,024; 96
+    on a CPU."""
     accumulate: int = 1
-    """Batches of a worker that make one step: their gradients are averaged, each batch with its own negatives."""
+    """Batches per step and worker. Their gradients are averaged; each batch keeps its own negatives."""
     margin: float = 0.2
-    """By how much a negative has to be farther than the positive."""
+    """Distance by which a negative has to be farther than the positive."""
     squared: bool = False
-    """Compare squared distances, as the FaceNet paper does."""
+    """Use squared distances in the loss, as the FaceNet paper does."""
     lr: float = 9e-4
-    """Highest learning rate, of AdamW: measured with efficientnet-lite0; others may want another, see jobs/sweep.py."""
+    """Peak learning rate of AdamW. The default was tuned on efficientnet-lite0; find yours with jobs/sweep.py."""
     weight_decay: float = 0.01
-    """Of weights; not of norms and biases."""
+    """Weight decay of AdamW. Norms and biases have none."""
     warmup_share: float = 0.05
-    """Share of the training in which the learning rate rises; then it falls to zero by a cosine."""
+    """Share of the training in which the learning rate rises. After that it falls to zero along a cosine."""
     clip_norm: float | None = None
-    """Norm that gradients are scaled down to. Default: 5 for random weights, which learn sooner so; 100 for pretrained
-    ones, which meets only a spike, for the gradients of --loss softmax have norms of 10 to 20."""
+    """Largest norm of the gradients; larger ones are scaled down. Default: 5 for random weights, 100 for pretrained
+    ones."""
     ema: float = 0.99
-    """Decay a step of the averaged weights that are validated and kept as the model; 0 keeps the latest weights."""
+    """Decay per step of the averaged weights, which become the model; 0 uses the latest weights."""
     batch_norm: BatchNorm = "auto"
-    """What BatchNorm goes by: batch (the images of a step), fixed (the statistics that came with the weights), or auto:
-    fixed where there are any. Few people a batch make their own statistics a clue that unseen photos lack."""
+    """Statistics of BatchNorm. batch: those of each batch. fixed: those of the initial weights. auto: fixed if the
+    initial weights have any."""
     frozen_stages: int = 0
-    """So many first stages of the backbone, its stem being one, keep their initial weights: a step takes less time."""
+    """Number of first stages of the backbone that keep their initial weights. The stem counts as one."""
     augment: Level = "strong"
-    """none, original (flip, rotation, auto contrast), or strong (and crop, light, grey, blur, JPEG)."""
+    """none; original: flip, rotation, auto contrast; strong: also crop, light, grey, blur, JPEG."""
 
     best_by: Literal["accuracy", "auc", "loss"] = "accuracy"
-    """Which validation figure makes an epoch the best; loss is the original project's rule."""
+    """Validation metric that chooses the best epoch. The original project used loss."""
     patience: int = 3
-    """Epochs without progress before negatives get harder, or before overfitting is told."""
+    """Epochs without progress before the negatives get harder, or before the log warns of overfitting."""
     stop_after: int = 0
-    """End after so many epochs without a better one; 0 never ends early."""
+    """Stop after this many epochs without a better one; 0 never stops early."""
     val_photos: int = 4000
-    """Photos of validation people that are looked at after each epoch, at most."""
+    """Largest number of validation photos after each epoch."""
     val_pairs: int = 20_000
-    """Fixed pairs of them; TAR at FAR 1e-3 needs 20,000."""
+    """Number of validation pairs. TAR at FAR 1e-3 needs 20,000."""
     val_triplets: int = 5000
-    """Fixed triplets of them."""
+    """Number of validation triplets."""
 
     workers: tuple[int, ...] = ()
-    """N, or MIN MAX to grow and shrink with the cluster. Default: one a GPU, or one a node without GPUs."""
+    """N, or MIN MAX to grow and shrink with the cluster. Default: one per GPU, or one per node without GPUs."""
     wait_minutes: float = 0.0
-    """How long to wait for a CPU or GPU for each of N (or MIN) workers, on a cluster that grows when it is asked to."""
+    """Minutes to wait for the CPU or GPU of each worker, on a cluster that adds nodes on demand."""
     gpus: Gpus = "auto"
-    """GPUs to train on, a worker each: auto takes all of the cluster, and its CPUs where it has none; 0 takes the
-    CPUs."""
+    """GPUs to train on, one worker each. auto: all of the cluster, or its CPUs if it has none. 0: the CPUs."""
     precision: Precision = "auto"
-    """bf16 computes the model in bfloat16 where that is safe; auto does so on GPUs that have it."""
+    """auto: bf16 on GPUs that have it, else fp32."""
     compile: Compile = "auto"
-    """Build kernels for the model, which takes a minute and makes steps a quarter shorter; auto does so on GPUs where
-    the run is long enough."""
+    """Compile the model: a minute at the start, then steps take a quarter less time. auto: on GPUs, for runs that are
+    long enough."""
     checkpoint_activations: bool = False
-    """Compute activations again instead of keeping them: a step takes a third longer and much less memory."""
+    """Recompute activations instead of keeping them. A step takes a third longer and much less memory."""
     loader_threads: int = 0
-    """Threads of a worker that read crops, processes where it has a GPU; 0 takes the worker's CPUs, eight threads or
-    sixteen processes at most."""
+    """Threads per worker that read crops; processes on a GPU. 0: the worker's CPUs, at most 8 threads or 16
+    processes."""
     cache_dir: str = ""
-    """Folder on each node for a copy of the crops. Default: conv-facenet-<user id>/ in the temporary folder."""
+    """Folder on each node for its copy of the crops. Default: conv-facenet-<user id>/ in the temporary folder."""
     checkpoint_minutes: float = 10.0
-    """A checkpoint is written after every epoch, and within an epoch this often."""
+    """Longest time between two checkpoints, in minutes. Each epoch ends with one too."""
     max_failures: int = 5
-    """How often workers may fail before the job does; a node that is taken away does not count."""
+    """Worker failures that a job survives. Nodes that are taken away do not count."""
     deterministic: bool = False
-    """One CPU worker, and two runs give the same history to the last digit."""
+    """Two runs give the same history to the last digit. Needs one worker on the CPU."""
     seed: int = 0
-    """Of every draw."""
+    """Seed of every random choice."""
     dry_run: bool = False
-    """Check the input and print the plan, do nothing."""
+    """Check the input and print the plan, then stop."""
 
     def __post_init__(self) -> None:
         for name, value, allowed, is_right in (

@@ -41,16 +41,16 @@ FIGURES = ("accuracy", "accuracy_std", "auc", "val_loss_random")
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Compare runs of jobs/train.py, or the trials of sweeps, also while they go on."""
+    """Compare runs, or the trials of sweeps. They may still be running."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Folders of runs or of sweeps, or their names below --data. Default: every run in runs/ below --data."""
+    """Folders of runs or sweeps, or their names below --data. Default: every run in runs/ below --data."""
     data: str = field(default_factory=default_data_url)
-    """Where everything lives: a folder or URL such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     output: str | None = None
-    """Where the page and the histories go. Default: comparison/ below --data."""
+    """Folder for the page and the histories. Default: comparison/ below --data."""
     dry_run: bool = False
-    """Name the runs, write nothing."""
+    """List the runs, then stop."""
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

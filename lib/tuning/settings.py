@@ -48,33 +48,34 @@ SWEPT: Mapping[str, tuple[str, Callable[[str], Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Train every combination of these settings, stop the hopeless early, and compare: several values by commas.
+    """Train every combination of settings, stop the weak ones early, and compare the results.
 
-    The sweep lies in sweeps/NAME/ below --data. All other flags are those of jobs/train.py and hold for every trial.
+    Several values are separated by commas. The results are in sweeps/NAME/ below --data. All flags of jobs/train.py
+    work here too and apply to every trial.
     """
 
     backbones: Words = ()
-    """timm models, such as convnext_tiny,efficientnet_b1. Default: --backbone."""
+    """Backbones of timm, such as convnext_tiny,efficientnet_b1. Default: --backbone."""
     heads: Words = ()
-    """Widths of the layers up to the embedding, each head a word: 128 256,128. Default: --head and --embedding-dim."""
+    """Layer widths up to the embedding, one word per head: 128 256,128. Default: --head and --embedding-dim."""
     normalizations: Words = ()
-    """yes, no, or both: embeddings of length 1, or the head's raw vectors. Default: --normalize."""
+    """yes, no, or both: whether embeddings are scaled to length 1. Default: --normalize."""
     lrs: Words = ()
-    """Learning rates. Default: --lr."""
+    """Peak learning rates. Default: --lr."""
     margins: Words = ()
     """Margins. Default: --margin."""
     policies: Words = ()
-    """Policies of negatives. Default: --negatives."""
+    """Ways to choose negatives. Default: --negatives."""
     candidate_counts: Words = ()
-    """Numbers of candidates, of --batch triplets. Default: --candidates."""
+    """Numbers of candidates, for --batch triplets. Default: --candidates."""
     max_trials: int = 0
-    """Draw so many of the combinations by --seed; 0 trains all."""
+    """Train at most this many combinations, drawn by --seed; 0 trains all."""
     at_once: int = 0
-    """Trials side by side. Default: one a GPU, or one for every 4 CPUs; more share GPUs, and CPUs more evenly."""
+    """Trials that run side by side; 0 means one per GPU, or one per 4 CPUs. More than the GPUs share them."""
     min_epochs: int = 0
-    """No trial is stopped before so many epochs; 0 takes an eighth of --epochs, and --epochs never stops one."""
+    """Epochs that every trial gets before it can be stopped; 0 means an eighth of --epochs."""
     keep_one_in: int = 3
-    """Of the trials that reach the end of a stage the best one in so many goes on, to a stage so many times as long."""
+    """At the end of each stage, one in this many trials continues. The next stage is this many times as long."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: TrainConfig(epochs=10, photos_limit=ORIGINAL_LIMIT)
     )
