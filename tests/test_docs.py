@@ -12,7 +12,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("slurm/*.md"), *ROOT.glob("k8s/*.md")])
 OF_OTHER_PROGRAMS = {
-    *("--shm-size", "--working-dir", "--head"),  # docker, ray
+    *("--shm-size", "--working-dir", "--head", "--job-name"),  # docker, ray, sbatch
     *(
         "--nodes",
         "--gres",
