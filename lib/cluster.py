@@ -133,13 +133,14 @@ def chosen_gpus(asked: Gpus) -> int:
         UserError: more are asked for than there are.
     """
     there = num_gpus()
-    if asked == "auto":
-        if there:
-            logger.info("computing on %d GPU%s: --gpus 0 computes on the CPUs", there, "s" if there > 1 else "")
-        return there
-    if asked > there:
+    if asked != "auto" and asked > there:
         raise UserError(f"--gpus is {asked}, but the cluster has {there}: ask for no more, or leave --gpus out")
-    return asked
+    chosen = there if asked == "auto" else asked
+    if chosen:
+        logger.info("computing on %d GPU%s: --gpus 0 computes on the CPUs", chosen, "s" if chosen > 1 else "")
+    else:
+        logger.info("computing on the CPUs: %s", "no GPU is wanted" if there else "the cluster has no GPU")
+    return chosen
 
 
 def check_gpus(asked: Gpus) -> None:

@@ -9,5 +9,4 @@
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --signal=B:USR1@120
-((num_gpus = ${SLURM_GPUS_ON_NODE:-0} * SLURM_JOB_NUM_NODES)) # of all nodes
-exec slurm/ray-cluster.sh jobs/evaluate.py --gpus $num_gpus "$@"
+exec slurm/ray-cluster.sh jobs/evaluate.py "$@" # on all GPUs, where the job has any

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
-from lib import storage
+from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
@@ -84,8 +84,8 @@ class EvaluateConfig:
     """With --photos: weights file of the detector, if the model's faces were made with one."""
     split_seed: int = 0
     """With --photos: seed of the split of identities into train, val and test."""
-    gpus: int = 0
-    """Number of GPUs to embed on; 0 uses the CPUs."""
+    gpus: cluster.Gpus = "auto"
+    """GPUs to embed on. auto: all of the cluster. 0: none."""
     strict: bool = False
     """Stop if the faces were made with other settings than a model's training faces. Without it the job warns."""
     dry_run: bool = False
@@ -101,7 +101,8 @@ class EvaluateConfig:
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
         if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
             raise UserError(f"--tolerance is {self.tolerance}: a distance, 0 or more")
-        for flag, value in (("--seed", self.seed), ("--split-seed", self.split_seed), ("--gpus", self.gpus)):
+        cluster.check_gpus(self.gpus)
+        for flag, value in (("--seed", self.seed), ("--split-seed", self.split_seed)):
             if value < 0:
                 raise UserError(f"{flag} is {value}: 0 or more")
 

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from lib import cluster
 from lib.config import absolute_url
 from lib.errors import UserError
 from lib.faces.alignment import EYES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint_differences, settings_from_fingerprint
 from lib.recognition.model import SPEC_NAME, ModelSpec, built_model, embed, read_model
-from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel
-from lib.storage import exists, join, list_files
+from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel, runtime_knows_gpus
+from lib.storage import exists, join, list_files, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,14 @@ def load_embedder(url: str, onnx: OnnxInput | None = None, *, device: str = "cpu
     if url.endswith(".onnx"):
         return OnnxModel(url, onnx or OnnxInput(), device=device)
     return TorchEmbedder(model_folder(url), device=device)
+
+
+def chosen_gpus(url: str, asked: cluster.Gpus) -> int:
+    """Return how many GPUs of the connected cluster to use for a model, none for an ONNX file that can use none."""
+    if asked and cluster.num_gpus() and url.endswith(".onnx") and not runtime_knows_gpus():
+        logger.warning("%s runs on the CPUs: this ONNX Runtime knows no GPU", redacted(url))
+        asked = 0
+    return cluster.chosen_gpus(asked)
 
 
 def model_folder(url: str) -> str:

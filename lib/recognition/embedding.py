@@ -27,7 +27,14 @@ from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
 from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, sweep, write_plan
 from lib.recognition import embeddings_table
-from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, find_model, load_embedder
+from lib.recognition.embedder import (
+    Embedder,
+    check_fingerprint,
+    chosen_gpus,
+    extraction_settings,
+    find_model,
+    load_embedder,
+)
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
 from lib.recognition.recognizer import decoded_crop
 
@@ -62,8 +69,8 @@ class EmbedConfig:
     """With --photos: weights file of the detector, if the model's faces were made with one."""
     split_seed: int = 0
     """With --photos: seed of the split of identities into train, val and test."""
-    gpus: int = 0
-    """Number of GPUs to embed on; 0 uses the CPUs."""
+    gpus: cluster.Gpus = "auto"
+    """GPUs to embed on. auto: all of the cluster. 0: none."""
     strict: bool = False
     """Stop if the faces were made with other settings than the model's training faces. Without it the job warns."""
     overwrite: bool = False
@@ -78,8 +85,7 @@ class EmbedConfig:
         unknown = [split for split in self.splits if split not in table.SPLITS]
         if unknown or not self.splits:
             raise UserError(f"--splits is {' '.join(self.splits) or 'empty'}: allowed are {', '.join(table.SPLITS)}")
-        if self.gpus < 0:
-            raise UserError(f"--gpus is {self.gpus}: 0 or more")
+        cluster.check_gpus(self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +242,7 @@ def embed_source(
     *,
     onnx: OnnxInput | None = None,
     strict: bool = False,
-    gpus: int = 0,
+    gpus: cluster.Gpus = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -274,14 +280,15 @@ def embed_source(
     num_processed, seconds = 0, 0.0
     if todo:
         with cluster.connected():
+            chosen = chosen_gpus(embedder.url, gpus)
             num_processed, seconds = run_parts(
                 [item for item, _ in todo],
                 EmbedWorker,
-                ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, gpus > 0),
+                ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, chosen > 0),
                 unit="face",
                 num_done=num_all - num_todo,
                 num_all=num_all,
-                share=Share.of_gpus(cluster.chosen_gpus(gpus), most_a_gpu=1),
+                share=Share.of_gpus(chosen, most_a_gpu=1),
             )
     sweep(output)
     counts = _counts(output, file_names)

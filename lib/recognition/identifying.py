@@ -19,7 +19,7 @@ import pyarrow as pa
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from lib import storage
+from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.csv_text import csv_bytes
 from lib.errors import UserError
@@ -87,8 +87,8 @@ class IdentifyConfig:
     """all: every face of a photo. prominent: the main face only."""
     detector_weights: str | None = None
     """Weights file of the detector, if the model's faces were made with one."""
-    gpus: int = 0
-    """Number of GPUs to embed on; 0 uses the CPUs."""
+    gpus: cluster.Gpus = "auto"
+    """GPUs to embed on. auto: all of the cluster. 0: none."""
     strict: bool = False
     """Stop if the photos cannot be aligned as the model's training faces were. Without it the job warns."""
     dry_run: bool = False
@@ -102,8 +102,7 @@ class IdentifyConfig:
             raise UserError(f"--faces-policy is {self.faces_policy!r}: allowed are {', '.join(POLICIES)}")
         if self.threshold is not None and not 0 <= self.threshold < np.inf:
             raise UserError(f"--threshold is {self.threshold}: a Euclidean distance, 0 or more")
-        if self.gpus < 0:
-            raise UserError(f"--gpus is {self.gpus}: 0 or more")
+        cluster.check_gpus(self.gpus)
 
 
 def identify(config: IdentifyConfig) -> dict[str, Any]:

@@ -33,6 +33,8 @@ METADATA_KEY = "conv-facenet"
 
 ARCFACE_SIZE = 112
 
+GPU_PROVIDER = "CUDAExecutionProvider"
+
 _DTYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
 """Inputs of other types than float32 that get the same numbers."""
 
@@ -177,6 +179,11 @@ class OnnxModel:
         return int(output.size)
 
 
+def runtime_knows_gpus() -> bool:
+    """Return whether the ONNX Runtime that is installed can run models on GPUs."""
+    return GPU_PROVIDER in onnxruntime.get_available_providers()
+
+
 def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSession:
     try:
         model = onnx.load_model_from_string(content)
@@ -201,10 +208,9 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
     options.log_severity_level = 4
     providers = ["CPUExecutionProvider"]
     if device.startswith("cuda"):
-        # The launchers of clusters say --gpus by themselves, so this is no mistake of the user.
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, "CUDAExecutionProvider")
-        else:
+        if runtime_knows_gpus():
+            providers.insert(0, GPU_PROVIDER)
+        else:  # FaceRecognizer.load(…, device="cuda") takes any model
             logger.warning("%s runs on the CPU: this ONNX Runtime knows no GPU", redacted(url))
     try:
         # Without its own second try, which says on standard output that it tries.
