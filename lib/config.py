@@ -12,13 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
-from urllib.parse import urlsplit
 
 import tyro
 from tyro import _errors as refusals
 
 from lib.errors import JobError, JobStopped, StopSignal, UserError
-from lib.storage_errors import redacted
+from lib.redaction import StreamWithoutSecrets, redacted
 
 Config = TypeVar("Config")
 
@@ -80,7 +79,7 @@ def run_job(
     """
     # For as long as the process lives: threads and libraries print until its end.
     given = [*sys.argv[1:], os.environ.get("DATA_URL", "")]
-    sys.stdout, sys.stderr = (cast(TextIO, _WithoutSecrets(each, given)) for each in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (cast(TextIO, StreamWithoutSecrets(each, given)) for each in (sys.stdout, sys.stderr))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     _signals_that_came.clear()
     heed_stop_signals()
@@ -117,42 +116,6 @@ def run_job(
         sys.exit(EXIT_FAILURE)
     print(json.dumps(result), flush=True)
     sys.exit(0)
-
-
-class _WithoutSecrets:
-    """A text stream that lets no password, key or signature of a URL through, whoever prints it.
-
-    All that a job says passes here: messages, logs, tracebacks, what Ray repeats of its workers, the result.
-    """
-
-    def __init__(self, stream: TextIO, given: Sequence[str]) -> None:
-        """Write to `stream`; the secrets of the URLs `given` are left out where they stand without their URL, too."""
-        self._stream = stream
-        self._secrets = [secret for text in given for secret in _secrets_of(text)]
-
-    def write(self, text: str) -> int:
-        shown = redacted(text)
-        for secret in self._secrets:
-            shown = shown.replace(secret, "***")
-        self._stream.write(shown)
-        return len(text)
-
-    def writelines(self, lines: Sequence[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _secrets_of(text: str) -> list[str]:
-    """Return what storages repeat of a URL that is secret: user and password, and the query."""
-    scheme, mark, rest = text.partition("://")
-    if not mark:
-        return []
-    login = rest[: rest.rfind("@") + 1]
-    query = urlsplit(f"{scheme}://{rest}").query
-    return [each for each in (login if ":" in login else "", query if "=" in query else "") if each]
 
 
 @contextlib.contextmanager

@@ -150,15 +150,6 @@ def _finished(url: str, file_names: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
-def sweep(url: str) -> None:
-    """Remove what writers left that were killed in the middle of a file."""
-    if not storage.is_local(url):
-        return
-    for info in storage.list_files(url, suffix=".tmp", skip_prefixes=()):
-        if info.path.startswith(PART_PREFIX):
-            storage.remove(storage.join(url, info.path))
-
-
 def summary(process: Callable[[dict[str, Any]], int], item: dict[str, Any]) -> dict[str, Any]:
     """Process an item on a worker, and return what `run_parts` wants to know of it.
 

@@ -3,11 +3,10 @@
 A URL is a local path or `scheme://…`. Credentials and endpoints come from the usual environment variables alone
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …), never from a flag.
 
-A file system is asked for anew for each action: fsspec has one for each process and finds it again, so everything here
-works after a fork, in a Ray worker, and after the server was restarted.
+Every action asks for its file system anew. fsspec keeps one for each process and returns it, so everything here works
+after a fork, in a Ray worker, and after the server was restarted.
 """
 
-import errno
 import io
 import json
 import logging
@@ -15,26 +14,29 @@ import os
 import random
 import re
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lib import parquet_files
 from lib.errors import JobError, UserError
-from lib.storage_errors import explained, is_passing, reason_for, s3_code, shown
-from lib.storage_errors import redacted as redacted  # Callers show URLs with it.
+from lib.listing import FileInfo, local_files, s3_files
+from lib.local_files import is_unfinished, local_path, refuse_special, write_whole
+from lib.redaction import redacted as redacted  # Callers show URLs with it.
+from lib.redaction import shown
+from lib.storage_errors import explained, is_passing, reason_for, s3_code
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Action = Callable[[fsspec.AbstractFileSystem, str], Result]
 
 RETRY_SECONDS = 60.0
 """How long an action on a remote storage is tried again before the job gives up."""
@@ -42,22 +44,12 @@ RETRY_SECONDS = 60.0
 CHECK_RETRY_SECONDS = 5.0
 """The same for `check_writable`: at the start of a job a silent endpoint is more likely a wrong one."""
 
-# Never read. It keeps alive, in a forked process, the file systems of the one that was forked: at their end s3fs would
-# close connections that both share, through an event loop whose thread the fork left behind. Both would then hang.
-_KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
-
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
-
-_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
-"""Of files that `write_bytes` has not finished."""
-
-COLUMN_BUFFER_BYTES = 4 * 2**20
-"""Of a column that is read bit by bit: large enough that a bucket's latency does not count."""
 
 S3_SCHEMES = ("s3", "s3a")
 
-# A try of ours holds two of botocore's, of at most 20 s each. One stream a file, for the workers run side by side
-# already: reading a photo then takes one request instead of two.
+# Each try of ours makes two requests of at most 20 s. Workers already read in parallel, so a file gets one stream: a
+# photo then takes one request instead of two.
 S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": 5,
@@ -67,12 +59,9 @@ S3_OPTIONS = {
     "max_concurrency": 1,
 }
 
-
-class FileInfo(NamedTuple):
-    """A file of a listing: its path below the listed URL, and its size in bytes (0 where the storage does not tell)."""
-
-    path: str
-    num_bytes: int
+# Never read. It keeps the file systems of its parent alive in a forked process: when one of those is deleted, s3fs
+# closes connections that both processes share, through an event loop whose thread the fork left behind.
+_KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
 
 
 def is_local(url: str) -> bool:
@@ -92,27 +81,26 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         UserError: unknown scheme, or a scheme whose driver is not installed.
     """
     scheme = _scheme(url)
+    if scheme == "file":
+        return fsspec.filesystem("file"), str(local_path(url))
+    # Only host and user are parsed: names of photos hold what fsspec takes for options and chains of URLs.
+    authority, slash, path = url.partition("://")[2].partition("/")
     try:
-        driver = fsspec.get_filesystem_class(scheme)
+        # Kept listings would hide what other processes write.
+        options = S3_OPTIONS if scheme in S3_SCHEMES else {}
+        files, root = fsspec.url_to_fs(f"{scheme}://{authority}", use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"{shown(url)}: the storage scheme {scheme!r} cannot be used ({error}): "
             "give a local path, s3://bucket/folder, or a scheme whose fsspec driver is installed"
         ) from error
-    if scheme == "file":
-        return driver(), str(_local_path(url))
-    # Kept listings would hide what other processes write.
-    # Host and user of an ftp:// or sftp:// URL; of s3:// ones they would be taken from odd names of photos.
-    options = S3_OPTIONS if scheme in S3_SCHEMES else driver._get_kwargs_from_urls(url)
-    try:
-        files = driver(use_listings_cache=False, **options)
     except TypeError as error:
         raise UserError(f"{shown(url)}: the URL does not say all that {scheme!r} needs ({error})") from error
     if scheme in S3_SCHEMES:
         # Otherwise s3fs repeats each timeout five times inside each of our tries.
         files.retries = 1
         _KEPT_AFTER_FORK[os.getpid(), scheme] = files
-    return files, driver._strip_protocol(url)
+    return files, root.rstrip("/") + slash + path
 
 
 def exists(url: str) -> bool:
@@ -123,10 +111,10 @@ def exists(url: str) -> bool:
     """
     if is_local(url):
         with explained(url, "look for"):
-            return _local_path(url).exists()
+            return local_path(url).exists()
     try:
         # Not `exists`: s3fs answers that a bucket is not there when its endpoint is down.
-        _remote(url, "look for", lambda files, path: files.info(path))
+        _act(url, "look for", lambda files, path: files.info(path))
     except FileNotFoundError:
         return False
     return True
@@ -140,13 +128,10 @@ def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
         UserError, JobError: it may not be read, or the storage stays away.
     """
     if is_local(url):
-        with explained(url, "read"):
-            _refuse_special(url)
-            with _local_path(url).open("rb") as file:
-                return file.read(max_bytes)
-    if max_bytes is None:
-        return _remote(url, "read", lambda files, path: files.cat_file(path))
-    return _read_range(url, 0, max_bytes)
+        refuse_special(url)
+    if max_bytes is not None:
+        return _read_range(url, 0, max_bytes)
+    return _act(url, "read", lambda files, path: files.cat_file(path))
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -157,22 +142,10 @@ def write_bytes(url: str, data: bytes) -> None:
     """
     if not is_local(url):
         # A single put, or a multipart upload that is seen only once it is complete.
-        _remote(url, "write", lambda files, path: files.pipe_file(path, data))
+        _act(url, "write", lambda files, path: files.pipe_file(path, data))
         return
-    path = _local_path(url)
-    # In the same folder, for only within one disk is a rename atomic; hidden, so that no listing takes it for a file.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     with explained(url, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(local_path(url), data)
 
 
 def remove_unfinished(url: str) -> None:
@@ -180,13 +153,11 @@ def remove_unfinished(url: str) -> None:
 
     Of object stores nothing is seen before it is whole. No other process may be writing there.
     """
-    if not is_local(url):
-        return
-    for info in list_files(url, suffix=".tmp", skip_prefixes=()):
-        path = _local_path(url) / info.path
-        if _TEMPORARY_NAME.fullmatch(path.name) and path.lstat().st_uid == os.geteuid():
-            logger.info("removing %s, which a killed process has left", path)
-            remove(str(path))
+    if is_local(url):
+        for info in list_files(url, suffix=".tmp", skip_prefixes=()):
+            if is_unfinished(path := local_path(url) / info.path):
+                logger.info("removing %s, which a killed process has left", path)
+                remove(str(path))
 
 
 def read_json(url: str, wanted: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
@@ -216,37 +187,20 @@ def write_json(url: str, content: Any) -> None:
 
 @contextmanager
 def open_parquet(url: str, wanted: Sequence[pa.Field] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file with the columns `wanted`: of a remote one, only what is asked for is read, with retries.
-
-    With `buffer_size` a column is read so many bytes at a time, where otherwise it is fetched ahead as a whole.
-
-    Raises:
-        UserError: it is no Parquet file, a column is not there or of another type, or what is read turns out damaged;
-            and as `read_bytes`.
-    """
-    if is_local(url):
-        _refuse_special(url)
-    source = str(_local_path(url)) if is_local(url) else pa.PythonFile(_RemoteFile(url), mode="r")
-    with (
-        _parquet_explained(url),
-        pq.ParquetFile(source, pre_buffer=not buffer_size, buffer_size=buffer_size) as file,
-    ):
-        found = {each.name: each.type for each in file.schema_arrow}
-        wrong = [f"{each.name} of type {each.type}" for each in wanted if found.get(each.name) != each.type]
-        if wrong:
-            there = ", ".join(f"{name} ({kind})" for name, kind in found.items())
-            raise UserError(
-                f"{shown(url)} has no column {', '.join(wrong)}, it has {there}: "
-                "remove it and run the job that made it again"
-            )
-        yield file
-
-
-def row_group_batches(url: str, group: int, column: str, num_rows: int) -> Iterator[pa.Array]:
-    """Yield a column of a row group, so many rows at a time: no more is in memory; raises as `open_parquet`."""
-    with open_parquet(url, buffer_size=COLUMN_BUFFER_BYTES) as file:
-        for batch in file.iter_batches(num_rows, row_groups=[group], columns=[column], use_threads=False):
-            yield batch.column(0)
+    """Open a Parquet file as `parquet_files.opened` does; of a remote one, only what is asked for is read."""
+    with explained(url, "read"):
+        if is_local(url):
+            refuse_special(url)
+            source = str(local_path(url))
+        else:
+            num_bytes = _act(url, "read", lambda files, path: files.info(path))["size"]
+            if num_bytes is None:
+                raise UserError(
+                    f"{shown(url)}: the server does not say how long the file is: copy it here, and name that"
+                )
+            source = pa.PythonFile(parquet_files.RangedFile(num_bytes, partial(_read_range, url)), mode="r")
+        with parquet_files.opened(source, shown(url), wanted, buffer_size) as file:
+            yield file
 
 
 def read_parquet(url: str, wanted: Sequence[pa.Field] = ()) -> pa.Table:
@@ -284,11 +238,9 @@ def list_files(
         UserError, JobError: the folder may not be read, its bucket is not there, or the storage stays away.
     """
     if is_local(url):
-        listing = _list_local(url)
-    elif _scheme(url) in S3_SCHEMES:
-        listing = _list_s3(url)
+        listing = local_files(str(local_path(url)))
     else:
-        listing = _list_remote(url)
+        listing = (_list_s3 if _scheme(url) in S3_SCHEMES else _list_remote)(url)
     for info in listing:
         is_skipped = bool(skip_prefixes) and any(name.startswith(skip_prefixes) for name in info.path.split("/"))
         if not is_skipped and info.path.lower().endswith(suffix):
@@ -297,27 +249,19 @@ def list_files(
 
 def remove(url: str) -> None:
     """Remove a file; one that is not there is no error."""
-    try:
-        if is_local(url):
-            with explained(url, "remove"):
-                _local_path(url).unlink()
-        else:
-            # Not `rm`: it takes a name such as photo[1].jpg for a pattern.
-            _remote(url, "remove", lambda files, path: files.rm_file(path))
-    except FileNotFoundError:
-        pass
+    with suppress(FileNotFoundError):
+        # Not `rm`: it takes a name such as photo[1].jpg for a pattern.
+        _act(url, "remove", lambda files, path: files.rm_file(path))
 
 
 def remove_tree(url: str) -> None:
     """Remove a folder and all below it; one that is not there is no error, and a bucket itself stays."""
-    if is_local(url):
-        path = _local_path(url)
+    if not is_local(url):
+        for info in list_files(url, skip_prefixes=()):
+            remove(join(url, info.path))
+    elif exists(url):
         with explained(url, "remove"):
-            if path.exists():
-                shutil.rmtree(path)
-        return
-    for info in list_files(url, skip_prefixes=()):
-        remove(join(url, info.path))
+            shutil.rmtree(local_path(url))
 
 
 def check_writable(url: str) -> None:
@@ -329,72 +273,21 @@ def check_writable(url: str) -> None:
     name = f".writable-{uuid.uuid4().hex}"
 
     def write_and_remove(files: fsspec.AbstractFileSystem, path: str) -> None:
+        if is_local(url):
+            folder = local_path(url)
+            path = str(next(parent for parent in (folder, *folder.parents) if parent.exists()))
         files.pipe_file(join(path, name), b"?")
         files.rm_file(join(path, name))
 
     try:
-        if not is_local(url):
-            _remote(url, "write to", write_and_remove, retry_s=CHECK_RETRY_SECONDS)
-            return
-        with explained(url, "write to"):
-            path = _local_path(url)
-            folder = next(parent for parent in (path, *path.parents) if parent.exists())
-            (folder / name).write_bytes(b"?")
-            (folder / name).unlink()
+        _act(url, "write to", write_and_remove, retry_s=CHECK_RETRY_SECONDS)
     except JobError as error:
         raise UserError(str(error)) from error
 
 
-@contextmanager
-def _parquet_explained(url: str) -> Iterator[None]:
-    with explained(url, "read"):
-        try:
-            yield
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            # Arrow calls a damaged file now the one and now the other; the system's own errors have a number.
-            if isinstance(error, UserError) or getattr(error, "errno", None):
-                raise
-            raise UserError(
-                f"{shown(url)} is no whole Parquet file: remove it and run the job that made it again"
-            ) from error
-
-
-class _RemoteFile(io.RawIOBase):
-    """A remote file read by ranges, each of them with the usual retries (fsspec's own files give up sooner)."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._num_bytes = _remote(url, "read", lambda files, path: files.info(path))["size"]
-        if self._num_bytes is None:
-            raise UserError(f"{shown(url)}: the server does not say how long the file is: copy it here, and name that")
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._num_bytes if size < 0 else min(self._position + size, self._num_bytes)
-        data = _read_range(self._url, self._position, end)
-        self._position += len(data)
-        return data
-
-
 def _read_range(url: str, start: int, end: int) -> bytes:
-    if start >= end:
-        return b""
     try:
-        return _remote(url, "read", lambda files, path: files.cat_file(path, start=start, end=end))
+        return _act(url, "read", lambda files, path: files.cat_file(path, start=start, end=end))
     except JobError as error:
         # No range of an empty file can be had.
         if s3_code(error.__cause__) == "InvalidRange":
@@ -402,89 +295,27 @@ def _read_range(url: str, start: int, end: int) -> bytes:
         raise
 
 
-def _list_local(url: str) -> Iterator[FileInfo]:
-    root = str(_local_path(url))
-    seen: set[tuple[int, int]] = set()
-    # Relative paths, those of folders with "/" at the end: so they sort as the paths of the files in them do.
-    waiting = [""]
-    while waiting:
-        relative = waiting.pop()
-        path = os.path.join(root, relative)  # noqa: PTH118 - Path costs too much for millions of names
-        with explained(path, "list"):
-            try:
-                if relative == "" or relative.endswith("/"):
-                    folder = os.stat(path)  # noqa: PTH116
-                    if (folder.st_dev, folder.st_ino) not in seen:
-                        seen.add((folder.st_dev, folder.st_ino))
-                        waiting.extend(relative + name for name in sorted(_names_in_folder(path, root), reverse=True))
-                    continue
-                status = os.stat(path)  # noqa: PTH116
-            except FileNotFoundError:
-                continue  # Removed since its folder was read, or a link to nowhere.
-            except OSError as error:
-                if error.errno != errno.ELOOP:
-                    raise
-                continue  # A link to itself.
-        if stat.S_ISREG(status.st_mode):
-            yield FileInfo(relative, status.st_size)
-
-
-def _names_in_folder(path: str, root: str) -> Iterator[str]:
-    """Yield the names in a folder, those of folders with "/" at the end.
-
-    A link to a folder outside `root` is followed: data sets are often made of links. One that leads to a folder in
-    `root`, which is listed by its own name, or to a folder around it, is left out.
-    """
-    with os.scandir(path) as entries:
-        for entry in entries:
-            try:
-                is_folder = entry.is_dir()
-            except OSError:  # a link to itself
-                continue
-            if not is_folder:
-                yield entry.name
-            elif not (entry.is_symlink() and _is_near(Path(entry.path).resolve(), Path(root).resolve())):
-                yield entry.name + "/"
-
-
-def _is_near(folder: Path, root: Path) -> bool:
-    return folder.is_relative_to(root) or root.is_relative_to(folder)
-
-
 def _list_s3(url: str) -> Iterator[FileInfo]:
-    """Yield the objects below a prefix, page by page, where `find` would hold a kilobyte for each of them."""
-    bucket, _, key = filesystem(url)[1].partition("/")
-    prefix = key and key + "/"
-    pages = []
-    request = {"Bucket": bucket, "Prefix": prefix}
-    while True:
-        answer = _remote(url, "list", lambda files, _: files.call_s3("list_objects_v2", **request))
-        found = [entry for entry in answer.get("Contents", ()) if not entry["Key"].endswith("/")]
-        paths = pa.array([entry["Key"].removeprefix(prefix) for entry in found], pa.large_string())
-        pages.append(
-            pa.record_batch({"path": paths, "num_bytes": pa.array([entry["Size"] for entry in found], pa.int64())})
-        )
-        if not answer.get("IsTruncated"):
-            break
-        request["ContinuationToken"] = answer["NextContinuationToken"]
-    files = pa.Table.from_batches(pages)
-    # Amazon's own order is this one already, but not that of every server that speaks S3.
-    for batch in files.take(pc.sort_indices(files["path"])).to_batches(max_chunksize=10_000):
-        for path, num_bytes in zip(batch["path"].to_pylist(), batch["num_bytes"].to_pylist(), strict=True):
-            yield FileInfo(path, num_bytes)
+    def ask(request: dict[str, str]) -> dict[str, Any]:
+        answer: dict[str, Any] = _act(url, "list", lambda files, _: files.call_s3("list_objects_v2", **request))
+        return answer
+
+    bucket, _, key = filesystem(url)[1].rstrip("/").partition("/")
+    return s3_files(ask, bucket, key)
 
 
 def _list_remote(url: str) -> Iterator[FileInfo]:
-    found = _remote(url, "list", lambda files, path: files.find(path, detail=True))
+    found = _act(url, "list", lambda files, path: files.find(path, detail=True))
     root = filesystem(url)[1].rstrip("/") + "/"
     for path in sorted(found):
         yield FileInfo(path.removeprefix(root), found[path]["size"] or 0)
 
 
-def _remote(
-    url: str, doing: str, action: Callable[[fsspec.AbstractFileSystem, str], Result], *, retry_s: float | None = None
-) -> Result:
-    """Run an action on a remote storage, again for `retry_s` (`RETRY_SECONDS`) while its fault is a passing one."""
+def _act(url: str, doing: str, action: Action[Result], *, retry_s: float | None = None) -> Result:
+    """Run an action on the file system of a URL and the path in it.
+
+    On a remote one it is tried again while its fault is a passing one, for `retry_s` or `RETRY_SECONDS`.
+    """
     last_try = time.monotonic() + (RETRY_SECONDS if retry_s is None else retry_s)
     pause_s = FIRST_PAUSE_S
     with explained(url, doing):
@@ -493,7 +324,7 @@ def _remote(
                 return action(*filesystem(url))
             except Exception as error:
                 this_pause_s = pause_s * random.uniform(0.5, 1)
-                if not is_passing(error) or time.monotonic() + this_pause_s > last_try:
+                if is_local(url) or not is_passing(error) or time.monotonic() + this_pause_s > last_try:
                     raise
                 reason = reason_for(error)
             logger.warning("cannot %s %s: %s; trying again in %.1f s", doing, shown(url), reason, this_pause_s)
@@ -504,15 +335,3 @@ def _remote(
 def _scheme(url: str) -> str:
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
     return match[1].lower() if match else "file"
-
-
-def _refuse_special(url: str) -> None:
-    """Raise UserError for a pipe or a device: who opens one may wait for ever."""
-    with explained(url, "read"):
-        path = _local_path(url)
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{shown(url)} is a pipe or a device: write its content into a file, and name that")
-
-
-def _local_path(url: str) -> Path:
-    return Path(url.removeprefix("file://")).absolute()

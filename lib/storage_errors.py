@@ -2,33 +2,22 @@
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from lib.errors import JobError, UserError
+from lib.redaction import redacted, shown
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PASSING_S3_CODES = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException")
+CREDENTIAL_MISTAKES = {
+    "InvalidAccessKeyId": "the storage does not know this access key: correct AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret does not belong to the access key: correct AWS_SECRET_ACCESS_KEY",
+}
 
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or its bucket is not there: ends a job as `UserError` does, unless caught as `FileNotFoundError`."""
-
-
-def redacted(text: str) -> str:
-    """Return a URL, or a text with URLs in it, without passwords, keys and signatures: fit for a log."""
-    if "://" not in text:
-        return text
-    without_password = re.sub(r"://\S*:\S*@|(?<=http)://[^\s/?#]+@|(?<=https)://[^\s/?#]+@", "://***@", text)
-    # What stands behind a URL in a sentence or in JSON stays.
-    return re.sub(r"""(://[^?\s]*)\?\S*=\S*?(?=[\\"'`),.:;\]}>]*(?:\s|$))""", r"\1?***", without_password)
-
-
-def shown(url: str) -> str:
-    """Return a URL as it stands in messages: quoted, on one line, without secrets."""
-    return repr(redacted(url))
 
 
 def reason_for(error: BaseException) -> str:
@@ -60,19 +49,11 @@ def explained(url: str, doing: str) -> Iterator[None]:
 def is_passing(error: BaseException) -> bool:
     """Return whether the same request may well succeed later: connection lost, timeout, 5xx, slow down."""
     import aiohttp
-    from botocore.exceptions import ConnectionError as S3ConnectionError
-    from botocore.exceptions import HTTPClientError, SSLError
+    from botocore import exceptions as s3
 
-    faults = (
-        ConnectionError,
-        TimeoutError,
-        S3ConnectionError,
-        HTTPClientError,
-        aiohttp.ClientConnectionError,
-        aiohttp.ClientPayloadError,
-    )
-    if isinstance(error, faults):
-        return not isinstance(error, SSLError)
+    connection_faults = (ConnectionError, TimeoutError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
+    if isinstance(error, (*connection_faults, s3.ConnectionError, s3.HTTPClientError)):
+        return not isinstance(error, s3.SSLError)
     status = (_s3_answer(error) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     return status >= 500 or s3_code(error) in PASSING_S3_CODES
 
@@ -92,56 +73,46 @@ def _s3_answer(error: BaseException | None) -> dict | None:
 def _explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
     """Return the error to raise in the place of a storage's own, or None for one that is no storage's."""
     if isinstance(error, OSError) and error.errno and _s3_answer(error) is None:
-        return _local_explanation(error, error.errno, what)
+        return _local_explanation(error, f"{what}: {os.strerror(error.errno)}")
     return _remote_explanation(error, url, what)
 
 
-def _local_explanation(error: OSError, number: int, what: str) -> UserError | JobError:
-    what = f"{what}: {os.strerror(number)}"
-    if number in DISK_FULL:
-        return JobError(f"{what}: free space in that folder and run the same command again")
+def _local_explanation(error: OSError, what: str) -> UserError | JobError:
     if isinstance(error, FileNotFoundError):
         return MissingFileError(f"{what}: correct the path, or run first the job that makes it")
-    if isinstance(error, PermissionError) or number == errno.EROFS:
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return UserError(f"{what}: change its permissions, or choose another place")
     if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
         return UserError(f"{what}: choose another place")
-    return JobError(what)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return JobError(f"{what}: free space in that folder and run the same command again" if is_full else what)
 
 
 def _remote_explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
-    from botocore.exceptions import (
-        BotoCoreError,
-        NoCredentialsError,
-        ParamValidationError,
-        PartialCredentialsError,
-        SSLError,
-    )
+    from botocore import exceptions as s3
 
     code = s3_code(error)
-    reason = reason_for(error)
+    because = f"{what}: {reason_for(error)}"
     if code == "NoSuchBucket":
         bucket = urlsplit(redacted(url)).netloc
         return MissingFileError(f"{what}: there is no bucket {bucket!r}: create it, or correct the URL")
     if isinstance(error, FileNotFoundError):
         return MissingFileError(f"{what}: it is not there: correct the URL, or run first the job that makes it")
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return UserError(f"{what}: {reason}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    if isinstance(error, ParamValidationError):
+    if code in CREDENTIAL_MISTAKES:
+        return UserError(f"{what}: {CREDENTIAL_MISTAKES[code]}")
+    if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
+        return UserError(f"{because}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if isinstance(error, s3.ParamValidationError):
         # Its reason repeats the bucket's name, with the secret of a URL that has one.
         return UserError(
             f"{what}: no bucket or file can have this name: correct the URL, and keep credentials out of it"
         )
-    if code == "InvalidAccessKeyId":
-        return UserError(f"{what}: the storage does not know this access key: correct AWS_ACCESS_KEY_ID")
-    if code == "SignatureDoesNotMatch":
-        return UserError(f"{what}: the secret does not belong to the access key: correct AWS_SECRET_ACCESS_KEY")
     if isinstance(error, PermissionError):
         return UserError(
-            f"{what}: {reason}: ask for this right, or correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the bucket"
+            f"{because}: ask for this right, or correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the bucket"
         )
     if is_passing(error):
-        return JobError(f"{what}: {reason}: check the storage and AWS_ENDPOINT_URL, and run the same command again")
-    if code == "InvalidBucketName" or isinstance(error, ValueError | SSLError):
-        return UserError(f"{what}: {reason}: correct the URL or AWS_ENDPOINT_URL")
-    return JobError(f"{what}: {reason}") if isinstance(error, OSError | BotoCoreError) else None
+        return JobError(f"{because}: check the storage and AWS_ENDPOINT_URL, and run the same command again")
+    if code == "InvalidBucketName" or isinstance(error, ValueError | s3.SSLError):
+        return UserError(f"{because}: correct the URL or AWS_ENDPOINT_URL")
+    return JobError(because) if isinstance(error, OSError | s3.BotoCoreError) else None

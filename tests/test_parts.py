@@ -18,7 +18,6 @@ from lib.parts import (
     run_parts,
     settle,
     summary,
-    sweep,
     write_plan,
 )
 
@@ -75,11 +74,9 @@ def test_what_another_job_or_somebody_else_made_is_never_removed(
     assert (foreign / "mine.txt").exists()
 
 
-def test_half_written_files_are_swept_and_not_counted(begun: Path) -> None:
+def test_half_written_files_are_no_parts(begun: Path) -> None:
     (begun / "split=test" / ".abc.tmp").write_bytes(b"half")
     assert present_files(str(begun)) == {"split=test/part-000000.parquet": 1}
-    sweep(str(begun))
-    assert not (begun / "split=test" / ".abc.tmp").exists()
 
 
 class NeverStarts:

@@ -152,6 +152,9 @@ def test_a_process_killed_while_it_writes_leaves_what_was_there(tmp_path, old):
         process.send_signal(signal.SIGKILL)
     assert (path.read_bytes() if path.exists() else None) == old
     assert paths(tmp_path) == ([] if old is None else ["model.bin"])
+    (tmp_path / ".theirs.tmp").write_bytes(b"not ours")
+    storage.remove_unfinished(str(tmp_path))
+    assert paths(tmp_path, skip_prefixes=()) == [".theirs.tmp"] + ([] if old is None else ["model.bin"])
     storage.write_bytes(str(path), b"newest")
     assert path.read_bytes() == b"newest"
 

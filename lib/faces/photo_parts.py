@@ -38,6 +38,9 @@ PIECES_OF_A_GROUP = 4
 ROWS_AT_ONCE = 8
 """Photos of Parquet in memory at once: as many of the largest size fill the 2 GiB that Arrow's `binary` can address."""
 
+COLUMN_BUFFER_BYTES = 4 * 2**20
+"""Of a Parquet column that is read bit by bit: large enough that a bucket's latency does not count."""
+
 NUM_READERS = 16
 READ_AHEAD = 16
 """Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
@@ -200,14 +203,15 @@ class PhotoReader:
 def _group_images(url: str, column: str, group: int, rows: list[int]) -> Iterator[bytes | None]:
     """Yield the encoded photos of ascending rows of a row group, of which a few are in memory at a time."""
     first, position = 0, 0
-    for batch in storage.row_group_batches(url, group, column, ROWS_AT_ONCE):
-        while position < len(rows) and rows[position] < first + len(batch):
-            image = batch[rows[position] - first].as_py()
-            yield image.get("bytes") if isinstance(image, dict) else image
-            position += 1
-        first += len(batch)
-        if position == len(rows):
-            return
+    with storage.open_parquet(url, buffer_size=COLUMN_BUFFER_BYTES) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
+            while position < len(rows) and rows[position] < first + len(batch):
+                image = batch.column(0)[rows[position] - first].as_py()
+                yield image.get("bytes") if isinstance(image, dict) else image
+                position += 1
+            first += len(batch)
+            if position == len(rows):
+                return
 
 
 def _ahead(

@@ -30,7 +30,6 @@ from lib.parts import (
     run_parts,
     settle,
     summary,
-    sweep,
     write_plan,
 )
 from lib.storage_errors import MissingFileError
@@ -211,7 +210,7 @@ def _make(
     if num_done:
         logger.info("going on: %d of %d photos are done", num_done, len(manifest))
     num_processed, seconds = _process(config, manifest, todo, num_done, plan["fingerprint"])
-    sweep(config.faces_url)
+    storage.remove_unfinished(config.faces_url)
     counts = card.finish(
         config.faces_url,
         manifest,

@@ -25,7 +25,7 @@ from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint,
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
-from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, sweep, write_plan
+from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, write_plan
 from lib.recognition import embeddings_table
 from lib.recognition.embedder import (
     Embedder,
@@ -290,7 +290,7 @@ def embed_source(
                 num_all=num_all,
                 share=Share.of_gpus(chosen, most_a_gpu=1),
             )
-    sweep(output)
+    storage.remove_unfinished(output)
     counts = _counts(output, file_names)
     about = {"model": {"url": storage.redacted(embedder.url), **model}, "fingerprint": plan["fingerprint"]}
     written = present_files(output)

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import storage
 from lib.errors import UserError
 from lib.faces import photo_parts, table
 from lib.faces.extraction import ExtractionSettings
@@ -93,7 +92,7 @@ def test_a_large_row_group_is_not_in_memory_as_a_whole(tmp_path: Path) -> None:
     most = 0
     for _ in photo_parts._group_images(str(tmp_path / "a.parquet"), "image", 0, list(range(64))):
         most = max(most, pa.total_allocated_bytes() - before)
-    assert most < 2 * photo_parts.ROWS_AT_ONCE * 2**20 + 2 * storage.COLUMN_BUFFER_BYTES
+    assert most < 2 * photo_parts.ROWS_AT_ONCE * 2**20 + 2 * photo_parts.COLUMN_BUFFER_BYTES
 
 
 def test_a_damaged_page_is_one_line_that_names_the_file(tmp_path: Path) -> None:

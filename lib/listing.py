@@ -1,0 +1,88 @@
+"""Listings sorted by path: of a folder on this machine, its links followed, and of an S3 bucket, page by page."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from lib.storage_errors import explained
+
+
+class FileInfo(NamedTuple):
+    """A file of a listing: its path below the listed URL, and its size in bytes (0 where the storage does not tell)."""
+
+    path: str
+    num_bytes: int
+
+
+def local_files(root: str) -> Iterator[FileInfo]:
+    """Yield the files below a folder sorted by path, with the names of one folder in memory at a time.
+
+    A link to a folder outside `root` is followed, for data sets are often made of links. One to a folder in `root`,
+    which is listed by its own name, or to a folder around it, is left out.
+    """
+    seen: set[tuple[int, int]] = set()
+    # Relative paths. Those of folders end with "/", so that they sort as the paths of the files in them do.
+    waiting = [""]
+    while waiting:
+        relative = waiting.pop()
+        path = os.path.join(root, relative)  # noqa: PTH118 - Path costs too much for millions of names
+        with explained(path, "list"):
+            try:
+                status = os.stat(path)  # noqa: PTH116
+                if relative == "" or relative.endswith("/"):
+                    if (status.st_dev, status.st_ino) not in seen:
+                        seen.add((status.st_dev, status.st_ino))
+                        waiting.extend(relative + name for name in sorted(_names(path, root), reverse=True))
+                    continue
+            except FileNotFoundError:
+                continue  # removed since its folder was read, or a link to nowhere
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                continue  # a link to itself
+        if stat.S_ISREG(status.st_mode):
+            yield FileInfo(relative, status.st_size)
+
+
+def _names(path: str, root: str) -> Iterator[str]:
+    """Yield the names in a folder, those of folders with "/" at the end."""
+    with os.scandir(path) as entries:
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                continue
+            if not is_folder:
+                yield entry.name
+            elif not (entry.is_symlink() and _is_near(Path(entry.path).resolve(), Path(root).resolve())):
+                yield entry.name + "/"
+
+
+def _is_near(folder: Path, root: Path) -> bool:
+    return folder.is_relative_to(root) or root.is_relative_to(folder)
+
+
+def s3_files(ask: Callable[[dict[str, str]], dict[str, Any]], bucket: str, key: str) -> Iterator[FileInfo]:
+    """Yield the objects below a key. `ask` sends a request to `list_objects_v2`.
+
+    s3fs's own `find` holds a kilobyte for each object, and compares each folder with all others.
+    """
+    prefix = key and key + "/"
+    request = {"Bucket": bucket, "Prefix": prefix}
+    pages = []
+    is_last = False
+    while not is_last:
+        page = ask(request)
+        found = [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
+        paths = pa.array([entry["Key"].removeprefix(prefix) for entry in found], pa.large_string())
+        pages.append(pa.table({"path": paths, "num_bytes": pa.array([entry["Size"] for entry in found], pa.int64())}))
+        is_last = not page.get("IsTruncated")
+        request["ContinuationToken"] = page.get("NextContinuationToken", "")
+    # Amazon sorts so too, but not every server that speaks S3.
+    for batch in pa.concat_tables(pages).sort_by("path").to_batches(max_chunksize=10_000):
+        yield from map(FileInfo, *(column.to_pylist() for column in batch.columns))

@@ -1,0 +1,47 @@
+"""Files of this machine: written whole or not at all, and never a pipe or a device."""
+
+import os
+import re
+import stat
+import uuid
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.redaction import shown
+from lib.storage_errors import explained
+
+_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
+
+
+def local_path(url: str) -> Path:
+    """Return the absolute path of a local URL."""
+    return Path(url.removeprefix("file://")).absolute()
+
+
+def refuse_special(url: str) -> None:
+    """Raise UserError for a pipe or a device, since opening one may block for ever."""
+    with explained(url, "read"):
+        mode = local_path(url).stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{shown(url)} is a pipe or a device: write its content into a file, and name that")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name and rename it; parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within one disk; hidden, so that no listing takes it for a file.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_unfinished(path: Path) -> bool:
+    """Return whether `write_whole` of this user has left the file, when its process was killed."""
+    return bool(_TEMPORARY_NAME.fullmatch(path.name)) and path.lstat().st_uid == os.geteuid()

@@ -1,0 +1,48 @@
+"""Parquet files opened with a check of their columns; what is damaged is named in one line."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.spec import AbstractBufferedFile
+
+from lib.errors import UserError
+
+_NEXT_STEP = "remove it and run the job that made it again"
+
+
+class RangedFile(AbstractBufferedFile):
+    """A file of `num_bytes` bytes, read without a cache by a function of the first byte and the one after the last."""
+
+    def __init__(self, num_bytes: int, read_range: Callable[[int, int], bytes]) -> None:
+        self._read_range = read_range
+        super().__init__(None, "", size=num_bytes, cache_type="none")
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._read_range(start, end)
+
+
+@contextmanager
+def opened(source: Any, name: str, wanted: Sequence[pa.Field], buffer_size: int) -> Iterator[pq.ParquetFile]:
+    """Open a path or file, called `name` in messages, that has the columns `wanted`.
+
+    With `buffer_size` a column is read so many bytes at a time, where otherwise it is fetched ahead as a whole.
+
+    Raises:
+        UserError: it is no Parquet file, a column is not there or of another type, or what is read turns out damaged.
+    """
+    try:
+        with pq.ParquetFile(source, pre_buffer=not buffer_size, buffer_size=buffer_size) as file:
+            found = {each.name: each.type for each in file.schema_arrow}
+            wrong = [f"{each.name} of type {each.type}" for each in wanted if found.get(each.name) != each.type]
+            if wrong:
+                there = ", ".join(f"{name} ({kind})" for name, kind in found.items())
+                raise UserError(f"{name} has no column {', '.join(wrong)}, it has {there}: {_NEXT_STEP}")
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        # Arrow has several errors for a damaged file; those of the system have a number.
+        if isinstance(error, UserError) or getattr(error, "errno", None):
+            raise
+        raise UserError(f"{name} is no whole Parquet file: {_NEXT_STEP}") from error

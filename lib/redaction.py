@@ -1,0 +1,56 @@
+"""Passwords, keys and signatures of URLs are left out of all that a job says."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, TextIO
+from urllib.parse import urlsplit
+
+
+def redacted(text: str) -> str:
+    """Return a URL, or a text with URLs in it, without passwords, keys and signatures: fit for a log."""
+    if "://" not in text:
+        return text
+    without_password = re.sub(r"://\S*:\S*@|(?<=http)://[^\s/?#]+@|(?<=https)://[^\s/?#]+@", "://***@", text)
+    # What stands behind a URL in a sentence or in JSON stays.
+    return re.sub(r"""(://[^?\s]*)\?\S*=\S*?(?=[\\"'`),.:;\]}>]*(?:\s|$))""", r"\1?***", without_password)
+
+
+def shown(url: str) -> str:
+    """Return a URL as it stands in messages: quoted, on one line, without secrets."""
+    return repr(redacted(url))
+
+
+class StreamWithoutSecrets:
+    """A text stream that lets no password, key or signature of a URL through, whoever prints it.
+
+    All that a job says passes here: messages, logs, tracebacks, what Ray repeats of its workers, the result.
+    """
+
+    def __init__(self, stream: TextIO, given: Sequence[str]) -> None:
+        """Write to `stream`; the secrets of the URLs `given` are left out where they stand without their URL, too."""
+        self._stream = stream
+        self._secrets = [secret for text in given for secret in _secrets_of(text)]
+
+    def write(self, text: str) -> int:
+        shown = redacted(text)
+        for secret in self._secrets:
+            shown = shown.replace(secret, "***")
+        self._stream.write(shown)
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _secrets_of(text: str) -> list[str]:
+    """Return what storages repeat of a URL that is secret: user and password, and the query."""
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return []
+    login = rest[: rest.rfind("@") + 1]
+    query = urlsplit(f"{scheme}://{rest}").query
+    return [each for each in (login if ":" in login else "", query if "=" in query else "") if each]
