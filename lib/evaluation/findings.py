@@ -1,6 +1,6 @@
 """Which photos the figures come from: the worst pairs, probable wrong labels and duplicates, and groups of photos.
 
-Shapes: N photos, D embedding, P pairs, B photos of one chunk, K suspects.
+Shapes: N photos, D embedding, P pairs, K suspects.
 """
 
 import io
@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from lib.errors import UserError
 from lib.evaluation.curves import auc, roc_curve
-from lib.evaluation.metrics import CHUNK_ELEMENTS, KFoldAccuracy
+from lib.evaluation.metrics import KFoldAccuracy
 from lib.evaluation.pairs import Pairs
+from lib.nearest import nearest_own_and_other
 from lib.storage import read_bytes
 
 MAX_SEARCHED = 50_000
@@ -91,7 +92,7 @@ def suspects(
     if len(chosen) < 2:
         return []
     vectors_ND, people_N = embeddings_ND[chosen], identity_N[chosen]
-    own_N, _, other_N, other_at_N = _nearest(vectors_ND, people_N)
+    own_N, other_N, other_at_N = nearest_own_and_other(vectors_ND, people_N)
     finite = same_distances[np.isfinite(same_distances)]
     duplicate_at = float(np.quantile(finite, DUPLICATE_QUANTILE)) if len(finite) else 0.0
 
@@ -110,25 +111,6 @@ def suspects(
 def _suspect(chosen: NDArray, kind: str, k: int, other: int, other_N: NDArray, own_N: NDArray) -> Suspect:
     own = float(own_N[k]) if np.isfinite(own_N[k]) else None
     return Suspect(a=int(chosen[k]), b=int(chosen[other]), distance=float(other_N[k]), kind=kind, own_distance=own)
-
-
-def _nearest(vectors_ND: NDArray, people_N: NDArray) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Return each photo's distance to, and index of, its own person's nearest other photo and of another person's."""
-    num = len(vectors_ND)
-    squared_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
-    own_N, other_N = np.full(num, np.inf), np.full(num, np.inf)
-    own_at_N, other_at_N = np.zeros(num, np.int64), np.zeros(num, np.int64)
-    step = max(1, CHUNK_ELEMENTS // num)
-    for start in range(0, num, step):
-        rows = np.arange(start, min(start + step, num))
-        squared_BN = squared_N[rows, None] + squared_N - 2 * (vectors_ND[rows] @ vectors_ND.T)
-        is_own_BN = people_N[rows, None] == people_N
-        for mask_BN, distance_N, at_N in ((is_own_BN, own_N, own_at_N), (~is_own_BN, other_N, other_at_N)):
-            candidates_BN = np.where(mask_BN, squared_BN, np.inf)
-            candidates_BN[np.arange(len(rows)), rows] = np.inf
-            at_N[rows] = candidates_BN.argmin(axis=1)
-            distance_N[rows] = np.sqrt(np.maximum(candidates_BN[np.arange(len(rows)), at_N[rows]], 0))
-    return own_N, own_at_N, other_N, other_at_N
 
 
 def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.bool_]], int]:

@@ -3,8 +3,8 @@
 Everywhere: two photos are called the same person when their Euclidean distance is at most the threshold; FAR is the
 share of different pairs called the same, TAR the share of same pairs called the same.
 
-Shapes: N photos, D embedding, P pairs, F folds, I identities, T cuts, C numbers of pairs called the same, B probes of
-one chunk, G gallery photos.
+Shapes: N photos, D embedding, P pairs, F folds, I identities, T cuts, C numbers of pairs called the same, B probes,
+G gallery photos, K of them.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from lib.evaluation.curves import (
 )
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.pairs import Pairs
+from lib.nearest import nearest
 
 CHUNK_ELEMENTS = 1 << 22
 """Largest intermediate array: 32 MB in float64."""
@@ -178,18 +179,12 @@ def identification(
     probes = np.flatnonzero(is_probe_N & ~failed_N)  # such a photo's person is in the gallery, if only by this photo
 
     embeddings_ND = _sound(embeddings_ND)
-    gallery_GD = embeddings_ND[gallery_G]
-    squared_G = np.einsum("gd,gd->g", gallery_GD, gallery_GD)
-    num_rank_1 = num_rank_5 = 0
-    step = max(1, CHUNK_ELEMENTS // max(1, len(gallery_G)))
-    for start in range(0, len(probes), step):
-        probes_B = probes[start : start + step]
-        nearness_BG = embeddings_ND[probes_B] @ gallery_GD.T
-        nearness_BG -= squared_G / 2  # orders the gallery as the distance does, the other way round
-        right_B = nearness_BG[np.arange(len(probes_B)), place_I[person_N[probes_B]]]
-        num_before_B = np.count_nonzero(nearness_BG >= right_B[:, None], axis=1) - 1
-        num_rank_1 += int(np.count_nonzero(num_before_B < 1))
-        num_rank_5 += int(np.count_nonzero(num_before_B < 5))
+    # Six, for the five nearest may all be as near as the right person.
+    index_BK, distance_BK = nearest(embeddings_ND[probes], embeddings_ND[gallery_G], 6)
+    is_right_BK = index_BK == place_I[person_N[probes]][:, None]
+    right_B = np.where(is_right_BK, distance_BK, np.inf).min(axis=1, initial=np.inf)
+    num_before_B = np.count_nonzero(distance_BK <= right_B[:, None], axis=1) - 1
+    num_rank_1, num_rank_5 = (int(np.count_nonzero(np.isfinite(right_B) & (num_before_B < rank))) for rank in (1, 5))
     num_probes = int(np.count_nonzero(is_probe_N))
     return {
         "rank_1": num_rank_1 / num_probes if num_probes else None,

@@ -1,10 +1,10 @@
-"""Who is it? The nearest faces of a gallery, as plain functions on arrays.
+"""Who is it? The nearest faces of a gallery.
 
-Exact search is a matrix product: it needs no index, and costs the same for each probe and each gallery face. A graph
-(HNSW, Malkov and Yashunin 2018) answers a probe ten times sooner in a gallery of 100,000, but building it costs as much
-as some ten or twenty thousand exact probes, whatever the size: docs/measurements.md.
+Exact search needs no index, and costs the same for each probe and each gallery face. A graph (HNSW, Malkov and Yashunin
+2018) answers a probe ten times sooner in a gallery of 100,000, but building it costs as much as some ten or twenty
+thousand exact probes, whatever the size: docs/measurements.md.
 
-Shapes: B probes (of one chunk where it says so), G gallery faces, K matches, D embedding dimension.
+Shapes: B probes, G gallery faces, K matches, D embedding dimension.
 """
 
 from typing import Literal
@@ -12,13 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lib import nearest as exact
 from lib.errors import UserError
-
-CHUNK_ELEMENTS = 1 << 24
-"""Largest intermediate array: 64 MB in float32, so that a gallery of millions takes little beside itself."""
-BLOCK_ROWS = 1 << 14
-"""Gallery faces that are compared with a chunk of probes at once."""
-
 
 APPROXIMATE_GALLERY, APPROXIMATE_PROBES = 2_000_000, 20_000
 """From so many gallery faces and probes on, `auto` builds the graph."""
@@ -51,8 +46,9 @@ def nearest(
     if search == "auto":
         pays = len(gallery_GD) >= APPROXIMATE_GALLERY and len(probes_BD) >= APPROXIMATE_PROBES
         search = "approximate" if pays else "exact"
-    find = _graph_search if search == "approximate" else _all
-    return _sorted(probes_BD, gallery_GD, find(probes_BD, gallery_GD, num))
+    if search == "exact":
+        return exact.nearest(probes_BD, gallery_GD, num)
+    return exact.by_distance(probes_BD, gallery_GD, _graph_search(probes_BD, gallery_GD, num))
 
 
 def _graph_search(probes_BD: NDArray[np.float32], gallery_GD: NDArray[np.float32], num: int) -> NDArray[np.int64]:
@@ -64,42 +60,5 @@ def _graph_search(probes_BD: NDArray[np.float32], gallery_GD: NDArray[np.float32
     index_BK = index.search(np.ascontiguousarray(probes_BD), num)[1]
     # A graph may fall apart where many faces are alike: a probe that found too few is compared with all.
     short_B = (index_BK < 0).any(axis=1)
-    index_BK[short_B] = _all(probes_BD[short_B], gallery_GD, num)
+    index_BK[short_B] = exact.nearest(probes_BD[short_B], gallery_GD, num)[0]
     return index_BK
-
-
-def _all(probes_BD: NDArray[np.float32], gallery_GD: NDArray[np.float32], num: int) -> NDArray[np.int64]:
-    """Return the nearest of all, a chunk of probes and a block of the gallery at a time, keeping the best so far."""
-    step = max(1, CHUNK_ELEMENTS // BLOCK_ROWS)
-    found_BK = np.empty((len(probes_BD), num), np.int64)
-    for start in range(0, len(probes_BD), step):
-        chunk_BD = probes_BD[start : start + step]
-        best_BK = np.empty((len(chunk_BD), 0), np.float32)
-        index_BK = np.empty((len(chunk_BD), 0), np.int64)
-        for first in range(0, len(gallery_GD), BLOCK_ROWS):
-            block_GD = gallery_GD[first : first + BLOCK_ROWS]
-            # Farness orders as the distance does: squared distance, without the probe's own square.
-            farness_BG = chunk_BD @ block_GD.T
-            farness_BG *= -2
-            farness_BG += np.einsum("gd,gd->g", block_GD, block_GD)
-            taken = min(num, len(block_GD))
-            at_BK = np.argpartition(farness_BG, taken - 1, axis=1)[:, :taken]
-            best_BK = np.concatenate([best_BK, np.take_along_axis(farness_BG, at_BK, axis=1)], axis=1)
-            index_BK = np.concatenate([index_BK, at_BK + first], axis=1)
-            order_BK = np.lexsort((index_BK, best_BK), axis=1)[:, :num]
-            best_BK = np.take_along_axis(best_BK, order_BK, axis=1)
-            index_BK = np.take_along_axis(index_BK, order_BK, axis=1)
-        found_BK[start : start + step] = index_BK
-    return found_BK
-
-
-def _sorted(
-    probes_BD: NDArray[np.float32], gallery_GD: NDArray[np.float32], index_BK: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Order what was found by the distances of the vectors themselves: short cuts lose digits where two are alike."""
-    distance_BK = np.empty(index_BK.shape, np.float32)
-    for k in range(index_BK.shape[1]):
-        difference_BD = probes_BD - gallery_GD[index_BK[:, k]]
-        distance_BK[:, k] = np.sqrt(np.einsum("bd,bd->b", difference_BD, difference_BD))
-    order_BK = np.lexsort((index_BK, distance_BK), axis=1)
-    return np.take_along_axis(index_BK, order_BK, axis=1), np.take_along_axis(distance_BK, order_BK, axis=1)

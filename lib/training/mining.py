@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from lib.nearest import squared_norms
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
@@ -165,7 +167,7 @@ def search(
     """
     if not len(rows_P):
         return _nothing(len(queries_BD))
-    half_squares_P = 0.5 * np.einsum("pd,pd->p", candidates_PD, candidates_PD)
+    half_squares_P = 0.5 * squared_norms(candidates_PD)
     scores_BP = queries_BD @ candidates_PD.T
     scores_BP[blocked.anchors, blocked.candidates] = -np.inf
     if filled_P is not None:
@@ -365,11 +367,6 @@ def confusable_identities(means_ID: Floats, seeds_J: Ints, *, num_neighbours: in
     nearest_JT = np.where(scores_JT > -np.inf, nearest_JT, NO_ROW)
     nearest_JT = np.take_along_axis(nearest_JT, np.lexsort((nearest_JT, -scores_JT), axis=1), axis=1)
     return np.pad(nearest_JT, ((0, 0), (0, num_neighbours - nearest_JT.shape[1])), constant_values=NO_ROW)
-
-
-def squared_norms(vectors_BD: Floats) -> Floats:
-    """Return the squared Euclidean norm of each vector."""
-    return np.einsum("bd,bd->b", vectors_BD, vectors_BD)
 
 
 def _true_pairs(mask_BP: Bools) -> tuple[Ints, Ints]:

@@ -33,15 +33,13 @@ def test_they_are_those_that_sorting_gives(
     assert all(len(set(row)) == len(row) == min(num, num_gallery) for row in index_BK.tolist())
 
 
-def test_chunks_of_probes_and_gallery_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gallery_of_many_blocks_gives_what_sorting_gives() -> None:
     rng = np.random.default_rng(0)
-    probes_BD, gallery_GD = (rng.standard_normal((n, 16)).astype(np.float32) for n in (50, 700))
-    whole = nearest(probes_BD, gallery_GD, 7)
-    monkeypatch.setattr(gallery, "BLOCK_ROWS", 64)
-    monkeypatch.setattr(gallery, "CHUNK_ELEMENTS", 640)
-    chunked = nearest(probes_BD, gallery_GD, 7)
-    assert np.array_equal(whole[0], chunked[0])
-    np.testing.assert_allclose(whole[1], chunked[1], rtol=1e-6)
+    probes_BD, gallery_GD = (rng.standard_normal((n, 16)).astype(np.float32) for n in (50, 20_000))
+    index_BK, distance_BK = nearest(probes_BD, gallery_GD, 7)
+    np.testing.assert_allclose(distance_BK, by_sorting(probes_BD, gallery_GD, 7), rtol=1e-5)
+    found_BKD = gallery_GD[index_BK]
+    np.testing.assert_allclose(np.linalg.norm(probes_BD[:, None] - found_BKD, axis=2), distance_BK, rtol=1e-5)
 
 
 def test_a_copy_has_distance_0() -> None:
