@@ -1,18 +1,18 @@
-# One image for every job, on this machine, under Kubernetes and, by Apptainer or Charliecloud, under Slurm: `make image`.
+# One image for every job: on this machine, on Kubernetes, and with Apptainer or Charliecloud on Slurm. `make image`.
 #
-# Everything lies where any shell looks for it: `python` and `ray` in /usr/local/bin, `lib` on Python's own path. Nothing
-# relies on ENTRYPOINT, USER, WORKDIR or ENV, which Apptainer and Charliecloud leave out in part, nor on PATH, which a
-# login shell sets anew. Only DATA_URL is missing there: set it, or give --data.
+# Every shell finds everything: `python` and `ray` are in /usr/local/bin, `lib` is on Python's path. Nothing relies on
+# ENTRYPOINT, USER, WORKDIR or ENV, which Apptainer and Charliecloud partly ignore, or on PATH, which a login shell resets.
+# Only DATA_URL is missing there: set it, or give --data.
 #
 # Build arguments:
 #   BASE                 another Python image, such as the same one by its digest
-#   PIP_EXTRA_INDEX_URL  https://download.pytorch.org/whl/cpu for an image without CUDA, a third of the size
-#   BACKBONE_WEIGHTS     URL of a .safetensors or .pth file, kept as /opt/weights/FILE for --init
+#   PIP_EXTRA_INDEX_URL  https://download.pytorch.org/whl/cpu makes an image without CUDA, a third of the size
+#   BACKBONE_WEIGHTS     URL of a .safetensors or .pth file, which becomes /opt/weights/FILE, for --init
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-# What requirements.txt comes to, in five lists: layers of at most 2 GB that are pulled side by side and stay as they are
-# when a requirement of another list changes. triton is left out (0.9 GB): without it `train --compile auto` says that it
-# does not compile, and goes on.
+# All packages that requirements.txt needs, in five lists. Each becomes a layer of at most 2 GB. Layers are pulled in
+# parallel, and a change of one list leaves the other layers in the cache. triton (0.9 GB) is left out; without it
+# `train --compile auto` says that it does not compile, and continues.
 FROM ${BASE} AS pins
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG PIP_EXTRA_INDEX_URL
@@ -34,7 +34,7 @@ RUN mkdir /opt/weights; if [ -n "$BACKBONE_WEIGHTS" ]; then \
             "$BACKBONE_WEIGHTS" "/opt/weights/${BACKBONE_WEIGHTS##*/}"; fi
 
 FROM ${BASE} AS system
-# OpenCV's wheel links against these two. Their versions are those of the base's Debian.
+# OpenCV's wheel links against these two. Debian decides their versions.
 # hadolint ignore=DL3008
 RUN apt-get update -qq \
     && apt-get install -y -qq --no-install-recommends libgl1 libglib2.0-0 > /dev/null \
@@ -43,7 +43,7 @@ RUN apt-get update -qq \
     && mkdir --mode 1777 /data \
     && echo /app > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/conv-facenet.pth"
 
-# A stage for each list, so that a builder that keeps each step twice on its disk can build one after the other.
+# One stage per list, so that a builder that keeps every step twice on disk can build them one after the other.
 FROM system AS cuda
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_ROOT_USER_ACTION=ignore
@@ -86,7 +86,7 @@ COPY --from=weights /opt/weights /opt/weights
 COPY LICENSE README.md /app/
 COPY jobs /app/jobs
 COPY lib /app/lib
-# For a root that cannot be written and any user id: what libraries want to keep goes to /tmp.
+# For a read-only root and any user id: files that libraries write go to /tmp.
 ENV DATA_URL=/data \
     HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \

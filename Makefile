@@ -1,10 +1,10 @@
-# Two commands do everything: `make demo` and `make test`. Each installs what it needs into .venv, once.
+# Start with `make demo` and `make test`. Both install what they need into .venv, once.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA := $(CURDIR)/data/demo
-# A tiny backbone on small images: learns drawn people in a minute on two cores. Leave these out for a real model.
+# A tiny backbone on small images learns drawn people in a minute on two cores. Leave these flags out for a real model.
 DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 80 --lr 2e-3 \
 	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
 
@@ -18,7 +18,7 @@ $(VENV)/.created:
 		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "making $(VENV) with $$($(PYTHON) -V)"
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
-	@# lib is found from any folder, but only by this environment.
+	@# Python of this environment, and no other, finds lib from any folder.
 	@echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/conv-facenet.pth"
 	@touch $@
 
@@ -32,7 +32,7 @@ $(VENV)/.development: requirements-dev.txt requirements.txt $(VENV)/.created
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime
 
-# From photos to a verified model, on drawn people or on your own data: make demo DATA_URL=/my/folder
+# From photos to a model with its report, on drawn people or on your own data: make demo DATA_URL=/my/folder
 demo: $(VENV)/.runtime
 ifdef DATA_URL
 	@$(BIN)/python jobs/preprocess.py --data "$(DATA_URL)"
@@ -51,11 +51,11 @@ endif
 test: $(VENV)/.development
 	@$(BIN)/python -m pytest $(TESTS)
 
-# The launchers on a real Slurm cluster; root alone can start one, and installs Slurm where it is missing.
+# Tests the launchers on a real Slurm cluster. Needs root to start one, and installs Slurm if it is missing.
 test-slurm: $(VENV)/.development
 	@$(BIN)/python -m pytest -m slurm --durations=20 --durations-min=5 tests/slurm
 
-# Builds the container image for real and runs it: minutes, 12 GB of disk, and root where the builder is to be installed.
+# Builds the container image and runs it: some minutes, 12 GB of disk, and root if buildah has to be installed.
 test-image: $(VENV)/.development
 	@$(BIN)/python -m pytest -m image tests/image
 
@@ -70,13 +70,13 @@ check: $(VENV)/.development
 docs: $(VENV)/.development
 	@$(BIN)/python docs/flags.py
 
-# The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/; drawn photos else.
+# The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/. Default: drawn photos.
 bench: $(VENV)/.development
 	@for script in detector_runtimes preprocess_quality preprocess_speed preprocess_memory preprocess_batches hostile_photos metrics_speed face_cache negative_search gallery_search train_speed training_job sweep_speed; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
 
-# The container image, by whichever builder is there and works: make image IMAGE=registry/me/conv-facenet:0.1.0
-# BUILD_ARGS are those of the Dockerfile: make image BUILD_ARGS="--build-arg BASE=python:3.11-slim"
+# Builds the container image with docker, podman or buildah: make image IMAGE=registry/me/conv-facenet:0.1.0
+# BUILD_ARGS passes build arguments of the Dockerfile: make image BUILD_ARGS="--build-arg BASE=python:3.11-slim"
 image:
 	@for builder in docker podman buildah; do \
 		if $$builder info > /dev/null 2>&1; then \

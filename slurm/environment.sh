@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034
-# Sourced on every node: the site's settings, and where python and ray come from.
-#   job_folder    on each node: Ray's files and the job's temporary ones; gone at its end
-#   inside        what stands before a command so that it runs in the environment
-#   step_options, step_prefix    the same for whole steps, where Slurm itself starts the container (pyxis)
+# Sourced on every node. Reads the site's settings and finds python and ray. Sets:
+#   job_folder    folder on each node for Ray's files and temporary files; removed when the job ends
+#   inside        prefix that runs a command in the environment
+#   step_options, step_prefix    the same for whole steps, where Slurm starts the container (pyxis)
 
 # shellcheck source=/dev/null
 if [ -f slurm/site.sh ]; then . slurm/site.sh; fi
@@ -16,9 +16,9 @@ usage_error() {
     exit 2
 }
 
-enter_container() { # sets the arrays above; folders are mounted at their own paths
+enter_container() { # set the arrays above; mount folders at their own paths
     local folder mounts=("$PWD" ${CONTAINER_MOUNTS[@]+"${CONTAINER_MOUNTS[@]}"})
-    # The image's python, and the TMPDIR of outside: ch-run would mount that on the image's /tmp.
+    # Use the image's python but the host's TMPDIR, which ch-run would mount on the image's /tmp.
     local prefix=(env "TMPDIR=$TMPDIR" "PATH=${CONTAINER_PATH:-/opt/venv/bin:/usr/local/bin:/usr/bin:/bin}")
     [[ ${DATA_URL:-} != /* ]] || mounts+=("$DATA_URL")
     [[ $job_folder == /tmp/* ]] || mounts+=("$NODE_SCRATCH")
@@ -45,7 +45,7 @@ enter_container() { # sets the arrays above; folders are mounted at their own pa
 }
 
 if [ -n "${IN_CONTAINER:-}" ]; then
-    : # Slurm has started this in the container
+    : # Slurm started this in the container
 elif [ -n "${CONTAINER:-}" ]; then
     enter_container
 elif [ -x .venv/bin/python ]; then

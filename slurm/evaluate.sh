@@ -1,5 +1,5 @@
 #!/bin/bash
-# A model, and faces or photos -> figures and a report:  sbatch [options of sbatch] slurm/evaluate.sh [flags of jobs/evaluate.py]
+# A model, and faces or photos -> metrics and a report:  sbatch [options of sbatch] slurm/evaluate.sh [flags of jobs/evaluate.py]
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -9,4 +9,4 @@
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --signal=B:USR1@120
-exec slurm/ray-cluster.sh jobs/evaluate.py "$@" # on all GPUs, where the job has any
+exec slurm/ray-cluster.sh jobs/evaluate.py "$@" # uses all GPUs of the allocation

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Photos -> report: submits preprocess, train and evaluate, each to start when the one before is done; prints their ids.
+# Photos -> report: submits preprocess, train and evaluate, which run one after the other, and prints their ids.
 #   slurm/pipeline.sh [options of sbatch, for all three] [-- flags of jobs/train.py]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ while (($#)) && [ "$1" != -- ]; do
     shift
 done
 [ $# = 0 ] || shift
-# The other two have to know which data and which run are meant.
+# The other two jobs need the data folder and the run's name.
 name=default previous=
 for flag in "$@"; do
     case $previous in --data) DATA_URL=$flag ;; --name) name=$flag ;; esac
@@ -20,7 +20,7 @@ done
 export DATA_URL=${DATA_URL:-$PWD/data}
 
 submitted=()
-submit() { # JOB [FLAG]...: after the one submitted last
+submit() { # JOB [FLAG]...: runs after the job submitted before
     local job=$1 id
     shift
     id=$(sbatch --parsable --kill-on-invalid-dep=yes ${submitted[0]:+"--dependency=afterok:${submitted[-1]}"} \

@@ -9,4 +9,4 @@
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --signal=B:USR1@120
-exec slurm/ray-cluster.sh jobs/preprocess.py "$@" # on all GPUs, where the job has any
+exec slurm/ray-cluster.sh jobs/preprocess.py "$@" # uses all GPUs of the allocation

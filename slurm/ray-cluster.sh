@@ -1,7 +1,7 @@
 #!/bin/bash
-# Run a job on Ray over all nodes of the allocation:  slurm/ray-cluster.sh jobs/JOB.py [FLAG]...
-# The launchers beside it end in this. It starts Ray on each node, runs the job on the first, ends what it has started,
-# and exits as the job does. A job that was asked to save and leave is put back into the queue.
+# Run a job on Ray, on all nodes of the allocation:  slurm/ray-cluster.sh jobs/JOB.py [FLAG]...
+# All launchers call this. It starts Ray on each node, runs the job on the first, stops what it started, and exits with
+# the job's status. A job that saved and stopped on a signal is queued again.
 set -u
 
 say() { printf '%(%F %T)T launcher: %s\n' -1 "$*" >&2; }
@@ -14,36 +14,36 @@ fi
 
 head=$SLURMD_NODENAME
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-num_cpus=() # of each node; Slurm says 4(x2),2
+num_cpus=() # per node; Slurm writes 4(x2),2
 IFS=, read -ra groups <<< "$SLURM_JOB_CPUS_PER_NODE"
 for group in "${groups[@]}"; do
     [[ $group =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]]
     for ((i = 0; i < ${BASH_REMATCH[3]:-1}; i++)); do num_cpus+=("${BASH_REMATCH[1]}"); done
 done
-# Three ports for each job, below those that Linux gives away by itself.
+# Three ports per job, below Linux's ephemeral ports.
 port=$((20000 + SLURM_JOB_ID % 4000 * 3))
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray
 start_limit_s=${RAY_START_LIMIT_S:-300}
-output=$(mktemp -d "$job_folder-output.XXXXXX") # what the steps print
+output=$(mktemp -d "$job_folder-output.XXXXXX") # output of the steps
 mem_per_node=${SLURM_MEM_PER_NODE:-0} mem_per_cpu=${SLURM_MEM_PER_CPU:-0}
-# Steps would take these as wishes of their own.
+# Steps would read these as their own requests.
 unset "${!SLURM_MEM_PER@}" "${!SLURM_GPUS_PER@}" SLURM_GPUS SLURM_NTASKS SLURM_NPROCS "${!SLURM_NTASKS_PER@}" \
     "${!SLURM_CPUS_PER@}" "${!SLURM_TRES_PER@}" SLURM_TASKS_PER_NODE
 
-steps=() # process ids of the steps, in the order of the nodes
+steps=() # process ids of the steps, in node order
 driver=
 asked= # requeue or cancel
 trap 'asked=${asked:-requeue}; [ -z "$driver" ] || kill -USR1 "$driver" 2> /dev/null' USR1
 trap 'asked=cancel; rm -rf "$output"; [ -z "$driver" ] || kill -TERM "$driver" 2> /dev/null' TERM INT
 
-on_node() { # NODE COMMAND...: a step beside the others, with all that the job has there
+on_node() { # NODE COMMAND...: a step beside the others, with all of the job's resources on that node
     local node=$1
     shift
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --mem=0 --cpu-bind=none --input=none --export=ALL \
         "${step_options[@]}" "${step_prefix[@]}" "$@"
 }
 
-find_head_ip() { # the address Slurm itself uses, as a number: a node's own name may mean the loopback to it
+find_head_ip() { # the IP address that Slurm uses: a node's own name may resolve to the loopback
     local address
     if [ -n "${RAY_INTERFACE:-}" ]; then
         ip -4 -o address show dev "$RAY_INTERFACE" | sed 's/.*inet \([0-9.]*\).*/\1/'
@@ -63,7 +63,7 @@ start_ray() {
     done
 }
 
-await_ray() { # until Ray runs on every node; else says on which it does not, and why
+await_ray() { # wait until Ray runs on every node, or report which node failed, and why
     local i missing limit=$((SECONDS + start_limit_s)) told=$((SECONDS + 15))
     while [ -z "$asked" ]; do
         missing=()
@@ -99,7 +99,7 @@ introduce() {
     say "running $*"
 }
 
-run_job() { # returns the job's exit status
+run_job() { # return the job's exit status
     local i lost=()
     if ((${#step_options[@]})); then
         on_node "$head" python "$@" &
@@ -132,7 +132,7 @@ end_job() {
         sleep 0.5
     done
     kill -KILL $driver 2> /dev/null
-    wait $driver 2> /dev/null # quietly: bash would say that it was killed
+    wait $driver 2> /dev/null # quiet: bash would report the kill
 }
 
 keep_ray_logs() {
@@ -148,7 +148,7 @@ keep_ray_logs() {
 }
 
 end_ray() {
-    kill -TERM "${steps[@]}" 2> /dev/null # srun passes it on
+    kill -TERM "${steps[@]}" 2> /dev/null # srun forwards it
     wait
     rm -rf "$output"
 }
@@ -165,13 +165,13 @@ if await_ray && [ -z "$asked" ]; then
     export RAY_ADDRESS=$head_ip:$port FIXED_NODES=1
     run_job "$@"
     status=$?
-    # Slurm may have asked Ray alone to end, as it does before it takes the nodes away.
+    # Slurm may have stopped only Ray, as it does before it takes the nodes away.
     if ((status != 0 && status != 2)) && grep -qsx "asked to end" "$output/$head"; then status=75; fi
 fi
 case $status in 0 | 2 | 75) ;; *) [ -n "$asked" ] || keep_ray_logs ;; esac
 end_ray
 
-# 75: all is saved. Over 128: the signal came before the job could heed it; what was done by then is there.
+# 75: everything is saved. Above 128: the signal came before the job could handle it; finished work is still saved.
 if [ "$asked" != cancel ] && { ((status == 75)) || { [ "$asked" = requeue ] && ((status > 128 || status == 1)); }; }; then
     say "the job is stopped and goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID" || say "it could not be queued again: submit the same command, it goes on"

@@ -1,17 +1,17 @@
 #!/bin/bash
-# Ray on one node, until it is asked to end:  ray-node.sh HEAD IP_OF_HEAD PORT NUM_CPUS MEMORY_MB
-# ray-cluster.sh starts it as a step of the job on each node. "Ray runtime started" on standard output says that it runs.
+# Run Ray on one node until a signal stops it:  ray-node.sh HEAD IP_OF_HEAD PORT NUM_CPUS MEMORY_MB
+# ray-cluster.sh starts it as a step on each node. "Ray runtime started" on standard output means that Ray runs.
 set -u
 . slurm/environment.sh
 head=$1 head_ip=$2 port=$3 num_cpus=$4 memory_mb=$5
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray/$SLURMD_NODENAME
 
 asked=
-# Slurm sends it to every process of the step, so to Ray's too, and kills soon after: what has to go goes at once.
+# Slurm sends the signal to every process of the step, Ray's too, and kills soon after. So clean up at once.
 trap '[ -n "$asked" ] || echo "asked to end"; asked=yes; rm -rf "$job_folder"' TERM INT
 
-# The address by which this node reaches the head, and that network's name: a host name may mean the loopback, and torch
-# and NCCL would otherwise choose a network by themselves.
+# Find this node's address towards the head, and the name of that network. A host name may resolve to the loopback, and
+# torch and NCCL might choose another network.
 find_network='
 import fcntl, socket, struct, sys
 probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -35,7 +35,7 @@ wait_for_head() {
     done
 }
 
-requeue_without_head() { # if the head's host has died: the batch script died with it, and Slurm lets the job run on
+requeue_without_head() { # when the head's host dies, the batch script dies too, but Slurm may let the job run on
     local hosts
     while [ -z "$asked" ]; do
         hosts=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *NodeList=//p')
@@ -56,7 +56,7 @@ export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=$
 options=(--block --disable-usage-stats --node-ip-address="$ip" --temp-dir="$job_folder")
 options+=(--num-cpus="$num_cpus" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --min-worker-port=0 --max-worker-port=0)
 if ((memory_mb)); then
-    # A third for objects, as far as shared memory has room for them.
+    # A third of the memory for objects, if shared memory has that much.
     room_mb=$(df --output=avail --block-size=1M /dev/shm | tail -n 1)
     objects_mb=$((memory_mb * 3 / 10 < room_mb * 9 / 10 ? memory_mb * 3 / 10 : room_mb * 9 / 10))
     options+=(--object-store-memory=$((objects_mb << 20)) --memory=$(((memory_mb - objects_mb) << 20)))
