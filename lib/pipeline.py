@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lib import cluster, storage
-from lib.config import absolute_url, default_data_url
+from lib.config import default_data_url
 from lib.errors import UserError
 from lib.evaluation.evaluating import KEPT_FIGURES, EvaluateConfig, evaluate
 from lib.faces.preprocessing import PreprocessConfig, preprocess
+from lib.layout import Layout
 from lib.parts import SUCCESS_NAME
 from lib.recognition.model import SPEC_NAME
 from lib.training.job import train
@@ -46,7 +47,7 @@ class PipelineConfig:
 
     def parts(self) -> tuple[PreprocessConfig, TrainConfig, EvaluateConfig]:
         """Return the configurations of the three jobs, each taking up what the one before has made."""
-        shared: dict[str, Any] = {"data": absolute_url(self.data, "--data"), "dry_run": self.dry_run}
+        shared: dict[str, Any] = {"data": Layout(self.data).url, "dry_run": self.dry_run}
         first = dataclasses.replace(self.preprocess, **shared)
         then = dataclasses.replace(self.train, **shared, faces=first.faces_url)
         faces = None if self.evaluate.photos is not None else first.faces_url

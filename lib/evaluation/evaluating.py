@@ -25,6 +25,7 @@ from lib.evaluation.pairs import Pairs, made_pairs, read_pairs
 from lib.evaluation.presenting import present
 from lib.faces import table
 from lib.faces.manifest import Manifest
+from lib.layout import Layout
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embedding import (
     FacesSource,
@@ -115,16 +116,16 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure the models, write `metrics.json` and the report, and return the first model's figures."""
     started = time.monotonic()
-    data = absolute_url(config.data, "--data")
-    urls = [find_model(data, given) for given in config.model or (None,)]
+    layout = Layout(config.data)
+    urls = [find_model(layout, given) for given in config.model or (None,)]
     embedders = [load_embedder(url, config.onnx) for url in urls]
-    sources = [_source(config, data, embedder) for embedder in embedders]
+    sources = [_source(config, layout, embedder) for embedder in embedders]
     photos, pairs, sources = _photos_and_pairs(config, sources)
     check_folds(pairs.same_P, pairs.fold_P)
     if config.strict or config.dry_run:  # else each is told of when its turn comes
         for source, embedder in zip(sources, embedders, strict=True):
             check_source(source, embedder, strict=config.strict)
-    output = _output(config, data, urls[0])
+    output = _output(config, layout, urls[0])
     result: dict[str, Any] = {"job": "evaluate", "report": storage.join(output, REPORT_NAME)}
     if config.dry_run:
         if pairs.note:
@@ -181,11 +182,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def _output(config: EvaluateConfig, data: str, first_model: str) -> str:
-    if config.output is not None:
-        return absolute_url(config.output, "--output")
+def _output(config: EvaluateConfig, layout: Layout, first_model: str) -> str:
     run, _, last = first_model.rstrip("/").rpartition("/")
-    return storage.join(run if last == "model" else data, "report")
+    given = storage.join(run, "report") if config.output is None and last == "model" else config.output
+    return layout.output("report", given)
 
 
 def _names(urls: Sequence[str]) -> list[str]:
@@ -193,12 +193,11 @@ def _names(urls: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({n})" for n, name in enumerate(names, 1)]
 
 
-def _source(config: EvaluateConfig, data: str, embedder: Embedder) -> Source:
+def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Source:
     if config.photos is None:
-        faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
-        return faces_source(faces_url, config.splits)
+        return faces_source(layout.faces(config.faces), config.splits)
     return photos_source(
-        absolute_url(config.photos, "--photos"),
+        layout.photos(config.photos),
         config.identities and absolute_url(config.identities, "--identities"),
         # One face a photo, whatever the model was trained on: pairs are of photos.
         replace(extraction_settings(embedder, config.detector_weights), policy="prominent"),

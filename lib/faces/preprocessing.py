@@ -20,6 +20,7 @@ from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
 from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
+from lib.layout import Layout
 from lib.parts import (
     PLAN_NAME,
     SUCCESS_ENTRIES,
@@ -112,17 +113,17 @@ class PreprocessConfig:
     @property
     def photos_url(self) -> str:
         """Where the photos are."""
-        return self._place(self.photos, "photos", "--photos")
+        return Layout(self.data).photos(self.photos)
 
     @property
     def identities_url(self) -> str:
         """Where the identities are, if they are in a file."""
-        return self._place(self.identities, "identities.txt", "--identities")
+        return Layout(self.data).identities(self.identities)
 
     @property
     def faces_url(self) -> str:
         """Where the faces go."""
-        return self._place(self.faces, "faces", "--faces")
+        return Layout(self.data).faces(self.faces)
 
     def settings(self) -> ExtractionSettings:
         """Return what decides the pixels."""
@@ -140,11 +141,6 @@ class PreprocessConfig:
     def columns(self) -> ParquetColumns:
         """Return the columns of Parquet input."""
         return ParquetColumns(image=self.image_column, identity=self.identity_column, photo=self.photo_column)
-
-    def _place(self, given: str | None, name: str, flag: str) -> str:
-        if given is not None:
-            return absolute_url(given, flag)
-        return storage.join(absolute_url(self.data, "--data"), name)
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:

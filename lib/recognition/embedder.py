@@ -18,6 +18,7 @@ from lib.config import absolute_url
 from lib.errors import UserError
 from lib.faces.alignment import EYES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint_differences, settings_from_fingerprint
+from lib.layout import Layout
 from lib.recognition.model import SPEC_NAME, ModelSpec, built_model, embed, read_model
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel, runtime_knows_gpus
 from lib.storage import exists, join, list_files, redacted
@@ -97,15 +98,15 @@ def model_folder(url: str) -> str:
     return within if not exists(join(url, SPEC_NAME)) and exists(join(within, SPEC_NAME)) else url
 
 
-def find_model(data_url: str, given: str | None) -> str:
-    """Return the model that a flag names, or the one that the runs below `data_url` hold.
+def find_model(layout: Layout, given: str | None) -> str:
+    """Return the model that a flag names, or the one that the runs of `layout` hold.
 
     Raises:
         UserError: no flag, and no run with a model or several of them.
     """
     if given is not None:
         return model_folder(absolute_url(given, "--model"))
-    runs = join(data_url, "runs")
+    runs = layout.runs()
     found = [info.path for info in list_files(runs, suffix=f"/model/{SPEC_NAME}")]
     if len(found) != 1:
         several = ", ".join(path.removesuffix(f"/model/{SPEC_NAME}") for path in found)

@@ -25,6 +25,7 @@ from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint,
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
+from lib.layout import Layout
 from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, write_plan
 from lib.recognition import embeddings_table
 from lib.recognition.embedder import (
@@ -147,26 +148,22 @@ Source = FacesSource | PhotosSource
 
 def embed_job(config: EmbedConfig) -> dict[str, Any]:
     """Make the embeddings table, or go on with it, and return its counts."""
-    data = absolute_url(config.data, "--data")
-    model_url = find_model(data, config.model)
+    layout = Layout(config.data)
+    model_url = find_model(layout, config.model)
     embedder = load_embedder(model_url, config.onnx)
     name = model_name(model_url)
-    if config.output is not None:
-        output = absolute_url(config.output, "--output")
-    else:
-        output = storage.join(data, "embeddings", name)
+    output = layout.embeddings(name, config.output)
     source: Source
     if config.photos is not None:
         source = photos_source(
-            absolute_url(config.photos, "--photos"),
+            layout.photos(config.photos),
             config.identities and absolute_url(config.identities, "--identities"),
             extraction_settings(embedder, config.detector_weights),
             split_seed=config.split_seed,
             splits=config.splits,
         )
     else:
-        faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
-        source = faces_source(faces_url, config.splits)
+        source = faces_source(layout.faces(config.faces), config.splits)
     return embed_source(
         source,
         embedder,

@@ -23,6 +23,7 @@ from lib import storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import table
+from lib.layout import Layout
 from lib.recognition.embedder import find_model, load_embedder
 from lib.recognition.embedding import faces_source
 from lib.recognition.model import EmbeddingModel, embed, load_model, resized_crops, standardized
@@ -78,8 +79,8 @@ class _WholeModel(nn.Module):
 
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write the ONNX file once it gives what the model gives, and return the difference and the speeds."""
-    data = absolute_url(config.data, "--data")
-    model_url = find_model(data, config.model)
+    layout = Layout(config.data)
+    model_url = find_model(layout, config.model)
     if model_url.endswith(".onnx"):
         raise UserError(f"--model {model_url} is an ONNX file already: name a model folder of this project")
     model = load_model(model_url)
@@ -87,8 +88,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     output = storage.join(folder, "model.onnx")
     if config.output is not None:
         output = absolute_url(config.output, "--output")
-    faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
-    crops_NHWC = resized_crops(real_crops(faces_url, NUM_CROPS), model.spec.image_size)
+    crops_NHWC = resized_crops(real_crops(layout.faces(config.faces), NUM_CROPS), model.spec.image_size)
     result: dict[str, Any] = {"job": "export", "onnx": output, "faces_checked": len(crops_NHWC)}
     if config.dry_run:
         return {**result, "dry_run": True}

@@ -26,6 +26,7 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import POLICIES
 from lib.faces.images import to_jpeg
+from lib.layout import Layout
 from lib.recognition.crops import read_crops
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embedding import check_source, embed_source, faces_source, model_name, photos_source
@@ -108,21 +109,16 @@ class IdentifyConfig:
 def identify(config: IdentifyConfig) -> dict[str, Any]:
     """Find the nearest gallery faces of every face in the photos, and write who they are."""
     started = time.monotonic()
-    data = absolute_url(config.data, "--data")
-    model_url = find_model(data, config.model)
+    layout = Layout(config.data)
+    model_url = find_model(layout, config.model)
     embedder = load_embedder(model_url, config.onnx)
     threshold = embedder.threshold if config.threshold is None else config.threshold
     if threshold is None:
         raise UserError(f"{model_url} has no threshold yet: choose one with jobs/evaluate.py, or give --threshold")
-    gallery_url = storage.join(data, "embeddings", model_name(model_url))
-    if config.gallery is not None:
-        gallery_url = absolute_url(config.gallery, "--gallery")
-    gallery = known_faces(gallery_url, embedder)
+    gallery = known_faces(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
     settings = replace(extraction_settings(embedder, config.detector_weights), policy=config.faces_policy)
     source = photos_source(absolute_url(config.photos, "--photos"), None, settings, with_identities=False)
-    output = storage.join(data, "matches")
-    if config.output is not None:
-        output = absolute_url(config.output, "--output")
+    output = layout.output("matches", config.output)
     num_people = len(set(gallery.identities))
     result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
     result |= {"gallery_identities": num_people, "threshold": threshold}
@@ -147,7 +143,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
 
     shown = found[:_SHEET_ROWS]
     probe_crops = read_crops(source, [probes.photos[n] for n in shown])
-    gallery_crops = _gallery_crops(config, data, [gallery.photos[g] for g in index_BK[:_SHEET_ROWS].ravel()])
+    gallery_crops = _gallery_crops(config, [gallery.photos[g] for g in index_BK[:_SHEET_ROWS].ravel()])
     rows = []
     for place, n in enumerate(shown):
         tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place], _PLAIN)]
@@ -229,8 +225,8 @@ def _matches(
     return pa.Table.from_pylist(rows, schema=MATCHES_SCHEMA)
 
 
-def _gallery_crops(config: IdentifyConfig, data: str, names: Sequence[str]) -> dict[str, bytes]:
-    faces_url = storage.join(data, "faces") if config.faces is None else absolute_url(config.faces, "--faces")
+def _gallery_crops(config: IdentifyConfig, names: Sequence[str]) -> dict[str, bytes]:
+    faces_url = Layout(config.data).faces(config.faces)
     if config.faces is None and not storage.exists(storage.join(faces_url, table.SUCCESS_NAME)):
         logger.info("no pictures of the gallery in the contact sheet: %s is no faces table (--faces)", faces_url)
         return {}

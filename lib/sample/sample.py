@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lib.config import absolute_url, default_data_url
+from lib.config import default_data_url
 from lib.errors import UserError
+from lib.layout import Layout
 from lib.sample.people import Moment, Person
 from lib.sample.scenery import ENCODINGS, photo_size, take_photo
 from lib.storage import exists, join, list_files, parquet_schema, redacted, remove, write_bytes, write_parquet
@@ -36,7 +37,6 @@ VERSION = 1
 KINDS = ("one", "two", "none", "broken")
 """How many people a photo shows, or that its file is broken on purpose."""
 
-PHOTOS_NAME = "photos"
 IDENTITIES_NAME = "identities.txt"
 LANDMARKS_NAME = "landmarks.parquet"
 MARKER_KEY = b"conv-facenet.sample"
@@ -99,12 +99,17 @@ class SampleConfig:
     """Do nothing if the folder already holds photos of your own. Without it they are an error."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", absolute_url(self.data, "--data"))
+        object.__setattr__(self, "data", Layout(self.data).url)
         for flag, value in (("identities", self.identities), ("photos-per-identity", self.photos_per_identity)):
             if not 1 <= value <= 10**6:
                 raise UserError(f"--{flag} is {value}: allowed are 1 to 1000000")
         if self.seed < 0:
             raise UserError(f"--seed is {self.seed}: allowed is 0 or more")
+
+    @property
+    def photos_url(self) -> str:
+        """Where the photos go."""
+        return Layout(self.data).photos()
 
     @property
     def plan(self) -> "SamplePlan":
@@ -174,7 +179,7 @@ def make_sample(config: SampleConfig) -> dict[str, Any]:
         UserError: files are there that this plan did not make.
     """
     start, plan = time.monotonic(), config.plan
-    if config.if_empty and any(list_files(join(config.data, PHOTOS_NAME))):
+    if config.if_empty and any(list_files(config.photos_url)):
         marker = _read_marker(config.data)
         if marker is None or marker[0] != plan:
             logger.info("%s holds other photos than this sample's: nothing to do", config.data)
@@ -195,7 +200,7 @@ def make_sample(config: SampleConfig) -> dict[str, Any]:
 
 def _check_destination(config: SampleConfig) -> tuple[bool, list[str]]:
     """Return whether the sample is there and complete, and the photos of an older one that must go."""
-    photos_url = join(config.data, PHOTOS_NAME)
+    photos_url = config.photos_url
     present = {name for name, _ in list_files(photos_url)}
     marker = _read_marker(config.data)
     if marker is None:
@@ -247,7 +252,7 @@ def _draw_all(config: SampleConfig, outdated: list[str]) -> None:
     # The marker goes first, so that after an interruption these photos are known as ours.
     _write_landmarks(config, [], complete=False)
     for name in outdated:
-        remove(join(config.data, PHOTOS_NAME, name))
+        remove(join(config.photos_url, name))
     lines = "".join(f"{plan.name(photo)} {plan.identity(photo)}\n" for photo in range(len(plan)))
     write_bytes(join(config.data, IDENTITIES_NAME), lines.encode())
     with _map(partial(_draw_one, config), range(len(plan))) as done:
@@ -257,7 +262,7 @@ def _draw_all(config: SampleConfig, outdated: list[str]) -> None:
 
 def _draw_one(config: SampleConfig, photo: int) -> list[dict[str, Any]]:
     data, rows = draw_photo(config.plan, photo)
-    write_bytes(join(config.data, PHOTOS_NAME, config.plan.name(photo)), data)
+    write_bytes(join(config.photos_url, config.plan.name(photo)), data)
     return rows
 
 

@@ -8,6 +8,7 @@ from lib.cluster import Gpus, check_gpus
 from lib.config import absolute_url, default_data_url
 from lib.device import Compile, Precision
 from lib.errors import UserError
+from lib.layout import Layout
 from lib.recognition.weights import INIT_NAMES
 from lib.training.augmentation import Level
 
@@ -256,20 +257,18 @@ class TrainConfig:
     @property
     def faces_url(self) -> str:
         """Where the faces are."""
-        if self.faces is not None:
-            return absolute_url(self.faces, "--faces")
-        return storage.join(absolute_url(self.data, "--data"), "faces")
+        return Layout(self.data).faces(self.faces)
 
     @property
     def run_url(self) -> str:
         """Where the run goes."""
-        return storage.join(absolute_url(self.data, "--data"), "runs", self.name)
+        return storage.join(Layout(self.data).runs(), self.name)
 
     def with_absolute_paths(self) -> "TrainConfig":
         """Return the same settings with absolute paths: workers have other working directories."""
         return replace(
             self,
-            data=absolute_url(self.data, "--data"),
+            data=Layout(self.data).url,
             faces=self.faces_url,
             init=self.init if self.init in INIT_NAMES else absolute_url(self.init, "--init"),
             cache_dir=self.cache_dir and absolute_url(self.cache_dir, "--cache-dir"),

@@ -22,6 +22,7 @@ from lib.evaluation.comparison import (
     varied_settings,
     winner_of,
 )
+from lib.layout import Layout
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.training import checkpoints
 from lib.training.history import Row, read_rows, write_history
@@ -56,36 +57,38 @@ class CompareConfig:
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Write the page that compares the runs, and the history of all their epochs."""
     started = time.monotonic()
-    data = absolute_url(config.data, "--data")
-    output = storage.join(data, "comparison") if config.output is None else absolute_url(config.output, "--output")
-    urls = [url for given in config.runs for url in _run_urls(data, given)] if config.runs else _runs_in(data)
+    layout = Layout(config.data)
+    output = layout.output("comparison", config.output)
+    urls = (
+        [url for given in config.runs for url in _run_urls(layout, given)] if config.runs else _runs_in(layout.runs())
+    )
     if not urls:
-        raise UserError(f"no run lies in {storage.join(data, 'runs')}: name runs, or train some with jobs/train.py")
+        raise UserError(f"no run lies in {layout.runs()}: name runs, or train some with jobs/train.py")
     urls = list(dict.fromkeys(urls))
     if config.dry_run:
         logger.info("%d runs would be compared into %s", len(urls), output)
         return {"job": "compare", "dry_run": True, "runs": urls, "output": output}
     storage.check_writable(output)
     runs = _distinct([read_run(url) for url in urls])
-    result = write_comparison(output, " and ".join(config.runs) or data, runs)
+    result = write_comparison(output, " and ".join(config.runs) or layout.url, runs)
     return {"job": "compare", **result, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _run_urls(data: str, given: str) -> list[str]:
+def _run_urls(layout: Layout, given: str) -> list[str]:
     """Return the runs that a word of the command line names.
 
     Raises:
         UserError: no run and no sweep is there.
     """
-    places = [absolute_url(given, "RUN"), storage.join(data, "runs", given), storage.join(data, "sweeps", given)]
+    places = [absolute_url(given, "RUN"), *(storage.join(folder, given) for folder in (layout.runs(), layout.sweeps()))]
     for url in places:
         if storage.exists(storage.join(url, SWEEP_NAME)):
             return trial_urls(url)
         if storage.exists(storage.join(url, CONFIG_NAME)):
             return [url]
     raise UserError(
-        f"{given!r} is neither a run nor a sweep, nor the name of one below {data}: name folders that hold "
-        f"{CONFIG_NAME} or {SWEEP_NAME}, such as {storage.join(data, 'runs', 'default')}"
+        f"{given!r} is neither a run nor a sweep, nor the name of one below {layout.url}: name folders that hold "
+        f"{CONFIG_NAME} or {SWEEP_NAME}, such as {storage.join(layout.runs(), 'default')}"
     )
 
 
@@ -95,8 +98,7 @@ def trial_urls(sweep_url: str) -> list[str]:
     return [storage.join(sweep_url, "runs", str(name)) for name in names]
 
 
-def _runs_in(data: str) -> list[str]:
-    runs = storage.join(data, "runs")
+def _runs_in(runs: str) -> list[str]:
     found = (info.path for info in storage.list_files(runs, suffix=f"/{CONFIG_NAME}"))
     return [storage.join(runs, path.removesuffix(f"/{CONFIG_NAME}")) for path in found if path.count("/") == 1]
 

@@ -11,8 +11,8 @@ import numpy as np
 import tyro
 
 from lib import storage
-from lib.config import absolute_url
 from lib.errors import UserError
+from lib.layout import Layout
 from lib.training.settings import NegativePolicy, TrainConfig
 
 ORIGINAL_LIMIT = 25_000
@@ -110,7 +110,7 @@ class SweepConfig:
     @property
     def url(self) -> str:
         """Where the sweep lies."""
-        return storage.join(absolute_url(self.train.data, "--data"), "sweeps", self.train.name)
+        return storage.join(Layout(self.train.data).sweeps(), self.train.name)
 
     def swept(self) -> dict[str, list[Any]]:
         """Return the values of each setting of a trial, by the names of `TrainConfig`.

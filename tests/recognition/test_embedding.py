@@ -12,6 +12,7 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.faces.alignment import ARCFACE, EYES, Alignment, align
 from lib.faces.images import Photo
+from lib.layout import Layout
 from lib.recognition.embedder import find_model
 from lib.recognition.embedding import BATCH_SIZE, EmbedWorker, embed_faces, model_name
 from lib.recognition.model import SPEC_NAME
@@ -100,12 +101,12 @@ def test_a_model_is_called_after_its_run(url: str, name: str) -> None:
 
 def test_the_one_run_with_a_model_is_the_default(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has a model yet"):
-        find_model(str(tmp_path), None)
+        find_model(Layout(str(tmp_path)), None)
     for run in ("a b", "c"):
         (tmp_path / "runs" / run / "model").mkdir(parents=True)
         (tmp_path / "runs" / run / "model" / SPEC_NAME).write_text("{}")
         if run == "a b":
-            assert find_model(str(tmp_path), None) == str(tmp_path / "runs" / "a b" / "model")
+            assert find_model(Layout(str(tmp_path)), None) == str(tmp_path / "runs" / "a b" / "model")
     with pytest.raises(UserError, match=r"2 runs in .* have a model \(a b, c\): name one by --model"):
-        find_model(str(tmp_path), None)
-    assert find_model(str(tmp_path), str(tmp_path / "runs" / "c")) == str(tmp_path / "runs" / "c" / "model")
+        find_model(Layout(str(tmp_path)), None)
+    assert find_model(Layout(str(tmp_path)), str(tmp_path / "runs" / "c")) == str(tmp_path / "runs" / "c" / "model")
