@@ -55,22 +55,13 @@ def settle(
     Raises:
         UserError: the folder holds the output of another plan, or files of someone else. `flag` names the folder.
     """
-    success_url, plan_url = storage.join(url, SUCCESS_NAME), storage.join(url, PLAN_NAME)
-    earlier = storage.read_json(plan_url, {"run_id": str, "fingerprint": dict}) if storage.exists(plan_url) else None
+    earlier, problem = earlier_plan(url, PLAN_NAME, plan)
     if earlier is not None and earlier.get("job") != plan.get("job"):
         raise UserError(
             f"{url} holds what another job made, which is never overwritten: choose another folder by {flag}"
         )
-    if earlier is not None:
-        different = differences(plan, earlier)
-        if not different:
-            return _finished(url, file_names)
-        problem = f"was made otherwise ({'; '.join(different)})"
-    else:
-        foreign = next(iter(storage.list_files(url)), None)
-        if foreign is None:
-            return None
-        problem = f"holds files that no plan of ours covers, such as {foreign.path}"
+    if not problem:
+        return None if earlier is None else _finished(url, file_names)
     if not overwrite:
         raise UserError(
             f"{url} {problem}: choose another folder by {flag}, go back to those settings, or replace it with "
@@ -81,14 +72,32 @@ def settle(
     before_removal()
     logger.info("removing what was made earlier in %s", storage.redacted(url))
     # What says that all is there goes first, and what says whose it is goes last.
-    storage.remove(success_url)
+    storage.remove(storage.join(url, SUCCESS_NAME))
     for info in storage.list_files(url, suffix=".parquet"):
         if info.path.startswith(PART_PREFIX):
             storage.remove(storage.join(url, info.path))
     for name in other_names:
         storage.remove(storage.join(url, name))
-    storage.remove(plan_url)
+    storage.remove(storage.join(url, PLAN_NAME))
     return None
+
+
+def earlier_plan(
+    url: str, plan_name: str, plan: Plan, *, defaults: Plan | None = None, begun: str | None = None
+) -> tuple[Plan | None, str]:
+    """Return the plan of the output in a folder, None where none has begun, and what keeps ours from going on there.
+
+    `defaults` are for `differences`. Files in the folder `begun` may be there before the plan is.
+    """
+    plan_url = storage.join(url, plan_name)
+    if storage.exists(plan_url):
+        earlier = storage.read_json(plan_url, {"fingerprint": dict})
+        different = "; ".join(differences(plan, earlier, defaults))
+        return earlier, f"was made with other settings ({different})" if different else ""
+    first = next(iter(storage.list_files(url)), None)
+    if first is None or (begun is not None and first.path.startswith(f"{begun}/")):
+        return None, ""
+    return None, f"holds files but no {plan_name}, such as {first.path}"
 
 
 def write_plan(url: str, plan: Plan) -> str:

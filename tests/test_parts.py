@@ -13,6 +13,7 @@ from lib.parts import (
     PLAN_NAME,
     SUCCESS_NAME,
     differences,
+    earlier_plan,
     present_files,
     read_success,
     run_parts,
@@ -72,6 +73,14 @@ def test_what_another_job_or_somebody_else_made_is_never_removed(
     with pytest.raises(UserError, match=r"mine\.txt"):
         settled(foreign, overwrite=overwrite)
     assert (foreign / "mine.txt").exists()
+
+
+def test_a_folder_without_a_plan_may_hold_what_is_written_before_it(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "checkpoints" / "1"), b"?")
+    assert earlier_plan(str(tmp_path), "config.json", PLAN, begun="checkpoints") == (None, "")
+    assert (
+        earlier_plan(str(tmp_path), "config.json", PLAN)[1] == "holds files but no config.json, such as checkpoints/1"
+    )
 
 
 def test_half_written_files_are_no_parts(begun: Path) -> None:

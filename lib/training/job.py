@@ -20,7 +20,7 @@ from lib import cluster, storage
 from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import crop_size, read_success
-from lib.parts import differences
+from lib.parts import earlier_plan
 from lib.recognition.model import EmbeddingModel, ModelSpec, initial_model
 from lib.training import checkpoints
 from lib.training.checkpoints import Progress
@@ -106,23 +106,15 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
     """Return how far a run of this very configuration is, None where it has not begun.
 
     Raises:
-        UserError: the folder holds a run of another configuration, or something else.
+        UserError: the folder holds a run of other settings, or something else.
     """
-    url = storage.join(config.run_url, CONFIG_NAME)
-    if not storage.exists(url):
-        foreign = next(iter(storage.list_files(config.run_url)), None)
-        if foreign is not None and not foreign.path.startswith(checkpoints.FOLDER):
-            raise UserError(
-                f"{config.run_url} holds files but no {CONFIG_NAME}, such as {foreign.path}: choose another --name"
-            )
-        return None
-    earlier = storage.read_json(url, {"fingerprint": dict})
     # Runs that are older than a setting had its default; what they began from, if they do not say, is not read again.
-    if different := differences(plan, earlier, {**asdict(TrainConfig()), "init": plan["init"]}):
-        raise UserError(
-            f"{config.run_url} is a run of another configuration ({'; '.join(different)}): choose another --name, or "
-            "go back to those settings"
-        )
+    defaults = {**asdict(TrainConfig()), "init": plan["init"]}
+    earlier, problem = earlier_plan(config.run_url, CONFIG_NAME, plan, defaults=defaults, begun=checkpoints.FOLDER)
+    if problem:
+        raise UserError(f"{config.run_url} {problem}: choose another --name, or go back to those settings")
+    if earlier is None:
+        return None
     return checkpoints.newest_progress(config.run_url)
 
 

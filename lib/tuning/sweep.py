@@ -21,7 +21,7 @@ from lib.errors import JobError, JobStopped, UserError
 from lib.evaluation.comparison import ComparedRun
 from lib.evaluation.pairs import made_pairs
 from lib.faces.table import crop_size, read_success
-from lib.parts import differences
+from lib.parts import earlier_plan
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.recognition.weights import INIT_NAMES
 from lib.training.control import create_control
@@ -58,7 +58,9 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     success = read_success(config.train.faces_url)
     trials = plan_trials(config)
     plan = _plan(config, success)
-    _settle(config.url, plan)
+    _, problem = earlier_plan(config.url, SWEEP_NAME, plan, defaults={**plan, **asdict(TrainConfig())})
+    if problem:
+        raise UserError(f"{config.url} {problem}: choose another --name, or go back to those settings")
     _check_models(trials, crop_size(success))
     counts = _check_faces(config.train)
     names = [trial.name for trial in trials]
@@ -102,21 +104,6 @@ def _plan(config: SweepConfig, success: dict[str, Any]) -> dict[str, Any]:
         "keep_one_in": config.keep_one_in,
         "init": config.train.init,
     }
-
-
-def _settle(url: str, plan: dict[str, Any]) -> None:
-    """Raise UserError where the folder holds a sweep of other settings, or something else."""
-    plan_url = storage.join(url, SWEEP_NAME)
-    if not storage.exists(plan_url):
-        foreign = next(iter(storage.list_files(url)), None)
-        if foreign is not None:
-            raise UserError(f"{url} holds files but no {SWEEP_NAME}, such as {foreign.path}: choose another --name")
-        return
-    earlier = storage.read_json(plan_url, {"fingerprint": dict})
-    if different := differences(plan, earlier, {**plan, **asdict(TrainConfig())}):
-        raise UserError(
-            f"{url} is a sweep of other settings ({'; '.join(different)}): choose another --name, or go back to those"
-        )
 
 
 def _check_models(trials: Sequence[Trial], crop_size: int) -> None:
