@@ -15,9 +15,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.inputs import drawn, run_job
@@ -27,6 +29,7 @@ from lib.training.batches import ASK_AHEAD, LOAD_AHEAD
 from lib.training.job import train
 from lib.training.losses import batch_triplet_loss, triplet_margin_loss
 from lib.training.settings import TrainConfig
+from lib.training.step import TrainingStep
 
 BATCH_SIZE = 96
 NUM_STEPS = 6
@@ -38,40 +41,53 @@ NUM_BLOCKS = 3
 TIMES_NAME = "times.json"
 
 
+class ObservedStep(TrainingStep):
+    """A step after which something is done."""
+
+    after: Callable[[], None]
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        super().__call__(*arguments, **named)
+        self.after()
+
+
 class TimedWorker(loop.Worker):
     """A worker that makes bare steps between its own and takes the time of both."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         torch.manual_seed(0)
-        size, batch_size = self.model.spec.image_size, BATCH_SIZE
-        self._bare_model = EmbeddingModel(self.model.spec).to(memory_format=torch.channels_last).train()
+        spec = self.state.model.spec
+        size, batch_size = spec.image_size, BATCH_SIZE
+        self._bare_model = EmbeddingModel(spec).to(memory_format=torch.channels_last).train()
         self._bare_optimizer = torch.optim.AdamW(self._bare_model.parameters(), lr=3e-4)
         self._images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
         self._labels = torch.arange(batch_size) // self.config.photos_per_person
         self._times: dict[str, list[float]] = {"random": [], "hard": [], "bare random": [], "bare hard": []}
         self._shares: dict[str, list[float]] = {"data_wait": [], "store_wait": [], "refresh": []}
+        assert isinstance(self.step, ObservedStep)
+        self.step.after = self._count_step
 
     def run(self) -> None:
         """Train, and write down the times."""
         super().run()
         (Path(self.config.run_url) / TIMES_NAME).write_text(json.dumps({**self._times, **self._shares}))
 
-    def _train_epoch(self) -> tuple[dict[str, float], float, float, float]:
-        hard = self.progress
-        self._policy = "hard" if self.progress.epoch % 2 else "random"
-        self.progress = dataclasses.replace(hard, negatives=self._policy)
+    def train_epoch(self) -> loop.EpochSteps:
+        """Train with random and with hard negatives in turns."""
+        before = self.state.progress.negatives
+        self._policy = "hard" if self.state.progress.epoch % 2 else "random"
+        self.state.progress = dataclasses.replace(self.state.progress, negatives=self._policy)
         self._num_own, self._bare_s = 0, 0.0
-        sums, data_wait_s, store_wait_s, train_s = super()._train_epoch()
-        self.progress = dataclasses.replace(self.progress, negatives=hard.negatives)
-        self._own_s = train_s - self._bare_s
+        steps = super().train_epoch()
+        self.state.progress = dataclasses.replace(self.state.progress, negatives=before)
+        self._own_s = steps.seconds["train"] - self._bare_s
         if self._policy == "hard":
-            self._shares["data_wait"].append(data_wait_s / self._own_s)
-            self._shares["store_wait"].append(store_wait_s / self._own_s)
-        return sums, data_wait_s, store_wait_s, train_s
+            self._shares["data_wait"].append(steps.seconds["data_wait"] / self._own_s)
+            self._shares["store_wait"].append(steps.seconds["store_wait"] / self._own_s)
+        return steps
 
-    def _step(self, *arguments: Any, **named: Any) -> None:
-        super()._step(*arguments, **named)
+    def _count_step(self) -> None:
         self._num_own += 1
         in_round = self._num_own % (NUM_UNTIMED + NUM_STEPS)
         if in_round == NUM_UNTIMED:
@@ -82,7 +98,7 @@ class TimedWorker(loop.Worker):
                 self._bare_step()
             bare_s = time.perf_counter() - ended
             self._bare_s += bare_s
-            if self.progress.epoch > 2:  # in the first of each kind everything is met for the first time
+            if self.state.progress.epoch > 2:  # in the first of each kind everything is met for the first time
                 self._times[self._policy].append(ended - self._block_began)
                 self._times[f"bare {self._policy}"].append(bare_s)
 
@@ -96,8 +112,9 @@ class TimedWorker(loop.Worker):
         loss.backward()
         self._bare_optimizer.step()
 
-    def _refresh_store(self) -> float:
-        seconds = super()._refresh_store()
+    def refresh_store(self, was_used_N: np.ndarray) -> float:
+        """Refresh, and note which share of the epoch it took."""
+        seconds = super().refresh_store(was_used_N)
         if self._policy == "hard":
             self._shares["refresh"].append(seconds / (self._own_s + seconds))
         return seconds
@@ -105,7 +122,7 @@ class TimedWorker(loop.Worker):
 
 def train_timed_worker(settings: dict[str, Any]) -> None:
     """Take the place of the function that Ray Train calls on every worker."""
-    loop.Worker = TimedWorker  # type: ignore[misc, assignment]
+    loop.Worker, loop.TrainingStep = TimedWorker, ObservedStep  # type: ignore[misc, assignment]
     loop.train_worker(settings)
 
 

@@ -31,6 +31,7 @@ from lib.training.history import read_rows
 from lib.training.job import train
 from lib.training.losses import batch_softmax_loss
 from lib.training.settings import TrainConfig
+from lib.training.step import TrainingStep
 
 STAMPS_NAME = "stamps.json"
 NUM_WARM, NUM_TIMED = 10, 40
@@ -49,27 +50,38 @@ class StampedWorker(loop.Worker):
         """Train, and write down the times."""
         super().run()
         self._stamps["last_epoch"] = time.time()
+        assert isinstance(self.step, FirstStep)
+        assert self.step.done_at is not None
+        self._stamps["first_step"] = self.step.done_at
         (Path(self.config.run_url) / STAMPS_NAME).write_text(json.dumps(self._stamps))
 
-    def _compile(self) -> None:
-        super()._compile()
+    def compile(self) -> None:
+        """Compile, and note when it is done."""
+        super().compile()
         self._stamps["compiled"] = time.time()
 
-    def _train_epoch(self) -> tuple[dict[str, float], float, float, float]:
-        policy = "random" if self.progress.epoch % 2 else "hard"
-        self.progress = dataclasses.replace(self.progress, negatives=policy)
-        return super()._train_epoch()
+    def train_epoch(self) -> loop.EpochSteps:
+        """Train with random and with hard negatives in turns."""
+        policy = "random" if self.state.progress.epoch % 2 else "hard"
+        self.state.progress = dataclasses.replace(self.state.progress, negatives=policy)
+        return super().train_epoch()
 
-    def _step(self, *arguments: Any, **named: Any) -> None:
-        super()._step(*arguments, **named)
-        if "first_step" not in self._stamps:
-            self._check_norms(max_left=0)
-            self._stamps["first_step"] = time.time()
+
+class FirstStep(TrainingStep):
+    """A step that notes when the first one was done."""
+
+    done_at: float | None = None
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        super().__call__(*arguments, **named)
+        if self.done_at is None:
+            self.settle()
+            self.done_at = time.time()
 
 
 def train_stamped_worker(settings: dict[str, Any]) -> None:
     """Take the place of the function that Ray Train calls on every worker."""
-    loop.Worker = StampedWorker  # type: ignore[misc, assignment]
+    loop.Worker, loop.TrainingStep = StampedWorker, FirstStep  # type: ignore[misc, assignment]
     loop.train_worker(settings)
 
 

@@ -99,6 +99,28 @@ def connect_control(run: str) -> Any:
     return ray.get_actor(_name(run), namespace=NAMESPACE)
 
 
+class StopRequests:
+    """Tells a worker whether it is asked to leave."""
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+        self._answer: Any = None
+
+    def is_asked(self) -> bool:
+        """Ask the control, and wait for its answer."""
+        return bool(ray.get(self._control.stop_requested.remote()))
+
+    def was_asked(self) -> bool:
+        """Return the control's last answer, and ask again; nobody waits."""
+        if self._answer is None:
+            self._answer = self._control.stop_requested.remote()
+        ready, _ = ray.wait([self._answer], timeout=0)
+        if not ready:
+            return False
+        self._answer = None
+        return bool(ray.get(ready[0]))
+
+
 def failure_error(failure: tuple[str, str]) -> UserError | JobError:
     """Return the error that a worker gave up with."""
     kind, message = failure

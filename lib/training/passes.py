@@ -104,7 +104,7 @@ class StoreUpkeep:
 
     store: FeatureStore
     cache: FaceCache
-    how: EmbeddingPass
+    embedding: EmbeddingPass
 
     def fill(self, model: EmbeddingModel, step: int) -> int:
         """Embed every photo that has no feature; return how many there were.
@@ -129,7 +129,7 @@ class StoreUpkeep:
 
     def _embed(self, rows: Ints | None, model: EmbeddingModel, step: int) -> int:
         rows = collective.broadcast(rows)
-        for batch in self.how.over(rows[collective.rank() :: collective.num_workers()], self.cache, model):
+        for batch in self.embedding.over(rows[collective.rank() :: collective.num_workers()], self.cache, model):
             whole_M = ~batch.failed_M
             self.store.write(batch.rows_M[whole_M], batch.embeddings_MD[whole_M], step=step)
         self.store.flush()

@@ -40,38 +40,38 @@ def begun(config: TrainConfig) -> Worker:
 
 
 def gone_on(worker: Worker) -> Worker:
-    job = WorkerJob(config=worker.config, spec=worker.model.spec, num_shards=0, use_gpu=False)
+    job = WorkerJob(config=worker.config, spec=worker.state.model.spec, num_shards=0, use_gpu=False)
     return Worker(job, CONTROL, torch.device("cpu"))
 
 
 def test_suspects_found_before_a_restart_stay(config: TrainConfig) -> None:
     worker = begun(config)
-    worker.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
-    worker._save(worker.progress, worker.usage.counts_3N, worker._all_suspects())
-    assert len(gone_on(worker).suspects) == 1
+    worker.state.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
+    worker.state.save(config.run_url, worker.state.progress, worker.state.usage.counts_3N, worker._all_suspects())
+    assert len(gone_on(worker).state.suspects) == 1
 
 
 def test_a_checkpoint_of_an_older_version_has_none(config: TrainConfig) -> None:
-    assert len(gone_on(begun(config)).suspects) == 0
+    assert len(gone_on(begun(config)).state.suspects) == 0
 
 
 def test_the_usage_stands_before_the_last_checkpoint_does(config: TrainConfig) -> None:
     """A job killed between the two finds the run finished, and writes nothing any more."""
     worker = begun(config)
-    record = RunRecord(config, worker.progress, worker.cache, CONTROL)
+    record = RunRecord(config, worker.state.progress, worker.data.train, CONTROL)
     names = ("loss", "steps", "triplets", "active", "positive", "negative", "images")
     outcome = EpochOutcome(
         sums=dict.fromkeys(names, 1.0),
         figures=Figures(row={}, loss=1.0, loss_random=1.0, variance=1.0, metrics={}),
-        usage_3N=np.ones((3, len(worker.cache)), np.int32),
+        usage_3N=np.ones((3, len(worker.data.train)), np.int32),
         suspects=SuspectLog(),
         staleness={},
         num_corrupt=0,
         num_filled=0,
         seconds=dict.fromkeys(("train", "data_wait", "store_wait", "refresh", "epoch"), 1.0),
     )
-    assert record.end_epoch(worker.progress, outcome, worker.evaluated).finished
-    assert storage.read_parquet(storage.join(config.run_url, "usage.parquet")).num_rows == len(worker.cache)
+    assert record.end_epoch(worker.state.progress, outcome, worker.state.evaluated).finished
+    assert storage.read_parquet(storage.join(config.run_url, "usage.parquet")).num_rows == len(worker.data.train)
     assert "- init: none" in storage.read_bytes(storage.join(config.run_url, "model", "README.md")).decode()
 
 

@@ -16,9 +16,10 @@ from lib.recognition.model import ModelSpec
 from lib.training.augmentation import BatchLoader, LoadTask
 from lib.training.batches import StoredVectors, TrainingBatch
 from lib.training.job import _begin
-from lib.training.loop import Worker, WorkerJob, repeated_blocks
+from lib.training.loop import Worker, WorkerJob
 from lib.training.objective import EpochSums
 from lib.training.settings import TrainConfig
+from lib.training.trial_runs import _run, repeated_blocks
 from tests.training.learnable_faces import write_faces
 
 CPU = torch.device("cpu")
@@ -51,17 +52,15 @@ def made(faces: Path, tmp_path: Path, device: torch.device = CPU, **settings: An
     spec = ModelSpec(backbone=config.backbone, embedding_dim=8, image_size=32)
     spec = _begin(config, {"fingerprint": {}}, spec)
     job = WorkerJob(config=config, spec=spec, num_shards=0, use_gpu=device.type == "cuda")
-    worker = Worker(job, CONTROL, device)
-    worker._epoch_usage = np.zeros(len(worker.cache), bool)
-    return worker
+    return Worker(job, CONTROL, device)
 
 
 def batch_of(worker: Worker, number: int = 0, num_stored: int = 0) -> TrainingBatch:
     config = worker.config
-    loader = BatchLoader(cache=worker.cache, size=32, level="strong", seed=0, epoch=1, upload=worker.upload)
+    loader = BatchLoader(cache=worker.data.train, size=32, level="strong", seed=0, epoch=1, upload=worker.data.upload)
     rng = np.random.default_rng(number)
     shape = (3, 8) if config.batch == "triplets" else (6, 4)
-    loaded = loader(LoadTask(rows=rng.integers(len(worker.cache), size=shape), first_draw=24 * number))
+    loaded = loader(LoadTask(rows=rng.integers(len(worker.data.train), size=shape), first_draw=24 * number))
     stored = None
     if num_stored:
         stored = StoredVectors(rng.normal(size=(num_stored, 8)).astype(np.float32), np.arange(num_stored) - 1)
@@ -87,13 +86,13 @@ class RefuseToWait(TorchDispatchMode):
 )
 def test_no_operation_of_a_step_waits_for_the_device(faces: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     worker = made(faces, tmp_path, **settings)
-    worker.optimizer = torch.optim.AdamW(worker.model.parameters(), fused=True)  # as on GPUs
+    worker.state.optimizer = torch.optim.AdamW(worker.state.model.parameters(), fused=True)  # as on GPUs
     sums = EpochSums(CPU, {})
-    worker._step(batch_of(worker), sums, 1e-3)  # the first one makes the optimiser's state
+    worker.step(batch_of(worker), sums, 1e-3)  # the first one makes the optimiser's state
     with RefuseToWait():
-        worker._step(batch_of(worker, 1, num_stored=0 if "batch" in settings else 5), sums, 1e-3)
-    worker._settle()
-    assert worker.progress.step == 2
+        worker.step(batch_of(worker, 1, num_stored=0 if "batch" in settings else 5), sums, 1e-3)
+    worker.step.settle()
+    assert worker.state.progress.step == 2
     assert sums.values()[1] == 48
 
 
@@ -106,37 +105,37 @@ def test_no_step_waits_for_a_gpu(faces: Path, tmp_path: Path, settings: dict[str
     worker = made(faces, tmp_path, device, **settings)
     sums = EpochSums(device, {})
     try:
-        worker._compile()
+        worker.compile()
         batches = [batch_of(worker, n, num_stored=0 if "batch" in settings else 5) for n in range(8)]
         for batch in batches[:3]:
-            worker._step(batch, sums, 1e-3)
+            worker.step(batch, sums, 1e-3)
         torch.cuda.set_sync_debug_mode("error")
         for batch in batches[3:]:
-            worker._step(batch, sums, 1e-3)
+            worker.step(batch, sums, 1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         worker.close()
-    worker._settle()
-    assert worker.progress.step == 8
+    worker.step.settle()
+    assert worker.state.progress.step == 8
     assert np.isfinite(sums.values()).all()
 
 
 def test_a_gradient_that_is_not_finite_names_its_step_before_anything_is_written(faces: Path, tmp_path: Path) -> None:
     worker = made(faces, tmp_path)
-    worker._step(batch_of(worker), EpochSums(CPU, {}), 1e-3)
+    worker.step(batch_of(worker), EpochSums(CPU, {}), 1e-3)
     with torch.no_grad():
-        worker.model.head[0].bias.fill_(torch.nan)
+        worker.state.model.head[0].bias.fill_(torch.nan)
     with pytest.raises(JobError, match=r"^the loss is not finite at step 2 \(epoch 1, learning rate 0.001\): "):
-        worker._step(batch_of(worker, 1), EpochSums(CPU, {}), 1e-3)
+        worker.step(batch_of(worker, 1), EpochSums(CPU, {}), 1e-3)
 
 
 def test_what_has_not_come_yet_is_looked_at_before_a_checkpoint(faces: Path, tmp_path: Path) -> None:
     worker = made(faces, tmp_path)
     late = SimpleNamespace(is_there=False, numpy=lambda: np.float32(np.nan))
-    worker._unchecked.extend([("step 7", late)] * 2)  # type: ignore[list-item]
-    worker._check_norms(max_left=2)
+    worker.step._norms.extend([("step 7", late)] * 2)  # type: ignore[list-item]
+    worker.step._check_norms(max_left=2)
     with pytest.raises(JobError, match="not finite at step 7"):
-        worker._settle()
+        worker.step.settle()
 
 
 def test_batches_that_are_added_up_make_one_step_with_the_mean_of_their_gradients(faces: Path, tmp_path: Path) -> None:
@@ -145,22 +144,22 @@ def test_batches_that_are_added_up_make_one_step_with_the_mean_of_their_gradient
         worker = made(faces, tmp_path / str(accumulate), ema=0)
         first, second = batch_of(worker, 0), batch_of(worker, 1)
         kept: list[torch.Tensor] = []
-        parameters = list(worker.model.parameters())
+        parameters = list(worker.state.model.parameters())
 
         def keep(_: float, parameters: list[Any] = parameters, kept: list[torch.Tensor] = kept) -> None:
             kept.extend([parameter.grad.clone() for parameter in parameters])
 
-        worker._update = keep  # type: ignore[method-assign]
+        worker.step._update = keep  # type: ignore[method-assign]
         sums = EpochSums(CPU, {})
         if accumulate:
-            worker._step(first, sums, 1e-3, share=0.5, is_last=False)
+            worker.step(first, sums, 1e-3, share=0.5, is_last=False)
             assert not kept
-            worker._step(second, sums, 1e-3, share=0.5)
+            worker.step(second, sums, 1e-3, share=0.5)
             gradients.append(kept)
         else:
-            worker._step(first, sums, 1e-3)
-            worker.optimizer.zero_grad()
-            worker._step(second, sums, 1e-3)
+            worker.step(first, sums, 1e-3)
+            worker.state.optimizer.zero_grad()
+            worker.step(second, sums, 1e-3)
             half = len(kept) // 2
             gradients.append([(a + b) / 2 for a, b in zip(kept[:half], kept[half:], strict=True)])
     for summed, mean in zip(*gradients, strict=True):
@@ -184,20 +183,28 @@ def test_an_automatic_batch_is_the_usual_one_on_a_cpu_and_stays_what_it_was_foun
     monkeypatch.setattr(devices, "largest_batch", lambda *_, **__: 27)
     worker = made(faces, tmp_path / "b", batch_size="auto")
     assert worker.config.batch_size == 24, "people of 4 photos"
-    progress = dataclasses.replace(worker.progress, step=1)
-    worker._save(progress, worker.usage.counts_3N, worker.suspects)
+    progress = dataclasses.replace(worker.state.progress, step=1)
+    worker.state.save(worker.config.run_url, progress, worker.state.usage.counts_3N, worker.state.suspects)
     monkeypatch.setattr(devices, "largest_batch", lambda *_, **__: 1000)
-    assert Worker(worker.job, CONTROL, CPU).config.batch_size == 24
+    job = WorkerJob(
+        config=dataclasses.replace(worker.config, batch_size="auto"),
+        spec=worker.state.model.spec,
+        num_shards=0,
+        use_gpu=False,
+    )
+    assert Worker(job, CONTROL, CPU).config.batch_size == 24
     with pytest.raises(UserError, match="memory holds no batch"):
         TrainConfig(data="d", batch_size="auto").with_batch_of(7)
 
 
 def test_trial_runs_leave_the_model_as_it_was(faces: Path, tmp_path: Path) -> None:
     worker = made(faces, tmp_path, backbone="resnet18", batch_norm="batch")
-    before = {name: tensor.clone() for name, tensor in worker.model.state_dict().items()}
-    with worker._state_kept():
-        worker._try(8)
-        assert not worker.model.state_dict()["backbone.bn1.running_mean"].equal(before["backbone.bn1.running_mean"])
-    for name, tensor in worker.model.state_dict().items():
+    before = {name: tensor.clone() for name, tensor in worker.state.model.state_dict().items()}
+    with worker.state.kept():
+        _run(worker.state, worker.config, CPU, 8)
+        assert not worker.state.model.state_dict()["backbone.bn1.running_mean"].equal(
+            before["backbone.bn1.running_mean"]
+        )
+    for name, tensor in worker.state.model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], msg=name)
-    assert all(parameter.grad is None for parameter in worker.model.parameters())
+    assert all(parameter.grad is None for parameter in worker.state.model.parameters())

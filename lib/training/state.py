@@ -1,0 +1,126 @@
+"""What a run is between two steps: its model, optimiser and counts, and how far it is. A checkpoint is its picture."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lib import device as devices
+from lib.recognition.model import EmbeddingModel, ModelSpec
+from lib.training import checkpoints
+from lib.training.averaging import AveragedWeights
+from lib.training.checkpoints import Checkpoint, Progress
+from lib.training.freezing import checkpoint_activations, fix_statistics, freeze_stages
+from lib.training.settings import TrainConfig
+from lib.training.suspects import SuspectLog
+from lib.training.triplets import UsageCounter
+
+Counts = npt.NDArray[np.int32]
+
+
+class TrainingState:
+    """The state of one worker.
+
+    Attributes:
+        progress: how far the run is.
+        model: the model that learns.
+        averaged: the average of its weights, None with `--ema 0`.
+        usage, suspects: what this worker has counted and found; a checkpoint's are those of all workers.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        num_photos: int,
+        is_first: bool,
+    ) -> None:
+        """Take up a checkpoint. The first worker takes the counts, so that their sum over all workers stays right."""
+        tensors = checkpoint.tensors
+        self.progress = checkpoint.progress
+        self.model = EmbeddingModel(spec).to(device).to(memory_format=torch.channels_last)
+        self.model.load_state_dict(checkpoints.without_prefix("model", tensors))
+        freeze_stages(self.model, config.frozen_stages)
+        if config.checkpoint_activations:
+            checkpoint_activations(self.model)
+        self.averaged: AveragedWeights | None = None
+        if config.ema:
+            self.averaged = AveragedWeights(self.model, config.ema)
+            if averaged := checkpoints.without_prefix("averaged", tensors):
+                self.averaged.load_state_dict(averaged)
+        self.optimizer = devices.adamw(_parameter_groups(self.model, config.weight_decay), device, lr=config.lr)
+        if optimizer := checkpoints.without_prefix("optimizer", tensors):
+            checkpoints.restore_optimizer(self.optimizer, optimizer)
+        self.usage = UsageCounter(num_photos)
+        if is_first and "usage" in tensors:
+            self.usage.counts_3N = tensors["usage"].numpy().copy()
+        self.suspects = SuspectLog.from_tensors(checkpoints.without_prefix("suspects", tensors) if is_first else {})
+        self._random_state = tensors.get("random_state") if is_first else None
+
+    @property
+    def evaluated(self) -> EmbeddingModel:
+        """The model that is validated, fills the feature store, and is saved: the average where there is one."""
+        return self.model if self.averaged is None else cast(EmbeddingModel, self.averaged.module)
+
+    def train_mode(self) -> None:
+        """Put the model into training mode; BatchNorm keeps its statistics where the run says so."""
+        self.model.train()
+        if self.progress.fixed_statistics:
+            fix_statistics(self.model)
+
+    def seed_torch(self, seed: int, rank: int, first_step: int) -> None:
+        """Make torch's draws, such as dropout, follow from seed, epoch and worker, or from the checkpoint."""
+        if self._random_state is not None and first_step:
+            torch.set_rng_state(self._random_state)
+        else:
+            sequence = np.random.SeedSequence((seed, self.progress.epoch, rank, first_step))
+            torch.manual_seed(int(sequence.generate_state(1)[0]))
+        self._random_state = None
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Undo at the end what trial runs in training mode leave behind: gradients, statistics and random draws."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        random_state = torch.get_rng_state()
+        self.train_mode()
+        yield
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        self.model.zero_grad(set_to_none=True)
+        torch.set_rng_state(random_state)
+
+    def save(self, run_url: str, progress: Progress, usage_3N: Counts, suspects: SuspectLog) -> None:
+        """Write a checkpoint, with the counts and suspects of all workers.
+
+        Raises:
+            JobError: the storage is full or away; earlier checkpoints are as they were.
+        """
+        averaged = self.averaged.state_dict() if self.averaged is not None else {}
+        checkpoints.write(
+            run_url,
+            progress,
+            {
+                **checkpoints.prefixed("model", self.model.state_dict()),
+                **checkpoints.prefixed("averaged", averaged),
+                **checkpoints.prefixed("optimizer", checkpoints.flat_optimizer(self.optimizer)),
+                **checkpoints.prefixed("suspects", suspects.to_tensors()),
+                "usage": torch.from_numpy(usage_3N),
+                "random_state": torch.get_rng_state(),
+            },
+        )
+
+
+def _parameter_groups(model: EmbeddingModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Leave norms and biases, the parameters of one dimension, without weight decay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]

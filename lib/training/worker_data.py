@@ -1,0 +1,66 @@
+"""What a worker reads: the crops of its node's cache, and the threads or processes that decode them."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+from lib import device as devices
+from lib.training.decoders import Decoders
+from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
+from lib.training.passes import EmbeddingPass
+from lib.training.settings import TrainConfig
+
+MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerData:
+    """The photos of a run, and how this worker loads and embeds them."""
+
+    train: FaceCache
+    val: FaceCache | None
+    """None where no photo of a validation person is aligned."""
+    num_threads: int
+    decoders: Decoders | None
+    """Processes that decode for a GPU; a CPU's threads do it themselves."""
+    upload: devices.Upload
+    embedding: EmbeddingPass
+
+    def close(self) -> None:
+        """End the processes that decode."""
+        if self.decoders is not None:
+            self.decoders.close()
+
+
+def open_data(config: TrainConfig, device: torch.device) -> WorkerData:
+    """Copy the crops to this node where they are not there yet, and start what decodes them.
+
+    Raises:
+        UserError: no crop to train on, or a part of the table is damaged.
+    """
+    folder = config.cache_dir or default_folder()
+    train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=config.photos_limit))
+    val = None
+    # Nothing else is borne: training on would hide a damaged part, which other nodes may not see.
+    with contextlib.suppress(NoFacesError):
+        val = FaceCache(build_cache(config.faces_url, ["val"], folder))
+    num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
+    num_threads = config.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
+    decoders = None
+    if device.type == "cuda":
+        decoders = Decoders(config.loader_threads or min(MAX_LOADER_PROCESSES, num_cpus))
+    return WorkerData(
+        train=train,
+        val=val,
+        num_threads=num_threads,
+        decoders=decoders,
+        upload=devices.Upload(device),
+        embedding=EmbeddingPass(
+            device=device,
+            precision=devices.chosen_precision(config.precision, device),
+            num_threads=num_threads,
+            decoders=decoders,
+        ),
+    )
