@@ -62,7 +62,7 @@ class TimedWorker(loop.Worker):
         self._bare_model = EmbeddingModel(spec).to(memory_format=torch.channels_last).train()
         self._bare_optimizer = torch.optim.AdamW(self._bare_model.parameters(), lr=3e-4)
         self._images = torch.randn(batch_size, 3, size, size).to(memory_format=torch.channels_last)
-        self._labels = torch.arange(batch_size) // self.config.photos_per_person
+        self._labels = torch.arange(batch_size) // self.config.sampling.photos_per_person
         self._times: dict[str, list[float]] = {"random": [], "hard": [], "bare random": [], "bare hard": []}
         self._shares: dict[str, list[float]] = {"data_wait": [], "store_wait": [], "refresh": []}
         assert isinstance(self.step, ObservedStep)
@@ -104,10 +104,10 @@ class TimedWorker(loop.Worker):
 
     def _bare_step(self) -> None:
         embeddings = self._bare_model(self._images)
-        if self.config.batch == "identities":
-            loss = batch_triplet_loss(embeddings, self._labels, margin=self.config.margin).mean
+        if self.config.sampling.batch == "identities":
+            loss = batch_triplet_loss(embeddings, self._labels, margin=self.config.objective.margin).mean
         else:
-            loss = triplet_margin_loss(*embeddings.chunk(3), margin=self.config.margin).mean
+            loss = triplet_margin_loss(*embeddings.chunk(3), margin=self.config.objective.margin).mean
         self._bare_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._bare_optimizer.step()
@@ -129,7 +129,7 @@ def train_timed_worker(settings: dict[str, Any]) -> None:
 def times_of_job(data: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Train, and return the seconds of all blocks and the shares of each epoch."""
     num_steps = NUM_BLOCKS * (NUM_UNTIMED + NUM_STEPS)
-    config = TrainConfig(
+    config = TrainConfig.of(
         data=str(data),
         name="timed",
         cache_dir=str(data / "cache"),

@@ -112,7 +112,7 @@ def write_faces(faces: Path, options: argparse.Namespace) -> None:
 
 def settings(data: Path, options: argparse.Namespace) -> TrainConfig:
     """Return the settings of the job."""
-    return TrainConfig(
+    return TrainConfig.of(
         data=str(data),
         name="timed",
         cache_dir=str(data / "cache"),

@@ -50,12 +50,13 @@ def page() -> str:
 def _section(config: type, heading: str, sections: dict[type, str]) -> Iterator[str]:
     """Yield a heading, the table of a class, and what it holds; classes that have a section already are linked to."""
     job = heading.lstrip("# ")
+    is_prefixed = getattr(config, "PREFIXED", False)
     sections[config] = job
     rows, nested = [], []
     for field, hint, documentation in _fields(config):
         kind = get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            nested.append((field.name, kind, "" if hasattr(hint, "__metadata__") else f"--{field.name}."))
+            nested.append((field.name, kind, f"--{field.name}." if is_prefixed else ""))
         else:
             rows.append(f"| {_flag(field, hint)} | {_values(kind)} | {_default(field)} | {_cell(documentation)} |\n")
     yield f"{heading}\n\n{_cell(inspect.getdoc(config) or '')}\n"
@@ -64,6 +65,9 @@ def _section(config: type, heading: str, sections: dict[type, str]) -> Iterator[
     for name, kind, prefix in nested:
         if kind in sections:
             after = f", each after `{prefix}`: `{prefix}data` and so on" if prefix else ""
+            groups = [each.name for each in dataclasses.fields(kind) if dataclasses.is_dataclass(each.default)]
+            if prefix and groups:
+                after += f"; the groups of flags add their names, as in `{prefix}{groups[0]}.`"
             yield f"And the flags of [{sections[kind]}](#{sections[kind].replace(' ', '-')}){after}.\n"
         else:
             yield from _section(kind, f"### {job} {name}", sections)

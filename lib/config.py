@@ -1,7 +1,6 @@
 """How every job starts and ends: flags become a dataclass, the result one line of JSON, errors exit statuses."""
 
 import contextlib
-import difflib
 import json
 import logging
 import os
@@ -9,14 +8,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar, cast
 
-import tyro
-from tyro import _errors as refusals
-
 from lib.errors import JobError, JobStopped, StopSignal, UserError
+from lib.flags import parsed
 from lib.redaction import StreamWithoutSecrets, redacted
 
 Config = TypeVar("Config")
@@ -89,11 +86,7 @@ def run_job(
         if {"-h", "--help"} & set(sys.argv[1:]):
             # The help is wrapped at the terminal's width, which would cut a secret in two that no one then recognises.
             os.environ["DATA_URL"] = redacted(os.environ.get("DATA_URL", ""))
-        with _one_line_refusals(config_type):
-            if defaults is None:
-                config = tyro.cli(config_type, description=description)
-            else:
-                config = tyro.cli(config_type, description=description, default=defaults(sys.argv[1:]))
+        config = parsed(config_type, sys.argv[1:], description=description, defaults=defaults)
         # The result alone goes to standard output; Ray would print there what its nodes say.
         with contextlib.redirect_stdout(sys.stderr):
             result = job(config)
@@ -116,36 +109,6 @@ def run_job(
         sys.exit(EXIT_FAILURE)
     print(json.dumps(result), flush=True)
     sys.exit(0)
-
-
-@contextlib.contextmanager
-def _one_line_refusals(config_type: type) -> Iterator[None]:
-    """Raise UserError, which becomes one line, in the place of each box that tyro would draw."""
-    flags = [f"--{name.replace('_', '-')}" for name in getattr(config_type, "__dataclass_fields__", ())]
-
-    def refuse(event: refusals.ParseErrorEvent) -> None:
-        raise UserError(f"{_refusal(event, flags)}: run {event.prog} --help for the flags and their values")
-
-    with refusals.on_parse_error(refuse):
-        yield
-
-
-def _refusal(event: refusals.ParseErrorEvent, flags: Sequence[str]) -> str:
-    if isinstance(event, refusals.UnrecognizedArgs):
-        token = event.tokens[0]
-        meant = difflib.get_close_matches(token.partition("=")[0], flags, 1, 0.75) if token.startswith("--") else ()
-        return f"{token!r} is not understood" + "".join(f", is {flag} meant?" for flag in meant)
-    if isinstance(event, refusals.InvalidChoice):
-        return f"{event.argument.display_name()} is {event.value!r}: allowed is {', '.join(event.choices)}"
-    if isinstance(event, refusals.BadValue):
-        return f"{event.argument.display_name()} has no value"
-    if isinstance(event, refusals.MissingArgs):
-        return f"{event.missing_arguments[0].arg.display_name()} is missing"
-    if isinstance(event, refusals.InstantiationFailure):
-        argument = event.argument
-        name = f"{argument.display_name()} takes {argument.lowered.metavar}: " if argument else ""
-        return name + " ".join(str(event.message).split())
-    return type(event).__name__
 
 
 def _check_utf8(text: str, what: str) -> None:

@@ -3,9 +3,9 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lib import cluster, storage
 from lib.config import default_data_url
@@ -17,7 +17,7 @@ from lib.parts import SUCCESS_NAME
 from lib.recognition.model import SPEC_NAME
 from lib.training.job import train
 from lib.training.record import MODEL_FOLDER
-from lib.training.settings import TrainConfig
+from lib.training.settings import GROUP_OF, TrainConfig
 from lib.tuning.winner import train_defaults
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     """Run preprocess, train and evaluate. The flags of each job follow its name, such as --train.epochs."""
+
+    PREFIXED: ClassVar[bool] = True
+    RENAMED_FLAGS: ClassVar[Mapping[str, str]] = {
+        f"--train.{off}{name.replace('_', '-')}": f"--train.{group}.{off}{name.replace('_', '-')}"
+        for name, group in GROUP_OF.items()
+        for off in ("", "no-")
+    }
+    """Settings of training had no groups before version 0.2."""
 
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
@@ -57,7 +65,7 @@ class PipelineConfig:
 
 def pipeline_defaults(flags: Sequence[str]) -> PipelineConfig:
     """Return what holds where no flag says otherwise: the winner's settings after `--train.from-sweep`."""
-    own = [f"--{flag.removeprefix('--train.')}" if flag.startswith("--train.") else flag for flag in flags]
+    own = [flag.replace("--train.run.from", "--from", 1) for flag in flags]
     return PipelineConfig(train=train_defaults(own))
 
 

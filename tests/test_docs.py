@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
+
+from lib.flags import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("slurm/*.md"), *ROOT.glob("k8s/*.md")])
@@ -75,7 +76,7 @@ def test_commands_parse(page, job, arguments, monkeypatch):
         return
     if job == "identify" and "--photos" not in words:
         words += ["--photos", "/new"]  # a command named in passing
-    tyro.cli(flags.config_of(job), args=words)
+    parsed(flags.config_of(job), words)
 
 
 def test_make_targets_exist():

@@ -8,6 +8,7 @@ from lib.config import default_data_url
 from lib.errors import UserError
 from lib.evaluation.evaluating import EvaluateConfig
 from lib.faces.preprocessing import PreprocessConfig
+from lib.flags import parsed
 from lib.pipeline import PipelineConfig, pipeline_defaults
 from lib.recognition.model import load_model
 from lib.training.settings import TrainConfig
@@ -15,8 +16,17 @@ from tests.job_runner import kill_session, run_here, run_job, start_job, wait_un
 
 pytestmark = pytest.mark.timeout(400)
 
-TINY = ["--train.backbone", "test_convnext", "--train.init", "none", "--train.embedding-dim", "16"]
-TINY += ["--train.image-size", "64", "--train.epochs", "2", "--train.name", "a run é", "--evaluate.num-pairs", "200"]
+TINY = ["--train.backbone", "test_convnext", "--train.init", "none", "--train.model.embedding-dim", "16"]
+TINY += [
+    "--train.model.image-size",
+    "64",
+    "--train.epochs",
+    "2",
+    "--train.name",
+    "a run é",
+    "--evaluate.num-pairs",
+    "200",
+]
 TINY += ["--evaluate.split", "all"]  # the drawn people are few
 
 
@@ -25,7 +35,7 @@ def test_it_goes_on_after_a_kill_and_ends_with_the_figures_of_the_report(
 ) -> None:
     flags = ["--data", str(tmp_path), "--preprocess.photos", str(sample_data / "photos"), *TINY]
     flags += ["--preprocess.identities", str(sample_data / "identities.txt"), "--preprocess.faces", faces_url]
-    flags += ["--train.cache-dir", str(tmp_path / "the cache")]
+    flags += ["--train.run.cache-dir", str(tmp_path / "the cache")]
     run = tmp_path / "runs" / "a run é"
     with start_job("pipeline.py", *flags) as job:
         try:
@@ -67,7 +77,14 @@ def test_what_holds_for_all_parts_is_said_once(part: str) -> None:
 
 
 def test_a_sweep_is_looked_for_under_the_flag_of_the_training(tmp_path: Path) -> None:
-    for flags in (["--train.from-sweep", str(tmp_path)], [f"--train.from-sweep={tmp_path}"]):
+    for flags in (["--train.run.from-sweep", str(tmp_path)], [f"--train.run.from-sweep={tmp_path}"]):
         with pytest.raises(UserError, match="holds no sweep"):
             pipeline_defaults(flags)
     assert pipeline_defaults(["--train.epochs", "3"]) == PipelineConfig()
+
+
+@pytest.mark.parametrize("flag", ["--train.weight-decay", "--train.weight_decay", "--train.optimizer.weight-decay"])
+def test_settings_of_training_are_found_with_and_without_their_group(flag: str) -> None:
+    for words in ([flag, "0.5"], [f"{flag}=0.5"]):
+        assert parsed(PipelineConfig, words).train.optimizer.weight_decay == 0.5
+    assert not parsed(PipelineConfig, ["--train.no-normalize"]).train.model.normalize

@@ -11,9 +11,9 @@ from typing import Any
 import openpyxl
 import pyarrow.parquet as pq
 import pytest
-import tyro
 
 from lib.errors import UserError
+from lib.flags import parsed
 from lib.training import checkpoints
 from lib.training.job import train
 from lib.training.settings import TrainConfig
@@ -153,9 +153,7 @@ def test_a_trial_is_the_run_that_the_training_job_makes_of_its_settings(swept: S
     settings = SWEEP[SWEEP.index("--no-normalize") : SWEEP.index("--checkpoint-minutes")]
     place = ["--data", str(swept.folder), "--faces", str(data / "faces"), "--name", swept.done.result["winner"]]
     rate = str(swept.done.result["winner_settings"]["lr"])
-    config = tyro.cli(
-        TrainConfig, args=[*place, *settings, "--best-by", "loss", "--photos-limit", "25000", "--lr", rate]
-    )
+    config = parsed(TrainConfig, [*place, *settings, "--best-by", "loss", "--photos-limit", "25000", "--lr", rate])
     assert train(config)["accuracy"] == swept.done.result["accuracy"]  # finished: nothing was trained
 
 

@@ -79,7 +79,7 @@ def run_jobs(data: str, seen: dict[str, Any]) -> None:
         seen["token_is_ours"] = len(os.environ["RAY_AUTH_TOKEN"]) == 64
         preprocess(PreprocessConfig(data=data))
         train(
-            TrainConfig(
+            TrainConfig.of(
                 data=data,
                 backbone="test_convnext",
                 init="none",

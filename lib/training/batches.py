@@ -98,13 +98,13 @@ class EpochBatches:
         self._suspects = suspects
         self._exit = ExitStack()
         # In a deterministic run nothing may depend on what is ready when.
-        self._ask_ahead = 0 if plan.config.deterministic else ASK_AHEAD
+        self._ask_ahead = 0 if plan.config.run.deterministic else ASK_AHEAD
         self._questions: list[Prefetcher[int, Any]] = []
         loader = BatchLoader(
             cache=cache,
             size=image_size,
-            level=plan.config.augment,
-            seed=plan.config.seed,
+            level=plan.config.sampling.augment,
+            seed=plan.config.run.seed,
             epoch=plan.epoch,
             rank=plan.rank,
             decoders=decoders,
@@ -118,7 +118,7 @@ class EpochBatches:
             num_ahead=num_ahead,
         )
         self._stored: Prefetcher[int, StoredVectors] | None = None
-        if self._store and plan.config.batch == "identities" and plan.config.stored_negatives:
+        if self._store and plan.config.sampling.batch == "identities" and plan.config.mining.stored_negatives:
             self._stored = self._asking(self._stored_vectors)
 
     def __enter__(self) -> Self:
@@ -154,14 +154,14 @@ class EpochBatches:
         return self._exit.enter_context(questions)
 
     def _tasks(self) -> Iterator[LoadTask]:
-        rows = self._triplet_rows() if self._plan.config.batch == "triplets" else self._people_rows()
+        rows = self._triplet_rows() if self._plan.config.sampling.batch == "triplets" else self._people_rows()
         for step, batch in enumerate(rows, start=self._plan.first_step):
             yield LoadTask(rows=batch, first_draw=step * batch.size)
 
     def _triplet_rows(self) -> Iterator[Ints]:
         plan, size = self._plan, self._plan.config.anchors_per_step(len(self._index.pairable))
         drawn = draw_triplets(
-            self._index, plan.num_steps * size, seed=plan.config.seed, epoch=plan.epoch, rank=plan.rank
+            self._index, plan.num_steps * size, seed=plan.config.run.seed, epoch=plan.epoch, rank=plan.rank
         )
         rows_3N = np.stack([drawn.anchors, drawn.positives, drawn.negatives])
         batches = (rows_3N[:, step * size : (step + 1) * size] for step in range(plan.first_step, plan.num_steps))
@@ -180,17 +180,17 @@ class EpochBatches:
             queries_TD,
             self._index.labels_N[anchors_T],
             policy=plan.negatives,  # type: ignore[arg-type]
-            num_candidates=plan.config.candidates,
+            num_candidates=plan.config.mining.candidates,
             seed=self._seed(step),
             positives_BD=positives_TD,
-            ceiling=plan.config.ceiling,
+            ceiling=plan.config.mining.ceiling,
         ).result()
         self._suspects.add(anchors_T[found.suspects.anchors], found.suspects.rows, found.suspects.similarities)
         is_mined_T = known_T & (found.rows != mining.NO_ROW)
         return np.stack([anchors_T, positives_T, np.where(is_mined_T, found.rows, random_T)])
 
     def _people_rows(self) -> Iterator[Ints]:
-        if self._store is None or self._plan.negatives != "hard" or not self._plan.config.confusable_share:
+        if self._store is None or self._plan.negatives != "hard" or not self._plan.config.mining.confusable_share:
             return self._drawn_people(None)
         drawn: Iterator[Ints] | None = None
 
@@ -217,10 +217,10 @@ class EpochBatches:
         sampler = IdentityBatchSampler(
             index=self._index,
             num_people=plan.config.people_per_batch(len(self._index.pairable)),
-            num_photos=plan.config.photos_per_person,
-            seed=plan.config.seed,
+            num_photos=plan.config.sampling.photos_per_person,
+            seed=plan.config.run.seed,
             rank=plan.rank,
-            confusable_share=plan.config.confusable_share,
+            confusable_share=plan.config.mining.confusable_share,
         )
         for step, rows in enumerate(sampler.batches(plan.epoch, plan.num_steps, confusable)):
             if step >= plan.first_step:
@@ -229,10 +229,10 @@ class EpochBatches:
     def _stored_vectors(self, step: int) -> StoredVectors:
         assert self._store is not None
         rng = np.random.default_rng(self._seed(step))
-        rows_Q = rng.integers(len(self._cache), size=self._plan.config.stored_negatives)
+        rows_Q = rng.integers(len(self._cache), size=self._plan.config.mining.stored_negatives)
         vectors_QD, known_Q = self._store.read(rows_Q)
         return StoredVectors(vectors_QD, np.where(known_Q, self._cache.labels_N[rows_Q], -1))
 
     def _seed(self, step: int) -> int:
-        sequence = np.random.SeedSequence((self._plan.config.seed, self._plan.epoch, self._plan.rank, step))
+        sequence = np.random.SeedSequence((self._plan.config.run.seed, self._plan.epoch, self._plan.rank, step))
         return int(sequence.generate_state(1, np.uint64)[0])

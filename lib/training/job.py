@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -67,10 +67,10 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     success = read_success(config.faces_url)
     spec = ModelSpec(
         backbone=config.backbone,
-        embedding_dim=config.embedding_dim,
-        head=config.head_widths,
-        normalize=config.normalize,
-        image_size=config.image_size or crop_size(success),
+        embedding_dim=config.model.embedding_dim,
+        head=config.model.head_widths,
+        normalize=config.model.normalize,
+        image_size=config.model.image_size or crop_size(success),
         fingerprint=success["fingerprint"],
     )
     plan = config.content(success)
@@ -78,7 +78,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     if progress is not None and progress.finished:
         logger.info("%s is finished: nothing to do", config.run_url)
         return _result(config, run_result(read_rows(config.run_url), progress), started)
-    identities = read_identities(config.faces_url, ["train"], photos_limit=config.photos_limit)
+    identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
     labels_N = pc.index_in(identities, identities.unique().sort()).to_numpy().astype(np.int32)
     index = PhotoIndex(labels_N)
     if config.dry_run:
@@ -109,7 +109,7 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
         UserError: the folder holds a run of other settings, or something else.
     """
     # Runs that are older than a setting had its default; what they began from, if they do not say, is not read again.
-    defaults = {**asdict(TrainConfig()), "init": plan["init"]}
+    defaults = {**TrainConfig().flat(), "init": plan["init"]}
     earlier, problem = earlier_plan(config.run_url, CONFIG_NAME, plan, defaults=defaults, begun=checkpoints.FOLDER)
     if problem:
         raise UserError(f"{config.run_url} {problem}: choose another --name, or go back to those settings")
@@ -120,18 +120,18 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
 
 def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSpec:
     """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     model = initial_model(spec, config.init)
-    freeze_stages(model, config.frozen_stages)  # the workers do both again: what cannot be is refused here
-    if config.checkpoint_activations:
+    freeze_stages(model, config.model.frozen_stages)  # the workers do both again: what cannot be is refused here
+    if config.model.checkpoint_activations:
         checkpoint_activations(model)
-    fixed = config.batch_norm != "batch" and has_statistics(model)
-    if config.batch_norm == "fixed" and not fixed:
+    fixed = config.model.batch_norm != "batch" and has_statistics(model)
+    if config.model.batch_norm == "fixed" and not fixed:
         raise UserError(f"--batch-norm fixed: the weights of {spec.backbone} come with no statistics: use batch")
-    clip_norm = config.clip_norm or (PRETRAINED_CLIP_NORM if model.is_pretrained else RANDOM_CLIP_NORM)
+    clip_norm = config.optimizer.clip_norm or (PRETRAINED_CLIP_NORM if model.is_pretrained else RANDOM_CLIP_NORM)
     logger.info("gradients are clipped at a norm of %g", clip_norm)
     storage.check_writable(config.run_url)
-    phase = first_phase(config.negatives)
+    phase = first_phase(config.mining.negatives)
     progress = Progress(
         epoch=1,
         negatives=phase.negatives,
@@ -182,7 +182,7 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
                 # Checkpoints are ours: Ray keeps only its own notes, on this node.
                 name="run",
                 storage_path=folder,
-                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
@@ -196,19 +196,19 @@ def with_devices(config: TrainConfig, least: int = 0) -> TrainConfig:
 
     It waits for `least` CPUs or GPUs, or those that the fewest workers need, as long as `--wait-minutes` says.
     """
-    gpus = 0 if config.deterministic else config.gpus
+    gpus = 0 if config.run.deterministic else config.gpus
     if gpus == "auto":
         gpus = cluster.chosen_gpus("auto")
     least = least or (config.workers[0] if config.workers else gpus or 1)
-    cluster.wait_for("GPU" if gpus else "CPU", least, limit_s=60 * config.wait_minutes)
+    cluster.wait_for("GPU" if gpus else "CPU", least, limit_s=60 * config.run.wait_minutes)
     return replace(config, gpus=gpus)
 
 
 def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_shards: int | None = None) -> FeatureStore | None:
     """Start the feature store of a run, by default a shard a node, where its policy of negatives asks one."""
-    if config.negatives == "random":
+    if config.mining.negatives == "random":
         return None
-    return FeatureStore.create(config.run_url, labels_N, dim=config.embedding_dim, num_shards=num_shards)
+    return FeatureStore.create(config.run_url, labels_N, dim=config.model.embedding_dim, num_shards=num_shards)
 
 
 def _trainer_class() -> Any:

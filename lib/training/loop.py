@@ -117,7 +117,7 @@ class Worker:
         self.control = control
         self.device = device
         self.rank, self.num_workers = collective.rank(), collective.num_workers()
-        devices.prepare(device, deterministic=config.deterministic)
+        devices.prepare(device, deterministic=config.run.deterministic)
         if device.type == "cpu":
             _keep_freed_memory()
         checkpoint = checkpoints.load_newest(config.run_url)
@@ -151,7 +151,7 @@ class Worker:
             store=self.upkeep.store if self.upkeep else None,
         )
         self.anchors_per_step = self.config.anchors_per_step(len(self.index.pairable))
-        self.anchors_per_epoch = config.triplets_per_epoch or len(self.data.train)
+        self.anchors_per_epoch = config.sampling.triplets_per_epoch or len(self.data.train)
         self._requests = StopRequests(control)
         self._last_saved = time.monotonic()
 
@@ -210,7 +210,7 @@ class Worker:
             self.state,
             config,
             self.device,
-            num_images=self.anchors_per_step * (3 if config.batch == "triplets" else 1),
+            num_images=self.anchors_per_step * (3 if config.sampling.batch == "triplets" else 1),
             left=epochs_left * self.anchors_per_epoch // self.num_workers,
         )
         if is_compiled:
@@ -240,7 +240,7 @@ class Worker:
         num_steps, accumulate = self._steps_of_an_epoch()
         anchors_a_step = self.anchors_per_step * self.num_workers
         first_step = min(num_steps, -(-progress.anchors_done // anchors_a_step))
-        state.seed_torch(config.seed, self.rank, first_step)
+        state.seed_torch(config.run.seed, self.rank, first_step)
         sums = EpochSums(self.device, progress.sums if self.rank == 0 else {})
         batches = self._batches(first_step, num_steps)
         began = time.perf_counter()
@@ -250,7 +250,7 @@ class Worker:
             for number, batch in enumerate(batches, start=first_step):
                 share_done = (progress.epoch - 1 + number / num_steps) / config.epochs
                 is_last = (number + 1) % accumulate == 0
-                lr = learning_rate(config.lr, share_done, config.warmup_share)
+                lr = learning_rate(config.lr, share_done, config.optimizer.warmup_share)
                 self.step(batch, sums, lr, share=1 / accumulate, is_last=is_last)
                 if time.perf_counter() - told > TELL_EVERY_S:
                     told = time.perf_counter()
@@ -271,7 +271,7 @@ class Worker:
     def _steps_of_an_epoch(self) -> tuple[int, int]:
         """Return the batches of an epoch for each worker, and how many of them make one update."""
         num_steps = max(1, self.anchors_per_epoch // (self.anchors_per_step * self.num_workers))
-        accumulate = min(self.config.accumulate, num_steps)
+        accumulate = min(self.config.sampling.accumulate, num_steps)
         return num_steps - num_steps % accumulate, accumulate
 
     def _batches(self, first_step: int, num_steps: int) -> EpochBatches:
@@ -311,13 +311,13 @@ class Worker:
 
     def refresh_store(self, was_used_N: npt.NDArray[np.bool_]) -> float:
         """Embed again a share of the photos, those that the epoch used before others; return the seconds it took."""
-        if not self._is_mining or self.upkeep is None or not self.config.refresh_fraction:
+        if not self._is_mining or self.upkeep is None or not self.config.mining.refresh_fraction:
             return 0.0
         self._tell(status="refreshing the feature store")
         began = time.perf_counter()
         used = np.flatnonzero(collective.summed(was_used_N.astype(np.uint8)))
         state = self.state
-        self.upkeep.refresh(state.evaluated, state.progress.step, used, self.config.refresh_fraction)
+        self.upkeep.refresh(state.evaluated, state.progress.step, used, self.config.mining.refresh_fraction)
         return time.perf_counter() - began
 
     def _staleness(self) -> dict[str, float]:
@@ -337,7 +337,7 @@ class Worker:
             return
         request = None
         if self.rank == 0:
-            due = time.monotonic() - self._last_saved > 60 * self.config.checkpoint_minutes
+            due = time.monotonic() - self._last_saved > 60 * self.config.run.checkpoint_minutes
             request = LEAVE if self._requests.was_asked() else SAVE if due else GO_ON
         request = collective.broadcast(request)
         if request == GO_ON:

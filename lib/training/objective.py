@@ -36,7 +36,7 @@ def objective(
     embeddings_ND: Tensor, batch: TrainingBatch, labels_of_rows: npt.NDArray[np.integer], config: TrainConfig
 ) -> StepFigures:
     """Return the loss of a step, to be differentiated; images that could not be decoded have no part in it."""
-    if config.batch == "triplets":
+    if config.sampling.batch == "triplets":
         return _triplets(embeddings_ND, batch, config)
     rows_N = batch.loaded.rows.ravel()
     labels = np.where(batch.loaded.failed, -1, labels_of_rows[rows_N]).astype(np.int64)
@@ -64,16 +64,22 @@ def people_loss(
 ) -> BatchLoss:
     """Return the loss of a people x photos batch by `--loss`; the counts are those of semi-hard triplets by either."""
     extra: dict[str, Any] = {"extra_negatives_QD": extra_negatives_QD, "extra_labels_Q": extra_labels_Q}
-    with torch.set_grad_enabled(config.loss == "semihard" and torch.is_grad_enabled()):
-        loss = batch_triplet_loss(embeddings_ND, labels_N, margin=config.margin, squared=config.squared, **extra)
-    if config.loss == "semihard":
+    with torch.set_grad_enabled(config.objective.loss == "semihard" and torch.is_grad_enabled()):
+        loss = batch_triplet_loss(
+            embeddings_ND, labels_N, margin=config.objective.margin, squared=config.objective.squared, **extra
+        )
+    if config.objective.loss == "semihard":
         return loss
-    return loss._replace(mean=batch_softmax_loss(embeddings_ND, labels_N, temperature=config.temperature, **extra))
+    return loss._replace(
+        mean=batch_softmax_loss(embeddings_ND, labels_N, temperature=config.objective.temperature, **extra)
+    )
 
 
 def _triplets(embeddings_ND: Tensor, batch: TrainingBatch, config: TrainConfig) -> StepFigures:
     anchors, positives, negatives = embeddings_ND.chunk(3)
-    result = triplet_margin_loss(anchors, positives, negatives, margin=config.margin, squared=config.squared)
+    result = triplet_margin_loss(
+        anchors, positives, negatives, margin=config.objective.margin, squared=config.objective.squared
+    )
     failed_T = batch.loaded.failed.reshape(3, -1).any(axis=0)
     whole_T = to_device(np.asarray(~failed_T, np.float32), embeddings_ND.device)
     num_whole = whole_T.sum()

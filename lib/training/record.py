@@ -75,7 +75,7 @@ class RunRecord:
         config, figures = self._config, outcome.figures
         self._usage.counts_3N = outcome.usage_3N
         row = self._row(progress, outcome)
-        value = figure_of(row, config.best_by)
+        value = figure_of(row, config.validation.best_by)
         is_best = value is not None and (progress.best is None or value > progress.best)
         if is_best:
             progress = dataclasses.replace(progress, best=value, best_epoch=progress.epoch)
@@ -87,18 +87,17 @@ class RunRecord:
         variances = [*self._history.values("embedding_variance"), figures.variance]
         phase, change = next_phase(
             phase,
-            policy=config.negatives,
+            policy=config.mining.negatives,
             epoch=progress.epoch,
             losses=losses,
             variances=variances if math.isfinite(figures.variance) else [],
-            patience=config.patience,
+            patience=config.validation.patience,
         )
         if change:
             self.note(change)
-        if is_overfitting(train_losses, val_losses, patience=config.patience):
-            self.note(
-                f"overfitting: for {config.patience} epochs the validation loss has risen while the training loss fell"
-            )
+        patience = config.validation.patience
+        if is_overfitting(train_losses, val_losses, patience=patience):
+            self.note(f"overfitting: for {patience} epochs the validation loss has risen while the training loss fell")
         finished = progress.epoch >= config.epochs or self._is_stuck(value, progress)
         row["is_best"] = is_best
         row["notes"] = "; ".join(self._notes) or None
@@ -160,11 +159,15 @@ class RunRecord:
         return [float(value) for row in rows if isinstance(value := row.get(key), int | float)]
 
     def _is_stuck(self, value: float | None, progress: Progress) -> bool:
-        values = [*(figure_of(row, self._config.best_by) for row in self._history.rows), value]
+        values = [*(figure_of(row, self._config.validation.best_by) for row in self._history.rows), value]
         losses = [-value for value in values if value is not None]
-        if not self._config.stop_after or not has_plateaued(losses, patience=self._config.stop_after):
+        if not self._config.validation.stop_after or not has_plateaued(
+            losses, patience=self._config.validation.stop_after
+        ):
             return False
-        self.note(f"no better epoch for {self._config.stop_after}: ended early, the best was {progress.best_epoch}")
+        self.note(
+            f"no better epoch for {self._config.validation.stop_after}: ended early, the best was {progress.best_epoch}"
+        )
         return True
 
     def _save_model(self, model: EmbeddingModel, progress: Progress, row: dict[str, Any], figures: Figures) -> None:
@@ -178,13 +181,13 @@ class RunRecord:
                 "identities": len(self._cache.identities),
                 "epoch": progress.epoch,
                 "steps": progress.step,
-                "batch": config.batch,
+                "batch": config.sampling.batch,
                 **config.loss_settings(),
                 "negatives": row["negatives"],
                 "lr": config.lr,
-                "augment": config.augment,
+                "augment": config.sampling.augment,
                 "init": storage.redacted(config.init),
-                "seed": config.seed,
+                "seed": config.run.seed,
             },
         )
         save_model(model, storage.join(config.run_url, MODEL_FOLDER), spec)

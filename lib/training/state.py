@@ -46,15 +46,17 @@ class TrainingState:
         self.progress = checkpoint.progress
         self.model = EmbeddingModel(spec).to(device).to(memory_format=torch.channels_last)
         self.model.load_state_dict(checkpoints.without_prefix("model", tensors))
-        freeze_stages(self.model, config.frozen_stages)
-        if config.checkpoint_activations:
+        freeze_stages(self.model, config.model.frozen_stages)
+        if config.model.checkpoint_activations:
             checkpoint_activations(self.model)
         self.averaged: AveragedWeights | None = None
-        if config.ema:
-            self.averaged = AveragedWeights(self.model, config.ema)
+        if config.optimizer.ema:
+            self.averaged = AveragedWeights(self.model, config.optimizer.ema)
             if averaged := checkpoints.without_prefix("averaged", tensors):
                 self.averaged.load_state_dict(averaged)
-        self.optimizer = devices.adamw(_parameter_groups(self.model, config.weight_decay), device, lr=config.lr)
+        self.optimizer = devices.adamw(
+            _parameter_groups(self.model, config.optimizer.weight_decay), device, lr=config.lr
+        )
         if optimizer := checkpoints.without_prefix("optimizer", tensors):
             checkpoints.restore_optimizer(self.optimizer, optimizer)
         self.usage = UsageCounter(num_photos)

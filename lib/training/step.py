@@ -47,9 +47,9 @@ class TrainingStep:
         self._config = config
         self._labels_N = labels_N
         self._device = device
-        self._precision = devices.chosen_precision(config.precision, device)
+        self._precision = devices.chosen_precision(config.run.precision, device)
         # Augmented photos have other features than those that the store holds.
-        self._store = store if config.augment == "none" else None
+        self._store = store if config.sampling.augment == "none" else None
         self._model: nn.Module = state.model
         if collective.num_workers() > 1:
             self._model = _distributed(state.model, device)
@@ -86,11 +86,11 @@ class TrainingStep:
             self._update(lr)
         sums.add(figures, len(embeddings_ND))
         rows = batch.loaded.rows
-        state.usage.add(*(rows if self._config.batch == "triplets" else (rows, rows, rows)))
+        state.usage.add(*(rows if self._config.sampling.batch == "triplets" else (rows, rows, rows)))
         self.was_used_N[rows] = True
         if self._store is not None:
             self._features.append((batch, devices.Fetched(embeddings_ND), state.progress.step))
-            self._write_features(wait=self._config.deterministic)
+            self._write_features(wait=self._config.run.deterministic)
 
     def settle(self) -> None:
         """Wait for all that the steps have left to the device.
@@ -135,7 +135,7 @@ class TrainingStep:
             batch, features, step = self._features.popleft()
             whole_N = ~batch.loaded.failed
             self._store.write(batch.loaded.rows.ravel()[whole_N], features.numpy()[whole_N], step=step)
-            if self._config.deterministic:
+            if self._config.run.deterministic:
                 self._store.flush()
 
 

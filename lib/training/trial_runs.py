@@ -24,7 +24,7 @@ def compile_model(
     with state.kept():
         return devices.compile_module(
             state.model,
-            config.compile,
+            config.run.compile,
             device,
             lambda: _run(state, config, device, num_images),
             pays=left >= COMPILING_PAYS,
@@ -46,7 +46,7 @@ def images_that_fit(state: TrainingState, config: TrainConfig, device: torch.dev
 def _run(state: TrainingState, config: TrainConfig, device: torch.device, num_images: int) -> None:
     size = state.model.spec.image_size
     crops_NHWC = torch.zeros((num_images, size, size, 3), dtype=torch.uint8, device=device)
-    with devices.autocast(device, devices.chosen_precision(config.precision, device)):
+    with devices.autocast(device, devices.chosen_precision(config.run.precision, device)):
         embeddings_ND = state.model(normalized_images(crops_NHWC, state.model.spec))
     embeddings_ND.sum().backward()
 

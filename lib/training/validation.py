@@ -65,19 +65,19 @@ class Validation:
         if cache is None:
             self.problem = "no photo of a validation person is aligned"
             return
-        rows_V = _chosen_rows(cache.labels_N, config.val_photos, config.seed)
+        rows_V = _chosen_rows(cache.labels_N, config.validation.val_photos, config.run.seed)
         try:
             self._index = PhotoIndex(cache.labels_N[rows_V])
             self.rows_V = rows_V
             photos = cache.photos.take(rows_V).to_pylist()
             identities = [cache.identities[label] for label in cache.labels_N[rows_V]]
             self._pairs = made_pairs(
-                photos, identities, num_pairs=config.val_pairs, num_folds=NUM_FOLDS, seed=config.seed
+                photos, identities, num_pairs=config.validation.val_pairs, num_folds=NUM_FOLDS, seed=config.run.seed
             )
         except UserError as error:
             self.problem = f"the validation people are too few: {error}"
         if self._index is not None:
-            self._triplets = draw_triplets(self._index, config.val_triplets, seed=config.seed)
+            self._triplets = draw_triplets(self._index, config.validation.val_triplets, seed=config.run.seed)
             self._batches = _fixed_batches(self._index, config)
 
     def figures(self, embeddings_VD: Floats, negatives: str) -> Figures:
@@ -89,7 +89,7 @@ class Validation:
             return Figures(row={}, loss=math.nan, loss_random=math.nan, variance=math.nan, metrics={})
         variance = float(embeddings_VD.var(axis=0).sum())
         loss_random = self._triplet_loss(embeddings_VD, self._triplets)
-        if self._config.batch == "identities":
+        if self._config.sampling.batch == "identities":
             loss = self._batch_loss(embeddings_VD)
         elif negatives == "random":
             loss = loss_random
@@ -114,7 +114,7 @@ class Validation:
             torch.from_numpy(embeddings_VD[rows]) for rows in (triplets.anchors, triplets.positives, triplets.negatives)
         )
         loss = triplet_margin_loss(
-            anchors, positives, negatives, margin=self._config.margin, squared=self._config.squared
+            anchors, positives, negatives, margin=self._config.objective.margin, squared=self._config.objective.squared
         )
         return loss.mean.item()
 
@@ -128,7 +128,7 @@ class Validation:
                 self._config,
             )
             # All batches have as many pairs, but not as many semi-hard triplets.
-            weight = int(loss.num_semihard.item()) if self._config.loss == "semihard" else 1
+            weight = int(loss.num_semihard.item()) if self._config.objective.loss == "semihard" else 1
             total += loss.mean.item() * weight
             count += weight
         return total / count if count else 0.0
@@ -145,8 +145,8 @@ class Validation:
             pool = mining.draw_candidates(
                 labels_T,
                 labels_V,
-                num_candidates=self._config.candidates,
-                rng=np.random.default_rng(self._config.seed),
+                num_candidates=self._config.mining.candidates,
+                rng=np.random.default_rng(self._config.run.seed),
             )
             bounds = None
             if negatives == "semihard":
@@ -171,13 +171,13 @@ def _chosen_rows(labels_N: Ints, max_photos: int, seed: int) -> Ints:
 
 def _fixed_batches(index: PhotoIndex, config: TrainConfig) -> list[Ints]:
     """Return batches of as many people as a training step has, or as there are."""
-    if config.batch != "identities":
+    if config.sampling.batch != "identities":
         return []
     num_people = config.people_per_batch(len(index.pairable))
     if num_people < 2:
         return []
     sampler = IdentityBatchSampler(
-        index=index, num_people=num_people, num_photos=config.photos_per_person, seed=config.seed
+        index=index, num_people=num_people, num_photos=config.sampling.photos_per_person, seed=config.run.seed
     )
-    num_batches = max(1, config.val_triplets // (num_people * config.photos_per_person))
+    num_batches = max(1, config.validation.val_triplets // (num_people * config.sampling.photos_per_person))
     return list(sampler.batches(0, num_batches))

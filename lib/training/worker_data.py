@@ -40,17 +40,17 @@ def open_data(config: TrainConfig, device: torch.device) -> WorkerData:
     Raises:
         UserError: no crop to train on, or a part of the table is damaged.
     """
-    folder = config.cache_dir or default_folder()
-    train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=config.photos_limit))
+    folder = config.run.cache_dir or default_folder()
+    train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=config.sampling.photos_limit))
     val = None
     # Nothing else is borne: training on would hide a damaged part, which other nodes may not see.
     with contextlib.suppress(NoFacesError):
         val = FaceCache(build_cache(config.faces_url, ["val"], folder))
     num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    num_threads = config.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
+    num_threads = config.run.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
     decoders = None
     if device.type == "cuda":
-        decoders = Decoders(config.loader_threads or min(MAX_LOADER_PROCESSES, num_cpus))
+        decoders = Decoders(config.run.loader_threads or min(MAX_LOADER_PROCESSES, num_cpus))
     return WorkerData(
         train=train,
         val=val,
@@ -59,7 +59,7 @@ def open_data(config: TrainConfig, device: torch.device) -> WorkerData:
         upload=devices.Upload(device),
         embedding=EmbeddingPass(
             device=device,
-            precision=devices.chosen_precision(config.precision, device),
+            precision=devices.chosen_precision(config.run.precision, device),
             num_threads=num_threads,
             decoders=decoders,
         ),

@@ -1,17 +1,16 @@
 """The flags of a sweep, and the trials that follow from them: always the same ones in the same order."""
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
-import tyro
 
 from lib import storage
 from lib.errors import UserError
+from lib.flags import check_values
 from lib.layout import Layout
 from lib.training.settings import NegativePolicy, TrainConfig
 
@@ -76,21 +75,17 @@ class SweepConfig:
     """Epochs that every trial gets before it can be stopped; 0 means an eighth of --epochs."""
     keep_one_in: int = 3
     """At the end of each stage, one in this many trials continues. The next stage is this many times as long."""
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: TrainConfig(epochs=10, photos_limit=ORIGINAL_LIMIT)
-    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig.of(epochs=10, photos_limit=ORIGINAL_LIMIT))
 
     def __post_init__(self) -> None:
-        for name, value, allowed, is_right in (
+        check_values(
             ("max-trials", self.max_trials, "1 or more, or 0", self.max_trials >= 0),
             ("at-once", self.at_once, "1 or more, or 0", self.at_once >= 0),
             ("min-epochs", self.min_epochs, f"0 to --epochs {self.train.epochs}", self.is_in_budget),
             ("keep-one-in", self.keep_one_in, "2 or more", self.keep_one_in >= 2),
             ("workers", self.train.workers, "1: a trial has one worker, and trials run side by side", self.is_single),
-            ("from-sweep", self.train.from_sweep, "for jobs/train.py alone", not self.train.from_sweep),
-        ):
-            if not is_right:
-                raise UserError(f"--{name} is {value!r}: {allowed}")
+            ("from-sweep", self.train.run.from_sweep, "for jobs/train.py alone", not self.train.run.from_sweep),
+        )
 
     @property
     def is_single(self) -> bool:
@@ -118,23 +113,23 @@ class SweepConfig:
         Raises:
             UserError: a value that is none, or a setting that is given once for all and once to be swept.
         """
-        base, standard = self.train, TrainConfig()
+        base, standard = self.train.flat(), TrainConfig().flat()
         swept: dict[str, list[Any]] = {}
         for name, (flag, read) in SWEPT.items():
             words: Words = getattr(self, flag.replace("-", "_"))
             given = words if flag == "heads" else [part for word in words for part in word.split(",")]
-            if given and getattr(base, name) != getattr(standard, name):
+            if given and base[name] != standard[name]:
                 raise UserError(f"--{flag} and --{name} are both given: name all values by --{flag}")
             try:
-                values = [read(word.strip()) for word in given if word.strip()] or [getattr(base, name)]
+                values = [read(word.strip()) for word in given if word.strip()] or [base[name]]
             except ValueError:
-                raise UserError(f"--{flag} is {','.join(given)}: values such as {getattr(standard, name)}") from None
+                raise UserError(f"--{flag} is {','.join(given)}: values such as {standard[name]}") from None
             swept[name] = list(dict.fromkeys(values))
-        if self.heads and base.embedding_dim != standard.embedding_dim:
+        if self.heads and base["embedding_dim"] != standard["embedding_dim"]:
             raise UserError("--heads and --embedding-dim are both given: the last width of a head is the embedding's")
-        if len(swept["candidates"]) > 1 and base.batch != "triplets":
+        if len(swept["candidates"]) > 1 and base["batch"] != "triplets":
             raise UserError("--candidate-counts are of --batch triplets alone: add that, or leave them out")
-        if len(swept["margin"]) > 1 and base.batch != "triplets" and base.loss != "semihard":
+        if len(swept["margin"]) > 1 and base["batch"] != "triplets" and base["loss"] != "semihard":
             raise UserError("--margins are of --loss semihard or --batch triplets: add one of them, or leave them out")
         return swept
 
@@ -164,7 +159,7 @@ def plan_trials(config: SweepConfig) -> list[Trial]:
         if settings not in combinations:
             combinations.append(settings)
     if 0 < config.max_trials < len(combinations):
-        rng = np.random.default_rng(config.train.seed)
+        rng = np.random.default_rng(config.train.run.seed)
         drawn = rng.choice(len(combinations), config.max_trials, replace=False)
         combinations = [combinations[n] for n in sorted(drawn)]
     varied = [name for name, values in swept.items() if len(values) > 1]
@@ -172,15 +167,13 @@ def plan_trials(config: SweepConfig) -> list[Trial]:
     for n, settings in enumerate(combinations, start=1):
         told = {name: settings[name] for name in varied}
         last_width = str(settings["head"]).rpartition(",")[2]
-        dim = int(last_width) if config.heads and last_width.isdecimal() else config.train.embedding_dim
+        dim = int(last_width) if config.heads and last_width.isdecimal() else config.train.model.embedding_dim
         trials.append(
             Trial(
                 name=_trial_name(n, told),
                 settings=told,
-                config=dataclasses.replace(
-                    config.train,
-                    **settings,
-                    embedding_dim=dim,
+                config=config.train.replaced(
+                    **{**settings, "embedding_dim": dim},
                     data=config.url,
                     faces=config.train.faces_url,
                     name=_trial_name(n, told),

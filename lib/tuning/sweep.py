@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     success = read_success(config.train.faces_url)
     trials = plan_trials(config)
     plan = _plan(config, success)
-    _, problem = earlier_plan(config.url, SWEEP_NAME, plan, defaults={**plan, **asdict(TrainConfig())})
+    _, problem = earlier_plan(config.url, SWEEP_NAME, plan, defaults={**plan, **TrainConfig().flat()})
     if problem:
         raise UserError(f"{config.url} {problem}: choose another --name, or go back to those settings")
     _check_models(trials, crop_size(success))
@@ -118,7 +118,7 @@ def _check_models(trials: Sequence[Trial], crop_size: int) -> None:
     problems = []
     for backbone in dict.fromkeys(trial.config.backbone for trial in trials):
         try:
-            EmbeddingModel(ModelSpec(backbone=backbone, image_size=config.image_size or crop_size))
+            EmbeddingModel(ModelSpec(backbone=backbone, image_size=config.model.image_size or crop_size))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -131,13 +131,18 @@ def _check_faces(config: TrainConfig) -> dict[str, int]:
     Raises:
         UserError: too little to train on, or too few validation people to choose by.
     """
-    identities = read_identities(config.faces_url, ["train"], photos_limit=config.photos_limit)
+    identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
     people = identities.unique().sort()
     index = PhotoIndex(pc.index_in(identities, people).to_numpy().astype(np.int32))
-    if config.best_by != "loss":
+    if config.validation.best_by != "loss":
         judges = read_identities(config.faces_url, ["val"]).to_pylist()
         try:
-            made_pairs([str(n) for n in range(len(judges))], judges, num_pairs=config.val_pairs, seed=config.seed)
+            made_pairs(
+                [str(n) for n in range(len(judges))],
+                judges,
+                num_pairs=config.validation.val_pairs,
+                seed=config.run.seed,
+            )
         except UserError as error:
             raise UserError(
                 f"the validation people of {config.faces_url} cannot tell which trial is the best: {error}"
@@ -177,7 +182,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     progress = SweepProgress(by_name, control, num_epochs)
     for trial in trials:
         if trial not in todo:
-            halving.learn(trial.name, runs[trial.name].rows, config.train.best_by)
+            halving.learn(trial.name, runs[trial.name].rows, config.train.validation.best_by)
             progress.end(trial.name, len(runs[trial.name].rows))
 
     def one_trial(settings: dict[str, str]) -> None:
@@ -202,7 +207,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
                 storage_path=folder,
                 verbose=0,
                 callbacks=[progress],
-                failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
+                failure_config=tune.FailureConfig(max_failures=config.train.run.max_failures),
             ),
         )
         was_stopped = watch(tuner.fit, control, unit="epoch")

@@ -132,7 +132,7 @@ def _give_tune(config: TrainConfig, num_given: int) -> int:
     """
     rows = read_rows(config.run_url)
     for row in rows[num_given:]:
-        value = figure_of(row, config.best_by)
+        value = figure_of(row, config.validation.best_by)
         tune.report({"epoch": row["epoch"], **({} if value is None else {"value": value})})
     return max(num_given, len(rows))
 
@@ -201,7 +201,7 @@ class Halving(ASHAScheduler):
         if decision == self.STOP:
             name = trial.config["trial"]
             config = self._trials[name].config
-            figure = f"{config.best_by} {abs(result['value']):.4f} after epoch {result['epoch']}"
+            figure = f"{config.validation.best_by} {abs(result['value']):.4f} after epoch {result['epoch']}"
             reason = f"{figure} was not in the best 1/{self._keep_one_in} of what trials had there so far"
             write_outcome(config.run_url, "stopped", reason)
             self._sweep.tell.remote(line=f"{name} stopped early: {reason}")

@@ -1,7 +1,6 @@
 """The settings that won a sweep, as defaults of a longer training."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,7 +8,7 @@ from lib import storage
 from lib.config import absolute_url
 from lib.errors import UserError
 from lib.training.job import CONFIG_NAME
-from lib.training.settings import FREE_SETTINGS, TrainConfig
+from lib.training.settings import FREE_SETTINGS, GROUP_OF, TrainConfig
 
 SWEEP_NAME = "sweep.json"
 """In a sweep's folder: what its trials are."""
@@ -25,7 +24,7 @@ def train_defaults(flags: Sequence[str]) -> TrainConfig:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--from-sweep", "--from_sweep", nargs="?", default="")
     url = parser.parse_known_args(list(flags))[0].from_sweep
-    return TrainConfig(**winner_settings(url)) if url else TrainConfig()
+    return TrainConfig.of(**winner_settings(url)) if url else TrainConfig()
 
 
 def winner_settings(url: str) -> dict[str, Any]:
@@ -42,9 +41,11 @@ def winner_settings(url: str) -> dict[str, Any]:
         raise UserError(f"--from-sweep {url} holds no sweep: name the folder that jobs/sweep.py has made")
     results = storage.read_json(results_url, {"winner": str, "init": str})
     content = storage.read_json(storage.join(url, "runs", results["winner"], CONFIG_NAME))
-    names = {field.name for field in dataclasses.fields(TrainConfig)} - {*FREE_SETTINGS, *BUDGET_SETTINGS}
+    names = TrainConfig().flat().keys() - {*FREE_SETTINGS, *BUDGET_SETTINGS}
     settings = {name: content[name] for name in names & content.keys()}
     hints = get_type_hints(TrainConfig)
+    for group in dict.fromkeys(GROUP_OF.values()):
+        hints |= get_type_hints(hints[group])
     wrong = [f"{name}={value!r}" for name, value in sorted(settings.items()) if not _fits(value, hints[name])]
     if wrong:
         raise UserError(

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tyro
 
 from lib.evaluation.evaluating import EvaluateConfig
 from lib.faces.preprocessing import PreprocessConfig
+from lib.flags import parsed
 from lib.sample.sample import SampleConfig
 from lib.training.settings import TrainConfig
 from tests.job_runner import SCRIPTS
@@ -230,7 +230,7 @@ def test_the_jobs_take_the_arguments_that_the_pods_give_them(overlay: str) -> No
     found = commands(render(overlay) if overlay else DOCUMENTS)
     assert {script for script, _ in found} >= {"preprocess.py", "train.py", "evaluate.py"}
     for script, arguments in found:
-        tyro.cli(CONFIGS[script], args=arguments)
+        parsed(CONFIGS[script], arguments)
     (waiting,) = (arguments for script, arguments in found if "--until-done" in arguments)
     assert ("preprocess.py", [each for each in waiting if each != "--until-done"]) in found, (
         "it waits for another table"

@@ -29,7 +29,7 @@ FACES = {"run_id": "r", "fingerprint": {"id": "f"}}
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     write_faces(tmp_path / "faces", people={"train": 4, "val": 3}, photos=4)
-    return TrainConfig(
+    return TrainConfig.of(
         data=str(tmp_path), cache_dir=str(tmp_path / "cache"), backbone="test_convnext", init="none", epochs=1
     )
 
@@ -100,7 +100,7 @@ def test_what_a_killed_write_has_left_goes_when_the_run_goes_on(config: TrainCon
 def test_other_initial_weights_are_another_run(config: TrainConfig) -> None:
     _begin(config, config.content(FACES), SPEC)
     assert _settle(config, config.content(FACES)) == checkpoints.newest_progress(config.run_url)
-    other = TrainConfig(**{**vars(config), "init": "s3://me:secret@host/weights"})
+    other = config.replaced(init="s3://me:secret@host/weights")
     with pytest.raises(UserError, match=r"init: none there, s3://\*\*\*@host/weights now"):
         _settle(other, other.content(FACES))
 
@@ -113,6 +113,6 @@ def test_a_run_older_than_a_setting_had_its_default(config: TrainConfig, setting
     del earlier[setting], earlier["init"]
     path.write_text(json.dumps(earlier))
     assert _settle(config, config.content(FACES)) is not None
-    other = TrainConfig(**{**vars(config), setting: value})
+    other = config.replaced(**{setting: value})
     with pytest.raises(UserError, match=f"{setting}: .* there, {value} now"):
         _settle(other, other.content(FACES))

@@ -28,7 +28,7 @@ def embeddings(num: int) -> torch.Tensor:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(data="d", **{"loss": "semihard", **changes})
+    return TrainConfig.of(data="d", **{"loss": "semihard", **changes})
 
 
 def test_a_failed_image_takes_its_triplet_out_of_the_loss() -> None:

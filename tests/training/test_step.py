@@ -36,7 +36,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made(faces: Path, tmp_path: Path, device: torch.device = CPU, **settings: Any) -> Worker:
-    config = TrainConfig(
+    config = TrainConfig.of(
         **{
             "data": str(tmp_path),
             "faces": str(faces / "faces"),
@@ -59,7 +59,7 @@ def batch_of(worker: Worker, number: int = 0, num_stored: int = 0) -> TrainingBa
     config = worker.config
     loader = BatchLoader(cache=worker.data.train, size=32, level="strong", seed=0, epoch=1, upload=worker.data.upload)
     rng = np.random.default_rng(number)
-    shape = (3, 8) if config.batch == "triplets" else (6, 4)
+    shape = (3, 8) if config.sampling.batch == "triplets" else (6, 4)
     loaded = loader(LoadTask(rows=rng.integers(len(worker.data.train), size=shape), first_draw=24 * number))
     stored = None
     if num_stored:
@@ -194,7 +194,7 @@ def test_an_automatic_batch_is_the_usual_one_on_a_cpu_and_stays_what_it_was_foun
     )
     assert Worker(job, CONTROL, CPU).config.batch_size == 24
     with pytest.raises(UserError, match="memory holds no batch"):
-        TrainConfig(data="d", batch_size="auto").with_batch_of(7)
+        TrainConfig.of(data="d", batch_size="auto").with_batch_of(7)
 
 
 def test_trial_runs_leave_the_model_as_it_was(faces: Path, tmp_path: Path) -> None:

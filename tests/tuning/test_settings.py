@@ -15,7 +15,9 @@ def test_every_combination_is_a_trial_with_a_name_of_its_own() -> None:
         backbones=("a", "b,c"), heads=("128", "256,64"), normalizations=("yes,no",), lrs=("1e-3",), train=TrainConfig()
     )
     trials = plan_trials(config)
-    found = [(t.config.backbone, t.config.head, t.config.embedding_dim, t.config.normalize) for t in trials]
+    found = [
+        (t.config.backbone, t.config.model.head, t.config.model.embedding_dim, t.config.model.normalize) for t in trials
+    ]
     heads = (("128", 128), ("256,64", 64))
     assert found == [(a, *head, n) for a, head, n in itertools.product("abc", heads, (True, False))]
     assert len({trial.name for trial in trials}) == 12
@@ -26,15 +28,15 @@ def test_every_combination_is_a_trial_with_a_name_of_its_own() -> None:
 
 def test_random_negatives_are_tried_once_whatever_the_candidates() -> None:
     config = SweepConfig(
-        policies=("random", "hard"), candidate_counts=("200,2000",), train=TrainConfig(batch="triplets")
+        policies=("random", "hard"), candidate_counts=("200,2000",), train=TrainConfig.of(batch="triplets")
     )
-    found = [(trial.config.negatives, trial.config.candidates) for trial in plan_trials(config)]
+    found = [(trial.config.mining.negatives, trial.config.mining.candidates) for trial in plan_trials(config)]
     assert found == [("random", 200), ("hard", 200), ("hard", 2000)]
 
 
 def test_a_draw_of_combinations_follows_from_the_seed() -> None:
     def drawn(seed: int) -> list[tuple[str, float]]:
-        train = TrainConfig(seed=seed)
+        train = TrainConfig.of(seed=seed)
         config = SweepConfig(backbones=("a,b,c",), lrs=("1e-3,2e-3,3e-3",), max_trials=4, train=train)
         return [(trial.config.backbone, trial.config.lr) for trial in plan_trials(config)]
 
@@ -64,5 +66,5 @@ def test_a_draw_of_combinations_follows_from_the_seed() -> None:
 )
 def test_what_cannot_be_is_refused_in_the_words_of_the_flags(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as refused:
-        plan_trials(SweepConfig(**{**settings, "train": TrainConfig(**settings.get("train", {}))}))
+        plan_trials(SweepConfig(**{**settings, "train": TrainConfig.of(**settings.get("train", {}))}))
     assert words in str(refused.value)
