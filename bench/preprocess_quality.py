@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from bench.inputs import WEIGHTS_NAME, bench_data, drawn, run_job
 from lib.faces import table
 from lib.faces.detection import Detector, load_detector
-from lib.faces.extraction import ExtractionSettings, FaceExtractor, most_prominent
+from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.images import Photo
+from lib.faces.search import most_prominent
 
 NUM_COMPARED = 150
 

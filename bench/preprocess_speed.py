@@ -21,8 +21,9 @@ from bench import original_way
 from bench.inputs import WEIGHTS_NAME, bench_data, drawn, job_command, job_environment, run_job
 from lib.faces.alignment import Alignment, align
 from lib.faces.detection import load_detector
-from lib.faces.extraction import JPEG_QUALITY, ExtractionSettings, FaceExtractor, most_prominent
+from lib.faces.extraction import JPEG_QUALITY, ExtractionSettings, FaceExtractor
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
+from lib.faces.search import most_prominent
 
 NUM_ROUNDS = 3
 NUM_ORIGINAL_PHOTOS = 60

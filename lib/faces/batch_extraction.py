@@ -30,7 +30,6 @@ from lib.faces.detection import Detections, detector_weights, is_torch_file
 from lib.faces.extraction import (
     CLOSE_UP,
     JPEG_QUALITY,
-    RETRY_SIZES,
     DetectionSize,
     ExtractionSettings,
     SecondLook,
@@ -38,6 +37,7 @@ from lib.faces.extraction import (
     rows_without_crops,
 )
 from lib.faces.images import BadPhotoError, Photo, rgb_to_jpeg
+from lib.faces.search import Look, Search, search
 
 logger = logging.getLogger(__name__)
 
@@ -208,35 +208,47 @@ class BatchExtractor:
         return decoded
 
     def _find(self, works: list[_Work]) -> None:
-        """Detect the faces of all photos, at other sizes too where none is sure, and make their rows."""
-        found: dict[int, Detections] = {}
-        tried: dict[int, int] = {}
-        for size in (self.settings.detection_size, *RETRY_SIZES):
-            todo = []
-            for number, work in enumerate(works):
-                assert work.photo is not None
-                long_side = max(work.photo.width, work.photo.height)
-                if number in found:
-                    sure = len(found[number]) and found[number].scores_N[0] >= self.settings.min_score
-                    if sure or min(size, long_side) == tried[number]:
-                        continue
-                tried.setdefault(number, min(size, long_side))
-                todo.append((number, work, min(size, long_side) if number not in found else size))
-            if not todo:
-                break
-            with self._timed("shrink"):
-                pictures = [_picture(work, long_side) for _, work, long_side in todo]
-            with self._timed("detect"):
-                detections = self._detector.detect(pictures)
-            for (number, work, _), picture, seen in zip(todo, pictures, detections, strict=True):
-                assert work.photo is not None
-                seen = seen.scaled(max(work.photo.width, work.photo.height) / max(picture.shape[1:]))
-                best = found.get(number)
-                if best is None or (len(seen) and (not len(best) or seen.scores_N[0] > best.scores_N[0])):
-                    found[number] = seen
+        """Search all photos for faces, a round of looks at a time, and make their rows."""
+        settings = self.settings
+        searches: list[Search] = []
+        waiting: dict[int, list[Look]] = {}
         for number, work in enumerate(works):
             assert work.photo is not None
-            work.rows = rows_without_crops(found[number], work.photo.width, work.photo.height, self.settings)
+            width, height = work.photo.width, work.photo.height
+            searches.append(search(width, height, detection_size=settings.detection_size, min_score=settings.min_score))
+            waiting[number] = next(searches[number])
+        while waiting:
+            asked = [(number, look) for number, looks in waiting.items() for look in looks]
+            seen = self._seen([(works[number], look) for number, look in asked])
+            answers: dict[int, list[Detections]] = {number: [] for number in waiting}
+            for (number, _), faces in zip(asked, seen, strict=True):
+                answers[number].append(faces)
+            waiting = {}
+            for number, answer in answers.items():
+                try:
+                    waiting[number] = searches[number].send(answer)
+                except StopIteration as done:
+                    photo = works[number].photo
+                    assert photo is not None
+                    works[number].rows = rows_without_crops(done.value, photo.width, photo.height, settings)
+
+    def _seen(self, asked: list[tuple[_Work, Look]]) -> list[Detections]:
+        """Return what each look at a photo finds, in pixels of the photo."""
+        with self._timed("shrink"):
+            pictures = [_picture(work, look.long_side) for work, look in asked]
+            turned = [p.rot90(look.quarter_turns, (1, 2)) for p, (_, look) in zip(pictures, asked, strict=True)]
+        with self._timed("detect"):
+            detections = self._detector.detect(turned)
+        seen = []
+        for (work, look), picture, found in zip(asked, pictures, detections, strict=True):
+            assert work.photo is not None
+            height, width = picture.shape[1:]
+            seen.append(
+                found.turned_back(look.quarter_turns, width, height).scaled(
+                    max(work.photo.width, work.photo.height) / max(width, height)
+                )
+            )
+        return seen
 
     def _look_again(self, faces: list[tuple[_Work, Row]]) -> None:
         """Refine the landmarks of tilted faces, in their rows."""

@@ -57,6 +57,20 @@ class Detections:
         shift = (factor - 1) / 2
         return Detections(self.boxes_N4 * factor + shift, self.scores_N, self.landmarks_N52 * factor + shift)
 
+    def turned_back(self, quarter_turns: int, width: int, height: int) -> "Detections":
+        """Return the same faces in the picture of this size that was turned by `np.rot90(picture, quarter_turns)`.
+
+        Undoing one quarter turn takes (x, y) to (w - 1 - y, x), with the width w of the picture before it. A face keeps
+        its left and right: its left eye is the one that is on the left when the face is upright.
+        """
+        boxes_N4, landmarks_N52 = self.boxes_N4, self.landmarks_N52
+        for turn in reversed(range(quarter_turns)):
+            last = (height if turn % 2 else width) - 1
+            x0_N, y0_N, x1_N, y1_N = boxes_N4.T
+            boxes_N4 = np.stack([last - y1_N, x0_N, last - y0_N, x1_N], axis=1)
+            landmarks_N52 = np.stack([last - landmarks_N52[..., 1], landmarks_N52[..., 0]], axis=-1)
+        return Detections(boxes_N4, self.scores_N, landmarks_N52)
+
 
 class Detector(Protocol):
     """Finds faces. `weights_sha256` tells which weights it runs."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -14,8 +14,10 @@ from lib.faces import table
 from lib.faces.alignment import EYES, Alignment, align, alignment_matrix, reduction_wanted
 from lib.faces.detection import CLOSE_UP_SIDE, DETECTORS, Detections, detector_sha256, load_detector
 from lib.faces.images import REDUCTIONS, BadPhotoError, Photo, to_jpeg
+from lib.faces.plausibility import fault, roll_deg
+from lib.faces.search import Look, most_prominent, search
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 """Raised whenever the same photo with the same settings would give another crop."""
 
 POLICIES = ("prominent", "all")
@@ -24,9 +26,6 @@ JPEG_QUALITY = 95
 
 _LARGEST_MEGAPIXELS = 178
 """Pillow refuses larger photos by itself."""
-
-RETRY_SIZES = (320, 1280)
-"""Long sides tried in turn for a photo without a face: very large faces outgrow the anchors, very small ones vanish."""
 
 CLOSE_UP = Alignment(image_size=CLOSE_UP_SIDE, eye_height=0.45, margin=0.0)
 """How a face lies when it is looked at again."""
@@ -160,26 +159,27 @@ class FaceExtractor:
 
     def find(self, photo: Photo) -> Detections:
         """Return the faces of a photo over the detector's floor, in pixels of the full photo."""
-        long_side = max(photo.width, photo.height)
-        tried = min(self.settings.detection_size, long_side)
-        found = self._find_at(photo, tried)
-        for size in RETRY_SIZES:
-            if len(found) and found.scores_N[0] >= self.settings.min_score:
-                break
-            if min(size, long_side) == tried:  # photos are never enlarged
-                continue
-            again = self._find_at(photo, size)
-            if len(again) and (not len(found) or again.scores_N[0] > found.scores_N[0]):
-                found = again
-        return found
+        settings = self.settings
+        searching = search(
+            photo.width, photo.height, detection_size=settings.detection_size, min_score=settings.min_score
+        )
+        looks = next(searching)
+        while True:
+            try:
+                looks = searching.send([self._seen(photo, look) for look in looks])
+            except StopIteration as done:
+                return cast(Detections, done.value)
 
-    def _find_at(self, photo: Photo, long_side: int) -> Detections:
-        look = DetectionSize.of(photo, long_side)
-        pixels = photo.pixels(look.reduction)
-        if look.interpolation is not None:
-            pixels = cv2.resize(pixels, (look.width, look.height), interpolation=look.interpolation)
-        (found,) = self._detect([pixels])
-        return found.scaled(max(photo.width, photo.height) / max(pixels.shape[:2]))
+    def _seen(self, photo: Photo, look: Look) -> Detections:
+        size = DetectionSize.of(photo, look.long_side)
+        pixels = photo.pixels(size.reduction)
+        if size.interpolation is not None:
+            pixels = cv2.resize(pixels, (size.width, size.height), interpolation=size.interpolation)
+        (found,) = self._detect([np.ascontiguousarray(np.rot90(pixels, look.quarter_turns))])
+        height, width = pixels.shape[:2]
+        return found.turned_back(look.quarter_turns, width, height).scaled(
+            max(photo.width, photo.height) / max(width, height)
+        )
 
     def _photo_rows(self, photo: Photo, found: Detections) -> list[dict[str, Any]]:
         rows = rows_without_crops(found, photo.width, photo.height, self.settings)
@@ -251,25 +251,27 @@ def rows_without_crops(
 
 def face_row_without_crop(found: Detections, index: int, settings: ExtractionSettings) -> dict[str, Any]:
     """Return status, score, box and landmarks of one of the faces found."""
-    box = found.boxes_N4[index]
+    box, landmarks_52 = found.boxes_N4[index], found.landmarks_N52[index]
+    reason = None
     if found.scores_N[index] < settings.min_score:
         status = table.LOW_SCORE
     elif max(box[2] - box[0], box[3] - box[1]) < settings.min_face:
         status = table.TOO_SMALL
     else:
-        status = table.ALIGNED
+        reason = fault(box, landmarks_52)
+        status = table.IMPLAUSIBLE if reason else table.ALIGNED
     return {
         "status": status,
+        **({"reason": reason} if reason else {}),
         "score": float(found.scores_N[index]),
         "box": box.astype(np.float32),
-        "landmarks": found.landmarks_N52[index].reshape(10).astype(np.float32),
+        "landmarks": landmarks_52.reshape(10).astype(np.float32),
     }
 
 
 def is_tilted(landmarks_52: np.ndarray) -> bool:
     """Return whether a face's roll asks for a second look."""
-    across = landmarks_52[1] - landmarks_52[0]
-    return bool(abs(np.degrees(np.arctan2(across[1], across[0]))) >= _TILTED_DEG)
+    return abs(roll_deg(landmarks_52)) >= _TILTED_DEG
 
 
 @dataclass(frozen=True)
@@ -311,23 +313,3 @@ class SecondLook:
         to_photo_23 = cv2.invertAffineTransform(matrix_23)
         seen_52 = found_N52[np.argmin(distances_N)] @ to_photo_23[:, :2].T + to_photo_23[:, 2]
         return (self.landmarks_52 + seen_52) / 2
-
-
-def most_prominent(found: Detections, width: int, height: int, min_score: float) -> int:
-    """Return the index of the face a photo is of: the one of most `prominence`."""
-    return int(np.argmax(prominence(found, width, height, min_score)))
-
-
-def prominence(found: Detections, width: int, height: int, min_score: float) -> np.ndarray:
-    """Return how much each face [N] is what the photo is of: large, near the middle, well scored.
-
-    Faces over `min_score` go before all others. Among equals the box's area counts, less by up to a half with the
-    distance of its centre from the photo's, times the score.
-    """
-    boxes_N4, scores_N = found.boxes_N4, found.scores_N
-    areas_N = (boxes_N4[:, 2] - boxes_N4[:, 0]) * (boxes_N4[:, 3] - boxes_N4[:, 1])
-    centres_N2 = (boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2
-    middle_2 = np.array([width, height]) / 2
-    offsets_N = np.linalg.norm((centres_N2 - middle_2) / middle_2, axis=1) / np.sqrt(2)
-    prominence_N = areas_N * (1 - 0.5 * np.clip(offsets_N, 0, 1)) * scores_N
-    return np.where(scores_N >= min_score, prominence_N, prominence_N * 1e-9)

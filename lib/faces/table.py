@@ -14,11 +14,12 @@ ALIGNED = "aligned"
 NO_FACE = "no_face"
 LOW_SCORE = "low_score"
 TOO_SMALL = "too_small"
+IMPLAUSIBLE = "implausible"
 CORRUPT = "corrupt"
 TOO_LARGE = "too_large"
 MISSING = "missing"
 NO_IDENTITY = "no_identity"
-STATUSES = (ALIGNED, NO_FACE, LOW_SCORE, TOO_SMALL, CORRUPT, TOO_LARGE, MISSING, NO_IDENTITY)
+STATUSES = (ALIGNED, NO_FACE, LOW_SCORE, TOO_SMALL, IMPLAUSIBLE, CORRUPT, TOO_LARGE, MISSING, NO_IDENTITY)
 
 FINGERPRINT_KEY = b"conv-facenet.fingerprint"
 """Key in the Parquet schema's metadata under which the fingerprint stands as JSON."""
@@ -36,9 +37,9 @@ SCHEMA = pa.schema(
         pa.field("reason", pa.string()),
     ]
 )
-"""Boxes are x0 y0 x1 y1 and landmarks x y of left eye, right eye, nose, mouth left, mouth right (as seen in the photo),
-in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the status is `aligned`. `reason` says in words
-why a photo could not be read; tables made earlier lack it."""
+"""Boxes are x0 y0 x1 y1 and landmarks x y of left eye, right eye, nose, mouth left, mouth right (as seen when the face
+is upright), in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the status is `aligned`. `reason`
+says in words why a photo could not be read, or why a face is implausible; tables made earlier lack it."""
 
 
 def columns(*names: str) -> list[pa.Field]:

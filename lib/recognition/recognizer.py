@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.extraction import FaceExtractor, fingerprint, prominence
+from lib.faces.extraction import FaceExtractor, fingerprint
 from lib.faces.images import MAX_PHOTO_BYTES, BadPhotoError, Photo
+from lib.faces.search import prominence
 from lib.recognition.embedder import Embedder, check_fingerprint, extraction_settings, load_embedder
 from lib.recognition.onnx_model import OnnxInput
 from lib.storage import read_bytes
@@ -30,7 +31,7 @@ class Face:
     box_4: np.ndarray
     """x0 y0 x1 y1, float32."""
     landmarks_52: np.ndarray
-    """x y of left eye, right eye, nose, mouth left, mouth right (as seen in the photo), float32."""
+    """x y of left eye, right eye, nose, mouth left, mouth right (as seen when the face is upright), float32."""
     score: float
     """How sure the detector is, 0 to 1."""
     crop_HWC: np.ndarray

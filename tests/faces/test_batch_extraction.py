@@ -218,6 +218,30 @@ def test_all_faces_of_a_photo_are_cut_out_where_that_is_asked_for() -> None:
     assert_same_faces(ours, FaceExtractor(settings).rows(photo))
 
 
+@lru_cache
+def turned_photos() -> tuple[bytes, ...]:
+    """Return photos of one person that stand upright, lie on either side, and stand on their heads."""
+    ones = [photo for photo, row in zip(photos(), one_by_one_rows(), strict=True) if row["status"] == table.ALIGNED]
+    pixels = [cv2.imdecode(np.frombuffer(photo, np.uint8), cv2.IMREAD_COLOR) for photo in ones[:4]]
+    return tuple(cv2.imencode(".png", np.rot90(each, turn))[1].tobytes() for each in pixels for turn in range(4))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_photos_that_lie_or_stand_on_their_heads_become_upright_faces_in_batches_too(device: str) -> None:
+    together = extractor(device).rows(turned_photos())
+    for number, (photo, ours) in enumerate(zip(turned_photos(), together, strict=True)):
+        assert_same_faces(ours, one_by_one().rows(photo))
+        assert ours[0]["status"] == table.ALIGNED
+        crops = [
+            cv2.imdecode(np.frombuffer(row["crop"], np.uint8), cv2.IMREAD_COLOR)
+            for row in (ours[0], together[number - number % 4][0])
+        ]
+        assert cv2.absdiff(*crops).mean() < 8
+    for number in (1, 6):
+        (alone,) = extractor(device).rows([turned_photos()[number]])
+        assert alone[0]["crop"] == together[number][0]["crop"]
+
+
 def test_no_photos_give_no_rows() -> None:
     assert extractor("cpu").rows([]) == []
 

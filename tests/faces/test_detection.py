@@ -437,3 +437,21 @@ def test_small_weights_that_ask_for_gigabytes_are_refused_before_they_are_loaded
     (tmp_path / "w.onnx").write_bytes(helper.make_model(graph).SerializeToString())
     with pytest.raises(UserError, match=r"w.onnx' asks for 3\.6 GB of constants"):
         detector_sha256("retinaface", str(tmp_path / "w.onnx"))
+
+
+@pytest.mark.parametrize("quarter_turns", range(4))
+def test_faces_of_a_turned_picture_lie_where_they_are_in_the_picture(quarter_turns: int) -> None:
+    picture = np.zeros((30, 50), int)
+    points = [(0, 0), (7, 5), (40, 5), (22, 15), (9, 20), (38, 21), (3, 2), (45, 25)]  # five landmarks, two corners
+    for number, (x, y) in enumerate(points[1:], start=1):
+        picture[y, x] = number
+    turned = np.rot90(picture, quarter_turns)
+    seen = [tuple(int(i) for i in np.argwhere(turned == number)[0][::-1]) for number in range(1, 8)]
+    corners = np.array(seen[5:])
+    boxes_N4 = np.concatenate([corners.min(axis=0), corners.max(axis=0)])[None].astype(float)
+    found = Detections(boxes_N4, np.array([0.99]), np.array(seen[:5], float)[None])
+    back = found.turned_back(quarter_turns, 50, 30)
+    assert back.landmarks_N52[0].tolist() == [list(point) for point in points[1:6]]
+    assert back.boxes_N4[0].tolist() == [3, 2, 45, 25]
+    none = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))).turned_back(quarter_turns, 50, 30)
+    assert (none.boxes_N4.shape, none.landmarks_N52.shape) == ((0, 4), (0, 5, 2))

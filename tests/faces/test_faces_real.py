@@ -12,8 +12,9 @@ from retinaface.weights import WEIGHTS
 
 from lib.faces import table
 from lib.faces.detection import Detections, RetinaFace, load_detector
-from lib.faces.extraction import ExtractionSettings, FaceExtractor, most_prominent
+from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.images import PHOTO_SUFFIXES, Photo
+from lib.faces.search import most_prominent
 
 pytestmark = pytest.mark.real_photos
 
