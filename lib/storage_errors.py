@@ -9,11 +9,45 @@ from urllib.parse import urlsplit
 from lib.errors import JobError, UserError
 from lib.redaction import redacted, shown
 
-PASSING_S3_CODES = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException")
-CREDENTIAL_MISTAKES = {
-    "InvalidAccessKeyId": "the storage does not know this access key: correct AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret does not belong to the access key: correct AWS_SECRET_ACCESS_KEY",
+PASSING_S3_CODES = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException")
+
+_AGAIN = ", and run the same command again"
+_LOCAL_FAILURES = {
+    errno.ENOSPC: "free space in that folder" + _AGAIN,
+    errno.EDQUOT: "free space in your quota, or ask for more" + _AGAIN,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose a file system without one" + _AGAIN,
+    errno.EMFILE: "raise the limit on open files (ulimit -n)" + _AGAIN,
+    errno.ENFILE: "close other programs, or raise fs.file-max" + _AGAIN,
+    errno.ENOMEM: "free memory" + _AGAIN,
+    errno.EIO: "check the disk" + _AGAIN,
+    errno.ESTALE: "mount the network folder anew" + _AGAIN,
+    errno.ENOTCONN: "mount the network folder anew" + _AGAIN,
 }
+"""What to do about failures outside the program, by error number."""
+_LOCAL_MISTAKES = {
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.EPERM: "run as its owner, or choose another place",
+    errno.EROFS: "mount it writable, or choose another place",
+    errno.ENOTDIR: "remove the file that is where a folder should be, or choose another place",
+    errno.EISDIR: "name a file in this folder, or choose another place",
+    errno.EEXIST: "remove the file that is there, or choose another place",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "correct the path, or its links, which lead in a circle",
+}
+_S3_MISTAKES = {
+    "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY, which does not belong to the access key",
+    "ExpiredToken": "the session has expired: get new keys and a new AWS_SESSION_TOKEN",
+    "InvalidToken": "the session token does not belong to the access key: correct or unset AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": "set the clock of this machine",
+    "AccessDenied": "ask for this right for the user of AWS_ACCESS_KEY_ID, or use another key",
+    "InvalidBucketName": "no bucket can have this name: correct the URL",
+    "AuthorizationHeaderMalformed": "set AWS_DEFAULT_REGION to the region of the bucket",
+    "PermanentRedirect": "set AWS_DEFAULT_REGION to the region of the bucket",
+    "InvalidObjectState": "it is archived: restore it first",
+    "EntityTooLarge": "the storage takes no file of this size: choose another storage",
+}
+"""What to do about the user's mistakes, by the code of the S3 answer."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -80,12 +114,9 @@ def _explanation(error: Exception, url: str, what: str) -> UserError | JobError 
 def _local_explanation(error: OSError, what: str) -> UserError | JobError:
     if isinstance(error, FileNotFoundError):
         return MissingFileError(f"{what}: correct the path, or run first the job that makes it")
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return UserError(f"{what}: change its permissions, or choose another place")
-    if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
-        return UserError(f"{what}: choose another place")
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return JobError(f"{what}: free space in that folder and run the same command again" if is_full else what)
+    if error.errno in _LOCAL_MISTAKES:
+        return UserError(f"{what}: {_LOCAL_MISTAKES[error.errno]}")
+    return JobError(f"{what}: {_LOCAL_FAILURES[error.errno]}" if error.errno in _LOCAL_FAILURES else what)
 
 
 def _remote_explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
@@ -98,8 +129,8 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
         return MissingFileError(f"{what}: there is no bucket {bucket!r}: create it, or correct the URL")
     if isinstance(error, FileNotFoundError):
         return MissingFileError(f"{what}: it is not there: correct the URL, or run first the job that makes it")
-    if code in CREDENTIAL_MISTAKES:
-        return UserError(f"{what}: {CREDENTIAL_MISTAKES[code]}")
+    if code in _S3_MISTAKES:
+        return UserError(f"{because}: {_S3_MISTAKES[code]}")
     if isinstance(error, s3.NoCredentialsError | s3.PartialCredentialsError):
         return UserError(f"{because}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, s3.ParamValidationError):
@@ -111,8 +142,21 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
         return UserError(
             f"{because}: ask for this right, or correct AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the bucket"
         )
+    setting = "AWS_ENDPOINT_URL" if url.startswith(("s3://", "s3a://")) else "the URL"
+    if isinstance(error, s3.SSLError):
+        return UserError(f"{because}: trust the certificate by AWS_CA_BUNDLE, or correct http or https in {setting}")
     if is_passing(error):
-        return JobError(f"{because}: check the storage and AWS_ENDPOINT_URL, and run the same command again")
-    if code == "InvalidBucketName" or isinstance(error, ValueError | s3.SSLError):
-        return UserError(f"{because}: correct the URL or AWS_ENDPOINT_URL")
+        return JobError(f"{because}: {_passing_remedy(error, setting)}{_AGAIN}")
+    if isinstance(error, ValueError):
+        return UserError(f"{because}: correct {setting}")
     return JobError(because) if isinstance(error, OSError | s3.BotoCoreError) else None
+
+
+def _passing_remedy(error: Exception, setting: str) -> str:
+    """Return what to do about an error that did not pass in time: who answered, if anybody did, tells the cause."""
+    status = (_s3_answer(error) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if s3_code(error) in PASSING_S3_CODES:
+        return "the storage is overloaded: use fewer workers"
+    if status >= 500:
+        return "the storage has a fault of its own: wait until it is well"
+    return f"nobody answers: check that the storage runs, the network and {setting}"

@@ -169,11 +169,11 @@ def test_a_full_disk_is_one_clear_line_and_the_old_file_stays(tiny_disk):
     assert [path.name for path in (tiny_disk / "faces").iterdir()] == ["part-0.parquet"]
 
 
-def test_a_limit_on_file_sizes_is_told_as_a_full_disk_is(tmp_path):
+def test_a_limit_on_file_sizes_is_told_from_a_full_disk(tmp_path):
     _, hard = soft_hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(JobError, match="File too large: free space"):
+        with pytest.raises(JobError, match=r"File too large: raise the limit on file sizes \(ulimit -f\)"):
             storage.write_bytes(str(tmp_path / "x"), bytes(10_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, soft_hard)
@@ -183,7 +183,7 @@ def test_a_limit_on_file_sizes_is_told_as_a_full_disk_is(tmp_path):
 def test_a_read_only_disk_is_the_users_mistake(tiny_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
     for action in (storage.check_writable, lambda url: storage.write_bytes(f"{url}/x", b"")):
-        with pytest.raises(UserError, match="Read-only file system: change its permissions, or choose another place"):
+        with pytest.raises(UserError, match="Read-only file system: mount it writable, or choose another place"):
             action(str(tiny_disk))
 
 
