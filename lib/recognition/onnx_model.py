@@ -140,9 +140,19 @@ class OnnxModel:
         except _REFUSED as error:
             raise UserError(
                 f"{self.url!r} does not take faces of shape {list(images.shape)}, {images.dtype}; its input is "
-                f"{self._input.name}: {self._input.shape}, {self._input.type}: correct --layout and --input-size "
-                f"({_first_line(error)})"
+                f"{self._input.name}: {self._input.shape}, {self._input.type}: {self._remedy()} ({_first_line(error)})"
             ) from error
+
+    def _remedy(self) -> str:
+        """Return what to do about a file that does not take faces as they are given."""
+        if self._about:
+            return "make the file again with jobs/export.py"
+        if self._input.type not in (*_DTYPES, "tensor(float)"):
+            return "export it with an input of float32"
+        channels = self._input.shape[1 if self._wanted.layout == "nchw" else 3]
+        if isinstance(channels, int) and channels != 3:
+            return f"a model of three colours is needed, not {channels}"
+        return "correct --input-size" if self._wanted.input_size else "give the right one by --input-size"
 
     def _vector_output(self) -> str:
         """Return the first output that is a vector for each face: some files give its norm, one number, before it."""
@@ -153,18 +163,33 @@ class OnnxModel:
         return str(outputs[0].name)
 
     def _input_size(self) -> int:
-        if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4:
+        if len(self._session.get_inputs()) != 1:
             inputs = ", ".join(f"{each.name} {each.shape}" for each in self._session.get_inputs())
-            raise UserError(f"{self.url!r} takes {inputs}: a model that takes one picture, in four axes, is needed")
-        axes = self._input.shape[2:] if self._wanted.layout == "nchw" else self._input.shape[1:3]
-        known = [axis for axis in axes if isinstance(axis, int)]
+            raise UserError(f"{self.url!r} takes {inputs}: export it with the picture as its only input")
+        if len(self._input.shape) != 4:
+            raise UserError(
+                f"{self.url!r} takes {self._input.shape}: a model that takes a picture, in four axes, is needed"
+            )
+        known = self._known_sides(self._wanted.layout)
         size = self._wanted.input_size or (known[0] if known else ARCFACE_SIZE)
-        if any(axis != size for axis in known):
+        if any(side != size for side in known):
             raise UserError(
                 f"{self.url!r} takes {self._input.shape}, not squares of {size} pixels in the layout "
-                f"{self._wanted.layout}: correct --input-size or --layout"
+                f"{self._wanted.layout}: {self._size_remedy(known)}"
             )
         return size
+
+    def _known_sides(self, layout: str) -> list[int]:
+        sides = self._input.shape[2:] if layout == "nchw" else self._input.shape[1:3]
+        return [side for side in sides if isinstance(side, int)]
+
+    def _size_remedy(self, known: list[int]) -> str:
+        other = "nhwc" if self._wanted.layout == "nchw" else "nchw"
+        if len(set(known)) == 1:
+            return f"correct --input-size to {known[0]}, or leave it out"
+        if len(set(self._known_sides(other))) == 1:
+            return f"give --layout {other}"
+        return "a model that takes squares is needed"
 
     def _probe(self) -> int:
         """Return the length of an embedding, which the file need not tell."""
@@ -219,9 +244,23 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
         ends = [(each.name, each.shape, each.type) for each in (*session.get_inputs(), *session.get_outputs())]
         about = session.get_modelmeta().custom_metadata_map
     except _REFUSED as error:
-        raise UserError(f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}") from error
+        remedy = _loading_remedy(str(error))
+        raise UserError(
+            f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}: {remedy}"
+        ) from error
     logger.debug("%s: %s, %s", url, ends, about)
     return session
+
+
+def _loading_remedy(reason: str) -> str:
+    """Return what to do about a file that ONNX Runtime refuses for a reason."""
+    if "opset" in reason.lower():
+        return "save it for an older opset"
+    if "not a registered function" in reason or "No Op registered" in reason:
+        return "export it with the standard operators alone"
+    if "Could not find an implementation" in reason:
+        return "export it in float32"
+    return "export it again"
 
 
 def _first_operators(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -113,18 +113,32 @@ def test_operators_of_someone_else_are_not_run(tmp_path: Path) -> None:
     model.graph.node[0].domain = "evil.ops"
     model.opset_import.append(helper.make_opsetid("evil.ops", 1))
     onnx.save(model, tmp_path / "a.onnx")
-    with pytest.raises(UserError, match="is no ONNX model that ONNX Runtime can run"):
+    with pytest.raises(UserError, match=r"is no ONNX model that ONNX Runtime can run.*the standard operators alone"):
+        load_embedder(str(tmp_path / "a.onnx"))
+
+
+def test_an_opset_that_is_too_new_is_told(tmp_path: Path) -> None:
+    model = onnx.load(onnx_file(tmp_path / "a.onnx"))
+    model.opset_import[0].version = 99
+    onnx.save(model, tmp_path / "a.onnx")
+    with pytest.raises(UserError, match="save it for an older opset"):
         load_embedder(str(tmp_path / "a.onnx"))
 
 
 @pytest.mark.parametrize(
     ("shape", "inputs", "wanted", "said"),
     [
-        (("n", 3, 32, 32), 1, OnnxInput(layout="nhwc"), "correct --input-size or --layout"),
-        (("n", 3, 32, 32), 1, OnnxInput(input_size=64), "not squares of 64 pixels"),
-        (("n", 1, 32, 32), 1, OnnxInput(), "does not take faces of shape"),
-        (("n", 3, 32), 1, OnnxInput(), "one picture, in four axes"),
-        (("n", 3, 32, 32), 2, OnnxInput(), "one picture, in four axes"),
+        (("n", 3, 32, 32), 1, OnnxInput(layout="nhwc"), "give --layout nchw"),
+        (
+            ("n", 3, 32, 32),
+            1,
+            OnnxInput(input_size=64),
+            "not squares of 64 pixels.*correct --input-size to 32, or leave it out",
+        ),
+        (("n", 3, 32, 48), 1, OnnxInput(), "a model that takes squares is needed"),
+        (("n", 1, 32, 32), 1, OnnxInput(), "does not take faces of shape.*three colours is needed, not 1"),
+        (("n", 3, 32), 1, OnnxInput(), "a picture, in four axes"),
+        (("n", 3, 32, 32), 2, OnnxInput(), "the picture as its only input"),
     ],
 )
 def test_an_input_that_does_not_fit_is_told(
@@ -132,6 +146,11 @@ def test_an_input_that_does_not_fit_is_told(
 ) -> None:
     with pytest.raises(UserError, match=said):
         OnnxModel(onnx_file(tmp_path / "a.onnx", shape=shape, inputs=inputs), wanted)
+
+
+def test_whole_numbers_as_input_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tensor\(uint8\): export it with an input of float32"):
+        load_embedder(onnx_file(tmp_path / "a.onnx", number=TensorProto.UINT8))
 
 
 @pytest.mark.parametrize("number", [TensorProto.FLOAT16, TensorProto.DOUBLE])
