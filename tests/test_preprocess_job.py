@@ -179,7 +179,7 @@ def test_what_is_missing_is_done_again_and_comes_out_the_same(data: Path, first_
     for path in lost:
         path.unlink()
     (faces / "_SUCCESS").unlink()
-    (parts[1].parent / ".part-000000.parquet.0.tmp").write_bytes(b"half a file")
+    (parts[1].parent / f".{0:032x}.tmp").write_bytes(b"half a file")
     again = run_job("preprocess.py", "--data", str(data))
     assert again.status == 0, again.errors
     assert again.result["photos_processed"] == num_lost
