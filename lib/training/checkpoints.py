@@ -17,7 +17,7 @@ import torch
 
 from lib import storage
 from lib.errors import JobError, UserError
-from lib.training.schedule import PRETRAINED_CLIP_NORM
+from lib.training.schedule import PRETRAINED_CLIP_NORM, USUAL_LR
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ class Progress:
     """Whether BatchNorm goes by the statistics that came with the initial weights."""
     clip_norm: float = PRETRAINED_CLIP_NORM
     """Norm that gradients are scaled down to."""
+    lr: float = USUAL_LR
+    """Peak learning rate."""
     batch_size: int = 0
     """What `--batch-size auto` has found; 0 before that, and where the flag says a number."""
     finished: bool = False

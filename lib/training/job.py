@@ -30,7 +30,7 @@ from lib.training.feature_store import FeatureStore
 from lib.training.freezing import checkpoint_activations, freeze_stages, has_statistics
 from lib.training.history import read_rows
 from lib.training.record import MODEL_FOLDER, run_result
-from lib.training.schedule import PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM, first_phase
+from lib.training.schedule import PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM, first_phase, usual_lr
 from lib.training.settings import TrainConfig
 from lib.training.triplets import PhotoIndex
 
@@ -129,7 +129,8 @@ def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelS
     if config.model.batch_norm == "fixed" and not fixed:
         raise UserError(f"--batch-norm fixed: the weights of {spec.backbone} come with no statistics: use batch")
     clip_norm = config.optimizer.clip_norm or (PRETRAINED_CLIP_NORM if model.is_pretrained else RANDOM_CLIP_NORM)
-    logger.info("gradients are clipped at a norm of %g", clip_norm)
+    lr = config.lr or usual_lr(is_pretrained=model.is_pretrained, has_batch_norm=has_statistics(model))
+    logger.info("peak learning rate %g; gradients are clipped at a norm of %g", lr, clip_norm)
     storage.check_writable(config.run_url)
     phase = first_phase(config.mining.negatives)
     progress = Progress(
@@ -138,6 +139,7 @@ def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelS
         phase_first_epoch=phase.first_epoch,
         fixed_statistics=fixed,
         clip_norm=clip_norm,
+        lr=lr,
     )
     checkpoints.write(config.run_url, progress, checkpoints.prefixed("model", model.state_dict()))
     storage.write_json(storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME), model.spec.to_json())

@@ -250,7 +250,7 @@ class Worker:
             for number, batch in enumerate(batches, start=first_step):
                 share_done = (progress.epoch - 1 + number / num_steps) / config.epochs
                 is_last = (number + 1) % accumulate == 0
-                lr = learning_rate(config.lr, share_done, config.optimizer.warmup_share)
+                lr = learning_rate(progress.lr, share_done, config.optimizer.warmup_share)
                 self.step(batch, sums, lr, share=1 / accumulate, is_last=is_last)
                 if time.perf_counter() - told > TELL_EVERY_S:
                     told = time.perf_counter()

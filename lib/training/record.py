@@ -184,7 +184,7 @@ class RunRecord:
                 "batch": config.sampling.batch,
                 **config.loss_settings(),
                 "negatives": row["negatives"],
-                "lr": config.lr,
+                "lr": progress.lr,
                 "augment": config.sampling.augment,
                 "init": storage.redacted(config.init),
                 "seed": config.run.seed,

@@ -12,6 +12,15 @@ Hardness = Literal["random", "hard", "semihard", "exact"]
 PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM = 100.0, 5.0
 """Norm that gradients are scaled down to, by the backbone's initial weights (docs/measurements.md compares)."""
 
+USUAL_LR, FINE_LR = 9e-4, 1e-4
+"""Peak learning rates. The first was measured with efficientnet-lite0. The second is a rate that the papers of ConvNeXt
+(Liu et al. 2022, table 5: 5e-5) and ViT stay near to when they fine-tune; it was not measured here."""
+
+
+def usual_lr(*, is_pretrained: bool, has_batch_norm: bool) -> float:
+    """Return the peak learning rate for a backbone where the user names none."""
+    return FINE_LR if is_pretrained and not has_batch_norm else USUAL_LR
+
 
 def learning_rate(highest: float, progress: float, warmup_share: float) -> float:
     """Return the rate at `progress` (0 to 1) of the training: a linear rise, then half a cosine down to zero.

@@ -247,8 +247,9 @@ class TrainConfig:
     batch_size: Literal["auto"] | int = 96
     """Images per batch and worker; three make a triplet. auto: as many as fit into the GPU's memory, at most 1,024; 96
     on a CPU."""
-    lr: float = 9e-4
-    """Peak learning rate of AdamW. The default was tuned on efficientnet-lite0; find yours with jobs/sweep.py."""
+    lr: float | None = None
+    """Peak learning rate of AdamW. Default: 1e-4 for pretrained backbones without BatchNorm, such as ConvNeXt and ViT;
+    9e-4 for all others."""
     workers: tuple[int, ...] = ()
     """N, or MIN MAX to grow and shrink with the cluster. Default: one per GPU, or one per node without GPUs."""
     gpus: Gpus = "auto"
@@ -268,7 +269,7 @@ class TrainConfig:
         check_values(
             ("name", self.name, "a name without / and not beginning with a dot", _is_name(self.name)),
             ("epochs", self.epochs, "1 or more", self.epochs >= 1),
-            ("lr", self.lr, "above 0", self.lr > 0),
+            ("lr", self.lr, "above 0", self.lr is None or self.lr > 0),
             ("workers", self.workers, "N, or MIN MAX with 1 <= MIN <= MAX", _is_range(self.workers)),
         )
         if self.batch_size != "auto" and self.batch_size < self.smallest_batch:

@@ -55,7 +55,7 @@ class TrainingState:
             if averaged := checkpoints.without_prefix("averaged", tensors):
                 self.averaged.load_state_dict(averaged)
         self.optimizer = devices.adamw(
-            _parameter_groups(self.model, config.optimizer.weight_decay), device, lr=config.lr
+            _parameter_groups(self.model, config.optimizer.weight_decay), device, lr=self.progress.lr
         )
         if optimizer := checkpoints.without_prefix("optimizer", tensors):
             checkpoints.restore_optimizer(self.optimizer, optimizer)

@@ -12,6 +12,7 @@ from lib import storage
 from lib.errors import UserError
 from lib.flags import check_values
 from lib.layout import Layout
+from lib.training.schedule import USUAL_LR
 from lib.training.settings import NegativePolicy, TrainConfig
 
 ORIGINAL_LIMIT = 25_000
@@ -123,7 +124,7 @@ class SweepConfig:
             try:
                 values = [read(word.strip()) for word in given if word.strip()] or [base[name]]
             except ValueError:
-                raise UserError(f"--{flag} is {','.join(given)}: values such as {standard[name]}") from None
+                raise UserError(f"--{flag} is {','.join(given)}: values such as {standard[name] or USUAL_LR}") from None
             swept[name] = list(dict.fromkeys(values))
         if self.heads and base["embedding_dim"] != standard["embedding_dim"]:
             raise UserError("--heads and --embedding-dim are both given: the last width of a head is the embedding's")

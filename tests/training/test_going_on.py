@@ -116,3 +116,11 @@ def test_a_run_older_than_a_setting_had_its_default(config: TrainConfig, setting
     other = config.replaced(**{setting: value})
     with pytest.raises(UserError, match=f"{setting}: .* there, {value} now"):
         _settle(other, other.content(FACES))
+
+
+def test_the_rate_is_the_flags_or_the_one_for_the_backbone_and_stays(config: TrainConfig) -> None:
+    for lr, expected in ((None, 9e-4), (3e-4, 3e-4)):
+        named = config.replaced(name=f"run {lr}", lr=lr)
+        state = begun(named).state
+        assert state.progress.lr == expected
+        assert state.optimizer.param_groups[0]["lr"] == expected

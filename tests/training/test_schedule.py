@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.training.schedule import Phase, first_phase, learning_rate, next_phase
+from lib.training.schedule import Phase, first_phase, learning_rate, next_phase, usual_lr
 
 RANDOM, HARD = Phase(negatives="random", first_epoch=1), Phase(negatives="hard", first_epoch=4)
 
@@ -47,3 +47,13 @@ def test_a_collapse_makes_negatives_semi_hard(policy: str) -> None:
     assert phase == Phase(negatives="semihard", first_epoch=8)
     assert "collapsed" in note
     assert step(HARD, policy, [0.1], [0.9, 0.8, 0.5]) == (HARD, "")
+
+
+@pytest.mark.parametrize(
+    ("is_pretrained", "has_batch_norm", "lr"),
+    [(False, False, 9e-4), (False, True, 9e-4), (True, True, 9e-4), (True, False, 1e-4)],
+)
+def test_pretrained_backbones_without_batch_norm_have_a_lower_rate(
+    is_pretrained: bool, has_batch_norm: bool, lr: float
+) -> None:
+    assert usual_lr(is_pretrained=is_pretrained, has_batch_norm=has_batch_norm) == lr
