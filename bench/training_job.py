@@ -219,7 +219,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "training_job",
-                "device": devices.told(torch.device("cuda" if options.gpus else "cpu")),
+                "device": devices.device_name(torch.device("cuda" if options.gpus else "cpu")),
                 "images_per_s": {policy: round(speed, 1) for policy, speed in speeds.items()},
                 "bare": bare,
                 "job_to_bare": {policy: round(speed / best, 3) for policy, speed in speeds.items()},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib import local_ray, ray_watch, remote_ray
-from lib.config import heed_stop_signals, in_submitted_job, signal_noticed
+from lib.config import in_submitted_job, raise_on_stop_signals, signal_noticed
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def connected() -> Iterator[None]:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
             stack.enter_context(local_ray.started(_quoted_python()))
             watch = ray_watch.watched(local_ray.daemons())
-        heed_stop_signals()  # Ray has set a handler of its own, which would end in an abort
+        raise_on_stop_signals()  # Ray has set a handler of its own, which would end in an abort
         try:
             with watch:
                 yield

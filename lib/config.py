@@ -79,7 +79,7 @@ def run_job(
     sys.stdout, sys.stderr = (cast(TextIO, StreamWithoutSecrets(each, given)) for each in (sys.stdout, sys.stderr))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     _signals_that_came.clear()
-    heed_stop_signals()
+    raise_on_stop_signals()
     try:
         for flag in sys.argv[1:]:
             _check_utf8(flag, "an argument")
@@ -118,7 +118,7 @@ def _check_utf8(text: str, what: str) -> None:
         raise UserError(f"{what} is not UTF-8: {os.fsencode(text)!r}: rename the file or folder") from None
 
 
-def heed_stop_signals() -> None:
+def raise_on_stop_signals() -> None:
     """Raise `StopSignal` at SIGTERM and SIGUSR1, as Slurm, Kubernetes and `ray job stop` send before they end a job.
 
     SIGINT raises KeyboardInterrupt, as ever. Either comes again every second until `signal_noticed` is called, for

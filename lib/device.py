@@ -294,6 +294,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def told(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """Return the device's name for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -102,7 +102,7 @@ def read_token_settings() -> None:
 def private_folder() -> Iterator[Path]:
     """Make a folder that only this user can enter, with a path short enough for sockets, and remove it at the end."""
     parent = _parent()
-    _sweep(parent)
+    _remove_leftovers(parent)
     try:
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
     except OSError as error:
@@ -145,7 +145,7 @@ def _parent() -> Path:
     return Path("/tmp")  # noqa: S108
 
 
-def _sweep(parent: Path) -> None:
+def _remove_leftovers(parent: Path) -> None:
     """Remove what runs of this user have left that were killed."""
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         try:

@@ -27,7 +27,7 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    knock(address)
+    check_head_listens(address)
     _send_a_token_that_is_there()
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)
@@ -54,7 +54,7 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
         raise JobError(f"the Ray cluster at {address} does not let this job in: {reason}") from error
 
 
-def knock(address: str) -> None:
+def check_head_listens(address: str) -> None:
     """Raise UserError where no head of a Ray cluster listens: Ray itself would try for minutes."""
     place = host_and_port(address)
     if place is None:

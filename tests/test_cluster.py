@@ -160,7 +160,7 @@ def test_a_folder_that_ray_cannot_use_is_refused_by_the_name_of_its_variable(
 )
 def test_an_address_without_a_cluster_is_refused_by_its_reason(address: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"RAY_ADDRESS is '{address}'.*{reason}"):
-        remote_ray.knock(address)
+        remote_ray.check_head_listens(address)
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-server\r\n", b""])
@@ -175,7 +175,7 @@ def test_another_server_than_ray_is_told_from_a_head(answer: bytes) -> None:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
         with pytest.raises(UserError, match="what listens there is no head of a Ray cluster"):
-            remote_ray.knock(f"127.0.0.1:{listener.getsockname()[1]}")
+            remote_ray.check_head_listens(f"127.0.0.1:{listener.getsockname()[1]}")
         thread.join()
 
 

@@ -15,7 +15,7 @@ from lib.evaluation.measuring import Measured, Photos
 from lib.evaluation.pairs import Pairs
 from lib.evaluation.report import (
     DASH,
-    Gallery,
+    PairSection,
     Plot,
     Report,
     ShownPair,
@@ -52,7 +52,7 @@ def present(
     """Return the report as HTML, and all suspects as CSV."""
     curves = {each.name: roc_curve(each.distances_P, pairs.same_P) for each in measured}
     shown_plots = [Plot(name="ROC", content=plots.roc_plot(curves)), Plot(name="DET", content=plots.det_plot(curves))]
-    galleries: list[Gallery] = []
+    pair_sections: list[PairSection] = []
     suspect_rows: list[tuple[Any, ...]] = []
     for each in measured:
         threshold = each.figures["threshold"]
@@ -63,7 +63,7 @@ def present(
             each.vectors_ND, photos.people_N, known_N & ~each.failed_N, each.distances_P[pairs.same_P], threshold
         )
         suspect_rows.extend(_suspect_row(each.name, photos, suspect) for suspect in found)
-        galleries.extend(_galleries(each, photos, pairs, found))
+        pair_sections.extend(_pair_sections(each, photos, pairs, found))
     for each in measured:
         shown_plots.extend(_history_plots(each))
     difference = metrics["difference"]
@@ -75,12 +75,12 @@ def present(
         about=_about(measured, photos, metrics),
         plots=shown_plots,
         tables=[*_original_tables(measured), *_slice_tables(measured)],
-        galleries=galleries,
+        pair_sections=pair_sections,
     )
     return html(report), csv_bytes(SUSPECTS_HEADER, suspect_rows)
 
 
-def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence[Suspect]) -> list[Gallery]:
+def _pair_sections(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence[Suspect]) -> list[PairSection]:
     threshold = measured.figures["threshold"]
     by_kind = ([each for each in found if each.kind == kind] for kind in (DUPLICATE, WRONG_LABEL))
     wanted: list[tuple[Sequence[Finding], int]] = [
@@ -107,7 +107,7 @@ def _galleries(measured: Measured, photos: Photos, pairs: Pairs, found: Sequence
         ),
     )
     return [
-        Gallery(
+        PairSection(
             title=f"{title}: {measured.name}",
             text=f"{text} {len(findings):,} of {num:,}." if num else text,
             pairs=[ShownPair(a=shown(each.a), b=shown(each.b), distance=each.distance) for each in findings],

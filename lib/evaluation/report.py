@@ -39,7 +39,7 @@ class ShownPair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gallery:
+class PairSection:
     """A section of pairs."""
 
     title: str
@@ -76,25 +76,28 @@ class Report:
     difference: str = ""
     plots: Sequence[Plot] = ()
     tables: Sequence[Table] = ()
-    galleries: Sequence[Gallery] = field(default_factory=tuple)
+    pair_sections: Sequence[PairSection] = field(default_factory=tuple)
 
 
 def html(report: Report) -> bytes:
     """Return the page."""
     shown = {part.name: getattr(report, part.name) for part in dataclasses.fields(report)}
-    return render("report.html.j2", **shown, figures=_figures(report.models))
+    return render(_TEMPLATES / "report.html.j2", **shown, figures=_figures(report.models))
 
 
-def render(template: str, **shown: Any) -> bytes:
-    """Return a page of this folder; every text in it is escaped, for names of photos and people are anybody's."""
+def render(template: Path, **shown: Any) -> bytes:
+    """Return a page, which may extend those of this folder.
+
+    Every text in it is escaped: names of photos and people are anybody's.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader([template.parent, _TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
     environment.globals.update(png=_png, jpeg=_jpeg, percent=percent)
-    page = environment.get_template(template).render(shown)
+    page = environment.get_template(template.name).render(shown)
     # Names may hold halves of surrogate pairs, from bytes that are no UTF-8.
     return page.encode("utf-8", "backslashreplace")
 

@@ -303,7 +303,7 @@ def _read_header(data: bytes) -> Image.Image:
 def _orientation(header: Image.Image, data: bytes) -> int:
     """Return how the pixels are stored, 1 (upright) to 8: by EXIF wherever a format keeps it, else by XMP.
 
-    Decoders differ in what they heed, so none of them is let turn a picture.
+    Decoders read different tags, so none of them may turn a picture.
     """
     if header.format == "TIFF":
         return 1  # Pillow turns it when it decodes it

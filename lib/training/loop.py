@@ -214,7 +214,7 @@ class Worker:
             left=epochs_left * self.anchors_per_epoch // self.num_workers,
         )
         if is_compiled:
-            self._tell(line=f"the model is compiled for this {devices.told(self.device)}")
+            self._tell(line=f"the model is compiled for this {devices.device_name(self.device)}")
 
     def _epoch(self) -> EpochOutcome:
         """Train the steps of an epoch that are left, and measure the model."""
@@ -256,7 +256,7 @@ class Worker:
                     told = time.perf_counter()
                     self._tell_progress(number + 1, num_steps, len(batch.loaded.images))
                 if is_last and number + 1 < num_steps:
-                    self._heed_requests(sums, (number + 1) * anchors_a_step, number)
+                    self._save_or_leave_when_asked(sums, (number + 1) * anchors_a_step, number)
             self.step.settle()
         return EpochSteps(
             sums=_over_all_workers(sums),
@@ -331,7 +331,7 @@ class Worker:
         self._tell(status="validating")
         return self.data.embedding.shared(self.validation.rows_V, self.data.val, self.state.evaluated)
 
-    def _heed_requests(self, sums: EpochSums, anchors_done: int, step: int) -> None:
+    def _save_or_leave_when_asked(self, sums: EpochSums, anchors_done: int, step: int) -> None:
         """Write a checkpoint when it is time, and leave when asked; the workers decide together."""
         if self.num_workers > 1 and step % AGREE_EVERY:
             return

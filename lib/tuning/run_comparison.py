@@ -13,7 +13,13 @@ import tyro
 from lib import storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
-from lib.evaluation.comparison import (
+from lib.layout import Layout
+from lib.recognition.model import EmbeddingModel, ModelSpec
+from lib.training import checkpoints
+from lib.training.history import Row, read_rows, write_history
+from lib.training.job import CONFIG_NAME, SPEC_NAME
+from lib.training.record import figure_of, read_outcome
+from lib.tuning.comparison_report import (
     STATE_TEXT,
     ComparedRun,
     State,
@@ -22,12 +28,6 @@ from lib.evaluation.comparison import (
     varied_settings,
     winner_of,
 )
-from lib.layout import Layout
-from lib.recognition.model import EmbeddingModel, ModelSpec
-from lib.training import checkpoints
-from lib.training.history import Row, read_rows, write_history
-from lib.training.job import CONFIG_NAME, SPEC_NAME
-from lib.training.record import figure_of, read_outcome
 from lib.tuning.winner import SWEEP_NAME
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 
 from lib import cluster, storage
 from lib.errors import JobError, JobStopped, UserError
-from lib.evaluation.comparison import ComparedRun
 from lib.evaluation.pairs import made_pairs
 from lib.faces.table import crop_size, read_success
 from lib.parts import earlier_plan
@@ -29,9 +28,10 @@ from lib.training.face_cache import read_identities
 from lib.training.job import cpus_each, watch, with_devices
 from lib.training.settings import TrainConfig
 from lib.training.triplets import PhotoIndex
+from lib.tuning.comparison_report import ComparedRun
 from lib.tuning.run_comparison import read_run, write_comparison
 from lib.tuning.settings import SWEPT, SweepConfig, Trial, plan_trials
-from lib.tuning.trial import Halving, SweepProgress, Waiting, run_trial
+from lib.tuning.trial import Halving, SweepProgress, TrialQueue, run_trial
 from lib.tuning.winner import RESULTS_NAME, SWEEP_NAME
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
         tuner = tune.Tuner(
             tune.with_resources(one_trial, resources),
             tune_config=tune.TuneConfig(
-                search_alg=Waiting([trial.name for trial in todo], control),
+                search_alg=TrialQueue([trial.name for trial in todo], control),
                 scheduler=halving,
                 num_samples=len(todo),
                 # Where resources alone are the limit, more trials wait for those that end, and take their processes.

@@ -137,7 +137,7 @@ def _give_tune(config: TrainConfig, num_given: int) -> int:
     return max(num_given, len(rows))
 
 
-class Waiting(Searcher):
+class TrialQueue(Searcher):
     """Hands the trials to Tune one after the other, until none is left or the user wants an end."""
 
     def __init__(self, names: Sequence[str], sweep: Any) -> None:

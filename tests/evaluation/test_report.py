@@ -11,7 +11,7 @@ from lib.evaluation.curves import roc_curve
 from lib.evaluation.metrics import verification_report
 from lib.evaluation.pairs import made_pairs
 from lib.evaluation.plots import det_plot, histogram_plot, history_plot, roc_plot
-from lib.evaluation.report import Gallery, Plot, Report, ShownPair, ShownPhoto, Table, html
+from lib.evaluation.report import PairSection, Plot, Report, ShownPair, ShownPhoto, Table, html
 from tests.browser import screenshot
 
 MAGENTA, BLUE = (255, 0, 255), (0x1F, 0x77, 0xB4)
@@ -46,9 +46,9 @@ def report() -> Report:
         difference="+1.00 ± 0.10",
         plots=plots,
         tables=[Table(title="By attribute", text="x", header=["attribute"], rows=[[HOSTILE]])],
-        galleries=[
-            Gallery(title="Worst", text="the nearest first", pairs=[pair] * 3),
-            Gallery(title="None", text="", pairs=[]),
+        pair_sections=[
+            PairSection(title="Worst", text="the nearest first", pairs=[pair] * 3),
+            PairSection(title="None", text="", pairs=[]),
         ],
     )
 

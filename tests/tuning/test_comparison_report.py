@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.evaluation.comparison import (
+from lib.tuning.comparison_report import (
     ComparedRun,
     common_epoch,
     page,

@@ -6,6 +6,7 @@ Shapes: R runs, C columns of a design matrix.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -186,7 +187,7 @@ def page(title: str, runs: Sequence[ComparedRun], notes: Sequence[str]) -> bytes
     first = next((run.settings for run in runs if run.settings), {})
     equal = {name: setting_text(value) for name, value in first.items()}
     return render(
-        "comparison.html.j2",
+        Path(__file__).with_name("comparison.html.j2"),
         title=title,
         runs=runs,
         winner=winner,
