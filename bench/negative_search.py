@@ -23,7 +23,7 @@ import ray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from lib.training.feature_store import FeatureStore
-from lib.training.mining import CandidatePool, Floats, Ints, draw_candidates, exact_negatives, nearest_negatives, search
+from lib.training.mining import CandidatePool, Floats, Ints, draw_candidates, exact_negatives, search
 
 DIM = 128
 NUM_CANDIDATES = 2_000
@@ -36,6 +36,14 @@ SHARD_COUNTS = (1, 4)
 NUM_ROUNDS = 15
 NUM_DICTIONARY_ANCHORS = 4
 """The dictionary is asked for fewer anchors a round, because it takes milliseconds for each."""
+
+
+def hard_negatives(
+    queries_BD: Floats, labels_B: Ints, features_ND: Floats, labels_N: Ints, rng: np.random.Generator
+) -> Ints:
+    """Return the rows of the nearest of random candidates, drawn and searched in one process."""
+    pool = draw_candidates(labels_B, labels_N, num_candidates=NUM_CANDIDATES, rng=rng)
+    return search(queries_BD, features_ND.take(pool.rows, axis=0), pool.rows, pool.blocked).rows
 
 
 def draw_photos(num_photos: int) -> tuple[Floats, Ints]:
@@ -120,9 +128,7 @@ def compare_ways(features_ND: Floats, labels_N: Ints, batch_size: int) -> dict[s
 
     def plain(turn: int) -> Ints:
         rng = np.random.default_rng(turn)
-        return nearest_negatives(
-            queries[turn], own[turn], features_ND, labels_N, num_candidates=NUM_CANDIDATES, rng=rng
-        ).rows
+        return hard_negatives(queries[turn], own[turn], features_ND, labels_N, rng)
 
     def ready(turn: int) -> Ints:
         return search(queries[turn], candidates[turn], pools[turn].rows, pools[turn].blocked).rows
@@ -180,9 +186,7 @@ def compare_places(num_photos: int, batch_size: int, num_shards: int) -> dict[st
     def locally(turn: int) -> Ints:
         rows = anchors[turn]
         rng = np.random.default_rng(turn)
-        return nearest_negatives(
-            snapshot_ND[rows], labels_N[rows], snapshot_ND, labels_N, num_candidates=NUM_CANDIDATES, rng=rng
-        ).rows
+        return hard_negatives(snapshot_ND[rows], labels_N[rows], snapshot_ND, labels_N, rng)
 
     def all_locally(turn: int) -> Ints:
         rows = anchors[turn]

@@ -32,7 +32,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bench.inputs import bench_data, run_job
 from lib.errors import UserError
 from lib.evaluation.metrics import kfold_accuracy, pair_distances, verification_figures
-from lib.evaluation.pairs import Pairs, made_pairs, read_pairs
+from lib.evaluation.pair_files import read_pairs
+from lib.evaluation.pairs import Pairs, made_pairs
 from lib.faces.table import SPLITS
 from lib.recognition.model import (
     EmbeddingModel,

@@ -19,7 +19,7 @@ from lib import storage
 from lib.errors import UserError
 from lib.evaluation.evaluating import EvaluateConfig, evaluate
 from lib.evaluation.metrics import verification_figures
-from lib.evaluation.pairs import read_pairs
+from lib.evaluation.pair_files import read_pairs
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.model import load_model, save_model
 from tests.job_runner import Finished, RayHead, connected, ray_head, run_job

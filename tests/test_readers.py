@@ -12,7 +12,7 @@ import pytest
 from lib import parts, storage
 from lib.errors import UserError
 from lib.evaluation.findings import read_slices
-from lib.evaluation.pairs import read_pairs
+from lib.evaluation.pair_files import read_pairs
 from lib.faces import table
 from lib.recognition import embeddings_table
 from lib.recognition.model import ModelSpec

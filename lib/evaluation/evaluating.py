@@ -21,7 +21,8 @@ from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
 from lib.evaluation.measuring import Measured, Photos, measure, photos_of
 from lib.evaluation.metrics import check_folds, kfold_accuracy
-from lib.evaluation.pairs import Pairs, made_pairs, read_pairs
+from lib.evaluation.pair_files import read_pairs
+from lib.evaluation.pairs import Pairs, made_pairs
 from lib.evaluation.presenting import present
 from lib.faces import table
 from lib.faces.manifest import Manifest

@@ -257,46 +257,6 @@ def merge(parts: Sequence[Negatives], *, beyond_squared_B: Floats | None = None)
     )
 
 
-def nearest_negatives(
-    queries_BD: Floats,
-    labels_B: Ints,
-    features_ND: Floats,
-    labels_N: Ints,
-    *,
-    num_candidates: int,
-    rng: np.random.Generator,
-    ceiling: float | None = None,
-    filled_N: Bools | None = None,
-) -> Negatives:
-    """Return for each anchor the nearest of `num_candidates` random photos of other identities, the hard negative."""
-    pool = draw_candidates(labels_B, labels_N, num_candidates=num_candidates, rng=rng, filled_N=filled_N)
-    return search(queries_BD, features_ND.take(pool.rows, axis=0), pool.rows, pool.blocked, ceiling=ceiling)
-
-
-def semihard_negatives(
-    queries_BD: Floats,
-    positives_BD: Floats,
-    labels_B: Ints,
-    features_ND: Floats,
-    labels_N: Ints,
-    *,
-    num_candidates: int,
-    rng: np.random.Generator,
-    ceiling: float | None = None,
-    filled_N: Bools | None = None,
-) -> Negatives:
-    """Return the nearest of `num_candidates` random photos of others that is farther from the anchor than its positive.
-
-    Where none is farther, the farthest of them all stands in.
-    """
-    pool = draw_candidates(labels_B, labels_N, num_candidates=num_candidates, rng=rng, filled_N=filled_N)
-    candidates_PD = features_ND.take(pool.rows, axis=0)
-    beyond_squared_B = semihard_bounds(queries_BD, positives_BD)
-    return search(
-        queries_BD, candidates_PD, pool.rows, pool.blocked, beyond_squared_B=beyond_squared_B, ceiling=ceiling
-    )
-
-
 def semihard_bounds(queries_BD: Floats, positives_BD: Floats) -> Floats:
     """Return the squared distance which a semi-hard negative exceeds: the positive's, and what float32 may be wrong by.
 

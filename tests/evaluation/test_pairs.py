@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import UserError
-from lib.evaluation.pairs import made_pairs, original_pairs, parse_lfw_pairs, parse_pairs_table, read_pairs
+from lib.evaluation.pair_files import parse_lfw_pairs, parse_pairs_table, read_pairs
+from lib.evaluation.pairs import made_pairs, original_pairs
 
 PHOTOS = [
     "Ann Lee/Ann Lee_0001.jpg",

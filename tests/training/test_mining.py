@@ -16,11 +16,10 @@ from lib.training.mining import (
     exact_negatives,
     identity_means,
     identity_sums,
-    nearest_negatives,
     own_pairs,
     random_negatives,
-    semihard_negatives,
 )
+from tests.training.whole_search import nearest_negatives, semihard_negatives
 
 
 class World:
