@@ -24,7 +24,7 @@ import torch
 
 from bench.inputs import drawn, run_job
 from lib.recognition.model import EmbeddingModel
-from lib.training import loop
+from lib.training import loop, ray_train
 from lib.training.batches import ASK_AHEAD, LOAD_AHEAD
 from lib.training.job import train
 from lib.training.losses import batch_triplet_loss, triplet_margin_loss
@@ -123,7 +123,7 @@ class TimedWorker(loop.Worker):
 def train_timed_worker(settings: dict[str, Any]) -> None:
     """Take the place of the function that Ray Train calls on every worker."""
     loop.Worker, loop.TrainingStep = TimedWorker, ObservedStep  # type: ignore[misc, assignment]
-    loop.train_worker(settings)
+    ray_train.train_worker(settings)
 
 
 def times_of_job(data: Path, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -146,7 +146,7 @@ def times_of_job(data: Path, options: argparse.Namespace) -> dict[str, list[floa
         val_photos=200,
         val_pairs=200,
     )
-    loop.train_worker = train_timed_worker
+    ray_train.train_worker = train_timed_worker
     train(config)
     return json.loads((Path(config.run_url) / TIMES_NAME).read_text())
 

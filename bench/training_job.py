@@ -26,7 +26,7 @@ from lib import device as devices
 from lib import storage
 from lib.faces import table
 from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
-from lib.training import loop
+from lib.training import loop, ray_train
 from lib.training.history import read_rows
 from lib.training.job import train
 from lib.training.losses import batch_softmax_loss
@@ -82,7 +82,7 @@ class FirstStep(TrainingStep):
 def train_stamped_worker(settings: dict[str, Any]) -> None:
     """Take the place of the function that Ray Train calls on every worker."""
     loop.Worker, loop.TrainingStep = StampedWorker, FirstStep  # type: ignore[misc, assignment]
-    loop.train_worker(settings)
+    ray_train.train_worker(settings)
 
 
 def write_faces(faces: Path, options: argparse.Namespace) -> None:
@@ -199,7 +199,7 @@ def main() -> None:
         print(json.dumps(run_bare(options)))
         return
     if options.part == "job":
-        loop.train_worker = train_stamped_worker
+        ray_train.train_worker = train_stamped_worker
         print(json.dumps(train(settings(Path(options.folder), options))))
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
 
-from lib.config import run_job
-from lib.recognition.exporting import ExportConfig, export
+from lib.imports import quick_imports
+
+with quick_imports():
+    from lib.config import run_job
+    from lib.recognition.exporting import ExportConfig, export
 
 if __name__ == "__main__":
     run_job(ExportConfig, export, description=__doc__ or "")

@@ -6,8 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
 
-from lib.config import run_job
-from lib.sample.sample import SampleConfig, make_sample
+from lib.imports import quick_imports
+
+with quick_imports():
+    from lib.config import run_job
+    from lib.sample.sample import SampleConfig, make_sample
 
 if __name__ == "__main__":
     run_job(SampleConfig, make_sample, description=__doc__ or "")

@@ -6,10 +6,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
 
-from lib.config import run_job
-from lib.training.job import train
-from lib.training.settings import TrainConfig
-from lib.tuning.winner import train_defaults
+from lib.imports import quick_imports
+
+with quick_imports():
+    from lib.config import run_job
+    from lib.training.job import train
+    from lib.training.settings import TrainConfig
+    from lib.tuning.winner import train_defaults
 
 if __name__ == "__main__":
     run_job(TrainConfig, train, description=__doc__ or "", defaults=train_defaults)

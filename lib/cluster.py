@@ -21,6 +21,11 @@ WAIT_EVERY_S = 1.0
 Gpus = Literal["auto"] | int
 """GPUs that a job computes on: all of the cluster, or so many; 0 computes on the CPUs."""
 
+Precision = Literal["auto", "fp32", "bf16"]
+"""Of a model's arithmetic. auto: bf16 on GPUs that have it, fp32 elsewhere."""
+Compile = Literal["auto", "on", "off"]
+"""Whether torch.compile builds kernels for a model. auto: on GPUs, where a run is long enough to pay for it."""
+
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -60,6 +65,7 @@ def connected() -> Iterator[None]:
             leave = stack.pop_all()
             with ray_watch.limited_leave():
                 leave.close()
+            raise_on_stop_signals()  # Ray has taken the handler away
 
 
 def _quoted_python() -> dict[str, str]:

@@ -14,14 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib.cluster import Compile, Precision
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "fp32", "bf16"]
-"""Of a model's arithmetic. auto: bf16 on GPUs that have it, fp32 elsewhere."""
-Compile = Literal["auto", "on", "off"]
-"""Whether torch.compile builds kernels for a model. auto: on GPUs, where a run is long enough to pay for it."""
 
 _BF16_CAPABILITY = (8, 0)
 """First generation of NVIDIA GPUs that computes bfloat16 in hardware (Ampere)."""

@@ -7,9 +7,10 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lib.errors import JobError, UserError
 
@@ -20,6 +21,7 @@ LONGEST_SOCKET_NAME = len("/session_2000-01-01_00-00-00_000000_4194304/sockets/p
 LONGEST_SOCKET_PATH = 107
 """Of Linux, in bytes, without the zero that ends it."""
 SURELY_LOCKED_S = 60.0
+NODE_LIMIT_S, LOOK_EVERY_S = 30.0, 0.02
 _OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -32,11 +34,8 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
     """
     import ray
     from ray._private import ray_constants
-    from ray._private.node import Node
 
     with private_folder() as folder:
-        # Ray starts its dashboard even where none is wanted, to ask the metadata hosts of clouds where it runs.
-        api_server, Node.start_api_server = Node.start_api_server, _start_no_api_server
         before = {name: os.environ.get(name) for name in _OWN_VARIABLES}
         _give_token()
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
@@ -45,8 +44,9 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         try:
-            # One below ours: Ray opens its own to everybody.
-            ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
+            with _lean_start():
+                # One below ours: Ray opens its own to everybody.
+                ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
         except Exception as error:
             ray.shutdown()
             reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -55,7 +55,6 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
                 "RAY_TMPDIR names another folder)"
             ) from error
         finally:
-            Node.start_api_server = api_server
             ray_constants.ENABLE_RAY_CLUSTER = clusters
             del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         try:
@@ -78,8 +77,46 @@ def daemons() -> dict[str, int]:
     return {name: processes[name][0].process.pid for name in ("gcs_server", "raylet") if name in processes}
 
 
-def _start_no_api_server(*_: object, **__: object) -> None:
-    """Stand in for the start of Ray's dashboard."""
+@contextmanager
+def _lean_start() -> Iterator[None]:
+    """Leave out what Ray starts in vain on one machine, and see at once that the rest has started."""
+    from ray._private import services, utils
+    from ray._private.node import Node
+
+    replacements: list[tuple[Any, str, Callable[..., Any]]] = [
+        # Ray starts its dashboard even where none is wanted, to ask the metadata hosts of clouds where it runs.
+        (Node, "start_api_server", _start_nothing),
+        # The autoscaler: this cluster never grows.
+        (Node, "start_monitor", _start_nothing),
+        # Ray's raylet waits for its agent, which without the dashboard's packages takes half the time to start.
+        (utils, "get_dashboard_dependency_error", ImportError),
+        (services, "get_node", _node_as_soon_as_it_is_there),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in replacements]
+    try:
+        for owner, name, replacement in replacements:
+            setattr(owner, name, replacement)
+        yield
+    finally:
+        for (owner, name, _), original in zip(replacements, before, strict=True):
+            setattr(owner, name, original)
+
+
+def _start_nothing(*_: object, **__: object) -> None:
+    """Stand in for the start of one of Ray's processes."""
+
+
+def _node_as_soon_as_it_is_there(gcs_address: str, node_id: str) -> Any:
+    """Return what Ray's `get_node` does, which looks once a second."""
+    from ray._private.services import _get_gcs_client_options
+    from ray._private.state import GlobalState
+
+    state = GlobalState()
+    state._initialize_global_state(_get_gcs_client_options(gcs_address))
+    give_up = time.monotonic() + NODE_LIMIT_S
+    while all(node["NodeID"] != node_id for node in state.node_table()) and time.monotonic() < give_up:
+        time.sleep(LOOK_EVERY_S)
+    return state.get_node(node_id)
 
 
 def _give_token() -> None:

@@ -15,8 +15,8 @@ from lib.faces.preprocessing import PreprocessConfig, preprocess
 from lib.layout import Layout
 from lib.parts import SUCCESS_NAME
 from lib.recognition.model import SPEC_NAME
+from lib.training.history import MODEL_FOLDER
 from lib.training.job import train
-from lib.training.record import MODEL_FOLDER
 from lib.training.settings import GROUP_OF, TrainConfig
 from lib.tuning.winner import train_defaults
 

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from lib.config import EXIT_FAILURE, end_of_a_signal
-from lib.errors import JobError, UserError
+from lib.errors import JobError, StopSignal, UserError
 from lib.remote_ray import host_and_port
 
 KNOCK_EVERY_S = 2.0
@@ -45,7 +46,10 @@ def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[
 
 @contextmanager
 def limited_leave() -> Iterator[None]:
-    """End this process with one line where the block, which leaves Ray, takes too long."""
+    """End this process with one line where the block, which leaves Ray, takes too long or is stopped by a signal.
+
+    Ray's exit handlers would go on with what the signal broke off, and look for daemons that have died of it too.
+    """
     done = threading.Event()
     error = sys.exception()
     reason = f"{error}; then Ray did not let go" if isinstance(error, UserError | JobError) else "Ray does not let go"
@@ -60,6 +64,8 @@ def limited_leave() -> Iterator[None]:
     threading.Thread(target=wait, daemon=True, name="ray-leave").start()
     try:
         yield
+    except (StopSignal, KeyboardInterrupt):
+        _end(reason)
     finally:
         done.set()
 
@@ -119,7 +125,7 @@ def _answers(place: tuple[str, int]) -> bool:
     return True
 
 
-def _end(reason: str) -> None:
+def _end(reason: str) -> NoReturn:
     """Say why in one line and end, without the exit handlers of Ray. Its own daemons end with this process."""
     terminal = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:

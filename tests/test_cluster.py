@@ -248,3 +248,52 @@ def test_a_job_whose_ray_dies_ends_soon_in_one_line_and_goes_on(
         assert again.status == 0, again.errors
         assert again.result["rows"] == 8 * len(list((sample_data / "photos").iterdir()))
         assert again.result["photos_processed"] < again.result["rows"]
+
+
+DONE_JOB = """
+import atexit, os, signal, sys, time
+from dataclasses import dataclass
+from lib import cluster, ray_watch
+from lib.config import run_job
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    ray: bool = False
+
+def job(config):
+    if config.ray:
+        with cluster.connected():
+            print("leaving", file=sys.stderr, flush=True)
+    else:
+        atexit.register(time.sleep, 60)
+        with ray_watch.limited_leave():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    return {}
+
+run_job(Config, job, description="")
+"""
+
+
+@pytest.mark.parametrize("flags", [["--ray"], []], ids=["its Ray is gone", "Ray is just being left"])
+def test_a_job_that_is_signalled_once_its_work_is_done_ends_within_seconds(flags: list[str]) -> None:
+    """Ray's exit handlers would look for its dead head for a minute, at full load of a CPU."""
+    job = subprocess.Popen(
+        [sys.executable, "-c", DONE_JOB, *flags],
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        if flags:
+            assert job.stderr is not None
+            assert any(line == "leaving\n" for line in job.stderr)
+            os.killpg(job.pid, signal.SIGTERM)
+        done = finish(job, timeout_s=15)
+    finally:
+        kill_session(job.pid)
+    assert done.status == 75, done.errors
+    assert done.last_error.startswith("stopped: asked by a signal")

@@ -16,18 +16,11 @@ import torch
 from torch import nn
 
 from lib.errors import JobError, UserError
+from lib.recognition.spec import AUTO, HUB, IMAGENET_MEAN, IMAGENET_STD, LITE0, NONE
 from lib.storage import exists, read_bytes
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-AUTO = "auto"
-NONE = "none"
-HUB = "hub"
-LITE0 = "efficientnet-lite0"
-INIT_NAMES = (AUTO, NONE, HUB, LITE0)
 LITE0_BACKBONE = "tf_efficientnet_lite0"
 
 SAFETENSORS_SUFFIX = ".safetensors"

@@ -1,27 +1,33 @@
 """Checkpoints: everything that a run needs to go on, in one file, written whole or not at all.
 
 A file is safetensors, so that loading one from a bucket that others write to runs nobody's code. Its name says how far
-the training was; the newest whole one counts.
+the training was; the newest whole one counts. How far a run is can be read without torch, which takes seconds to load.
 """
+
+from __future__ import annotations
 
 import json
 import logging
 import re
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import safetensors
-import safetensors.torch
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lib import storage
 from lib.errors import JobError, UserError
 from lib.training.schedule import PRETRAINED_CLIP_NORM, USUAL_LR
 
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = dict[str, torch.Tensor]
+
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "config.json"
 FOLDER = "checkpoints"
+SPEC_NAME = "spec.json"
+"""In that folder: what the model is whose weights the checkpoints hold."""
 NUM_KEPT = 2
 """The one before the last stays, in case the last one is damaged."""
 
@@ -34,8 +40,6 @@ STATE_KEY = "state"
 LENGTH_BYTES = 8
 MAX_HEAD_BYTES = 100_000_000
 """Longer heads than this are refused by safetensors too."""
-
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,8 @@ def write(run_url: str, progress: Progress, tensors: Tensors) -> None:
     Raises:
         JobError: the storage is full or away, after several tries; earlier checkpoints are as they were.
     """
+    import safetensors.torch
+
     data = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         metadata={STATE_KEY: json.dumps(asdict(progress))},
@@ -109,6 +115,8 @@ def load_newest(run_url: str) -> Checkpoint | None:
     Raises:
         UserError: there are checkpoints, but all are damaged.
     """
+    import safetensors.torch
+
     names = sorted(_names(run_url), reverse=True)
     for name in names:
         url = storage.join(run_url, FOLDER, name)
@@ -155,6 +163,8 @@ def _names(run_url: str) -> list[str]:
 
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
     """Return the optimiser's state as named tensors, in the order of its parameters."""
+    import torch
+
     return {
         f"{index}.{name}": value if torch.is_tensor(value) else torch.tensor(value)
         for index, values in optimizer.state_dict()["state"].items()

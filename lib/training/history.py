@@ -10,13 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import openpyxl
 import pyarrow as pa
-from openpyxl.cell import Cell
-from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-from openpyxl.styles import Font
-from openpyxl.utils import get_column_letter
-from torch.utils.tensorboard import SummaryWriter
 
 from lib import storage
 from lib.csv_text import csv_bytes
@@ -24,6 +18,7 @@ from lib.csv_text import csv_bytes
 Scalar = int | float | str | bool | None
 Row = dict[str, Scalar]
 
+MODEL_FOLDER = "model"
 TENSORBOARD_FOLDER = "tensorboard"
 
 ORIGINAL_COLUMNS = {
@@ -48,6 +43,8 @@ class History:
 
     def __init__(self, run_url: str, *, next_epoch: int) -> None:
         """Load the rows before `next_epoch`; what stands there from that epoch on will be done again."""
+        from torch.utils.tensorboard import SummaryWriter
+
         self._run_url = run_url
         self.rows = [row for row in read_rows(run_url) if int(row["epoch"] or 0) < next_epoch]
         self._upload_from: tempfile.TemporaryDirectory[str] | None = None
@@ -112,6 +109,21 @@ def read_rows(run_url: str) -> list[Row]:
         return file.read().to_pylist()
 
 
+def run_result(rows: Sequence[Row], best_epoch: int) -> dict[str, Any]:
+    """Return what the job's last line says of a run."""
+    best = next((row for row in rows if row["epoch"] == best_epoch), rows[-1] if rows else {})
+    seconds = sum(float(row.get("seconds") or 0) for row in rows)
+    images = sum(int(row.get("num_images") or 0) for row in rows)
+    return {
+        "epochs": len(rows),
+        "best_epoch": best.get("epoch"),
+        **{name: best.get(name) for name in ("accuracy", "accuracy_std", "auc", "eer", "val_loss_random")},
+        "images": images,
+        "train_seconds": round(seconds, 1),
+        "images_per_s": round(images / seconds, 1) if seconds else None,
+    }
+
+
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Return every key of every row in the order in which they first come, the original's columns first."""
     ours = [name for row in rows for name in row]
@@ -129,6 +141,10 @@ def _csv(rows: Sequence[Row]) -> bytes:
 
 
 def _excel(rows: Sequence[Row]) -> bytes:
+    import openpyxl
+    from openpyxl.styles import Font
+    from openpyxl.utils import get_column_letter
+
     workbook = openpyxl.Workbook()
     sheet = workbook.active
     sheet.title = "history"
@@ -145,8 +161,10 @@ def _excel(rows: Sequence[Row]) -> bytes:
     return content.getvalue()
 
 
-def _fill(cell: Cell, value: Scalar) -> None:
+def _fill(cell: Any, value: Scalar) -> None:
     """Put the value into the cell: text always as text, never as a formula; NaN as nothing."""
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
     if isinstance(value, float) and math.isinf(value):
         value = str(value)
     if isinstance(value, str):

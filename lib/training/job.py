@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -14,31 +15,24 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow.compute as pc
-import torch
 
 from lib import cluster, storage
 from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import crop_size, read_success
+from lib.imports import quick_imports
 from lib.parts import earlier_plan
-from lib.recognition.model import EmbeddingModel, ModelSpec, initial_model
+from lib.recognition.spec import ModelSpec
 from lib.training import checkpoints
-from lib.training.checkpoints import Progress
+from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress
 from lib.training.control import create_control, failure_error
 from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
-from lib.training.freezing import checkpoint_activations, freeze_stages, has_statistics
-from lib.training.history import read_rows
-from lib.training.record import MODEL_FOLDER, run_result
-from lib.training.schedule import PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM, first_phase, usual_lr
-from lib.training.settings import TrainConfig
+from lib.training.history import MODEL_FOLDER, read_rows, run_result
+from lib.training.settings import TrainConfig, WorkerJob
 from lib.training.triplets import PhotoIndex
 
 logger = logging.getLogger(__name__)
-
-CONFIG_NAME = "config.json"
-SPEC_NAME = "spec.json"
-"""In the folder of the checkpoints: what the model is whose weights they hold."""
 
 WATCH_EVERY_S = 0.25
 FAILURE_LIMIT_S = 60.0
@@ -77,16 +71,24 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     progress = _settle(config, plan)
     if progress is not None and progress.finished:
         logger.info("%s is finished: nothing to do", config.run_url)
-        return _result(config, run_result(read_rows(config.run_url), progress), started)
+        return _result(config, run_result(read_rows(config.run_url), progress.best_epoch), started)
     identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
     labels_N = pc.index_in(identities, identities.unique().sort()).to_numpy().astype(np.int32)
     index = PhotoIndex(labels_N)
     if config.dry_run:
+        from lib.recognition.model import EmbeddingModel
+
         EmbeddingModel(spec)
         counts = {"photos": len(labels_N), "identities": int(labels_N.max()) + 1, "pairable": len(index.pairable)}
         logger.info("%d photos of %d people would train %s", counts["photos"], counts["identities"], config.backbone)
         return {"job": "train", "dry_run": True, "run": config.run_url, **counts, "settings": plan}
-    spec = _begin(config, plan, spec) if progress is None else _earlier_spec(config)
+    if progress is None:
+        with quick_imports():
+            from lib.training.beginning import begin
+
+        spec = begin(config, plan, spec)
+    else:
+        spec = _earlier_spec(config)
     with cluster.connected():
         result = (workers or _run_workers)(config, spec, labels_N)
     if result is None:
@@ -118,35 +120,6 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
     return checkpoints.newest_progress(config.run_url)
 
 
-def _begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSpec:
-    """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
-    torch.manual_seed(config.run.seed)
-    model = initial_model(spec, config.init)
-    freeze_stages(model, config.model.frozen_stages)  # the workers do both again: what cannot be is refused here
-    if config.model.checkpoint_activations:
-        checkpoint_activations(model)
-    fixed = config.model.batch_norm != "batch" and has_statistics(model)
-    if config.model.batch_norm == "fixed" and not fixed:
-        raise UserError(f"--batch-norm fixed: the weights of {spec.backbone} come with no statistics: use batch")
-    clip_norm = config.optimizer.clip_norm or (PRETRAINED_CLIP_NORM if model.is_pretrained else RANDOM_CLIP_NORM)
-    lr = config.lr or usual_lr(is_pretrained=model.is_pretrained, has_batch_norm=has_statistics(model))
-    logger.info("peak learning rate %g; gradients are clipped at a norm of %g", lr, clip_norm)
-    storage.check_writable(config.run_url)
-    phase = first_phase(config.mining.negatives)
-    progress = Progress(
-        epoch=1,
-        negatives=phase.negatives,
-        phase_first_epoch=phase.first_epoch,
-        fixed_statistics=fixed,
-        clip_norm=clip_norm,
-        lr=lr,
-    )
-    checkpoints.write(config.run_url, progress, checkpoints.prefixed("model", model.state_dict()))
-    storage.write_json(storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME), model.spec.to_json())
-    storage.write_json(storage.join(config.run_url, CONFIG_NAME), plan)
-    return model.spec
-
-
 def _earlier_spec(config: TrainConfig) -> ModelSpec:
     url = storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME)
     return ModelSpec.from_json(storage.read_json(url), url)
@@ -156,24 +129,22 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
     """Start store and workers, and watch them until the end."""
     import ray
     import ray.train
-    from ray.train import LoggingConfig
-    from ray.train.torch import TorchConfig
 
-    from lib.training.loop import WorkerJob, train_worker
-    from lib.training.one_machine import OneMachine
+    from lib.training.ray_train import ClusterTrainer, OneMachineTrainer, Torch, train_worker
 
     config = with_devices(config)
     resources = worker_resources(config)
     control = create_control(config.run_url)
     store = create_store(config, labels_N)
+    is_local = cluster.is_local()
     # Arrays of the CPU travel by gloo also where gradients travel by nccl.
     backend = "cpu:gloo,cuda:nccl" if config.gpus else "gloo"
     job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0, use_gpu=bool(config.gpus))
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
-        trainer = _trainer_class()(
+        trainer = (OneMachineTrainer if is_local else ClusterTrainer)(
             train_worker,
-            train_loop_config={"job": job},
-            torch_config=OneMachine(backend, folder=folder) if cluster.is_local() else TorchConfig(backend),
+            train_loop_config={"job": pickle.dumps(job)},
+            backend_config=Torch(backend, folder if is_local else ""),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.num_workers,
                 use_gpu=bool(config.gpus),
@@ -185,7 +156,7 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
                 name="run",
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-                logging_config=LoggingConfig(log_level="ERROR"),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
         logger.info("training %s on %s", config.backbone, resources.text)
@@ -211,23 +182,6 @@ def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_shards: int |
     if config.mining.negatives == "random":
         return None
     return FeatureStore.create(config.run_url, labels_N, dim=config.model.embedding_dim, num_shards=num_shards)
-
-
-def _trainer_class() -> Any:
-    """Return Ray Train's trainer without its placement group cleaner.
-
-    The cleaner asks the dashboard each second, and where there is none it complains each second. What it would free
-    after a driver was killed, Ray frees by itself, for it belongs to the job.
-    """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    class QuietTrainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
-
-    return QuietTrainer
 
 
 @dataclass(frozen=True, kw_only=True)

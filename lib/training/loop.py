@@ -20,7 +20,6 @@ import torch
 from lib import device as devices
 from lib import storage
 from lib.errors import JobError, JobStopped, UserError
-from lib.recognition.model import ModelSpec
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan
 from lib.training.control import StopRequests, connect_control
@@ -29,7 +28,7 @@ from lib.training.objective import SUM_NAMES, EpochSums
 from lib.training.passes import StoreUpkeep
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.schedule import learning_rate
-from lib.training.settings import TrainConfig
+from lib.training.settings import TrainConfig, WorkerJob
 from lib.training.state import TrainingState
 from lib.training.step import TrainingStep
 from lib.training.suspects import SuspectLog
@@ -51,25 +50,6 @@ GO_ON, SAVE, LEAVE = "go on", "save", "leave"
 TELL_EVERY_S = 0.5
 
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerJob:
-    """What the driver tells every worker."""
-
-    config: TrainConfig
-    spec: ModelSpec
-    num_shards: int
-    """Of the feature store; 0 where no policy needs one."""
-    use_gpu: bool
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """Train until the end of the run, or until asked to leave; Ray Train calls this on every worker."""
-    import ray.train.torch
-
-    job: WorkerJob = settings["job"]
-    work(job, ray.train.torch.get_device() if job.use_gpu else torch.device("cpu"))
 
 
 def work(job: WorkerJob, device: torch.device) -> None:

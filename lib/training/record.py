@@ -16,14 +16,13 @@ from lib.recognition.model import VALIDATION_SPLIT, EmbeddingModel, save_model
 from lib.training import collective
 from lib.training.checkpoints import Progress
 from lib.training.face_cache import FaceCache
-from lib.training.history import History, has_plateaued, is_overfitting
+from lib.training.history import MODEL_FOLDER, History, has_plateaued, is_overfitting, run_result
 from lib.training.schedule import Phase, next_phase
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
 from lib.training.triplets import UsageCounter
 from lib.training.validation import Figures
 
-MODEL_FOLDER = "model"
 OUTCOME_NAME = "outcome.json"
 
 Ending = Literal["stopped", "failed"]
@@ -122,7 +121,7 @@ class RunRecord:
     def finish(self, progress: Progress) -> None:
         """Tell the driver what the run made."""
         # Waited for: the process may end right after this.
-        ray.get(self._control.finish.remote(run_result(self._history.rows, progress)))
+        ray.get(self._control.finish.remote(run_result(self._history.rows, progress.best_epoch)))
 
     def _row(self, progress: Progress, outcome: EpochOutcome) -> dict[str, Any]:
         config, sums, seconds = self._config, outcome.sums, outcome.seconds
@@ -210,21 +209,6 @@ def figure_of(row: Mapping[str, Any], best_by: str) -> float | None:
         return -loss if loss is not None and math.isfinite(loss) else None
     value: float | None = row.get(best_by)
     return value
-
-
-def run_result(rows: list[dict[str, Any]], progress: Progress) -> dict[str, Any]:
-    """Return what the job's last line says of a run."""
-    best = next((row for row in rows if row["epoch"] == progress.best_epoch), rows[-1] if rows else {})
-    seconds = sum(float(row.get("seconds") or 0) for row in rows)
-    images = sum(int(row.get("num_images") or 0) for row in rows)
-    return {
-        "epochs": len(rows),
-        "best_epoch": best.get("epoch"),
-        **{name: best.get(name) for name in ("accuracy", "accuracy_std", "auc", "eer", "val_loss_random")},
-        "images": images,
-        "train_seconds": round(seconds, 1),
-        "images_per_s": round(images / seconds, 1) if seconds else None,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Self
 
 from lib import storage
-from lib.cluster import Gpus, check_gpus
+from lib.cluster import Compile, Gpus, Precision, check_gpus
 from lib.config import absolute_url, default_data_url
-from lib.device import Compile, Precision
 from lib.errors import UserError
 from lib.flags import check_values
 from lib.layout import Layout
-from lib.recognition.weights import INIT_NAMES
+from lib.recognition.spec import INIT_NAMES, ModelSpec
 from lib.training.augmentation import Level
 
 BatchKind = Literal["triplets", "identities"]
@@ -383,6 +382,17 @@ GROUP_OF: Mapping[str, str] = {
     for setting in fields(group.default)
 }
 """The group of each setting that is in one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """What the driver tells every worker."""
+
+    config: TrainConfig
+    spec: ModelSpec
+    num_shards: int
+    """Of the feature store; 0 where no policy needs one."""
+    use_gpu: bool
 
 
 def _is_name(name: str) -> bool:

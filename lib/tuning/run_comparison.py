@@ -16,8 +16,8 @@ from lib.errors import UserError
 from lib.layout import Layout
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.training import checkpoints
+from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME
 from lib.training.history import Row, read_rows, write_history
-from lib.training.job import CONFIG_NAME, SPEC_NAME
 from lib.training.record import figure_of, read_outcome
 from lib.tuning.comparison_report import (
     STATE_TEXT,

@@ -22,7 +22,7 @@ from lib.evaluation.pairs import made_pairs
 from lib.faces.table import crop_size, read_success
 from lib.parts import earlier_plan
 from lib.recognition.model import EmbeddingModel, ModelSpec
-from lib.recognition.weights import INIT_NAMES
+from lib.recognition.spec import INIT_NAMES
 from lib.training.control import create_control
 from lib.training.face_cache import read_identities
 from lib.training.job import cpus_each, watch, with_devices

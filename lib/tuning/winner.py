@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lib import storage
 from lib.config import absolute_url
 from lib.errors import UserError
-from lib.training.job import CONFIG_NAME
+from lib.training.checkpoints import CONFIG_NAME
 from lib.training.settings import FREE_SETTINGS, GROUP_OF, TrainConfig
 
 SWEEP_NAME = "sweep.json"

@@ -13,7 +13,8 @@ from lib import storage
 from lib.errors import UserError
 from lib.recognition.model import ModelSpec
 from lib.training import checkpoints
-from lib.training.job import CONFIG_NAME, _begin, _settle
+from lib.training.beginning import begin
+from lib.training.job import CONFIG_NAME, _settle
 from lib.training.loop import Worker, WorkerJob
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.settings import TrainConfig
@@ -35,7 +36,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def begun(config: TrainConfig) -> Worker:
-    job = WorkerJob(config=config, spec=_begin(config, config.content(FACES), SPEC), num_shards=0, use_gpu=False)
+    job = WorkerJob(config=config, spec=begin(config, config.content(FACES), SPEC), num_shards=0, use_gpu=False)
     return Worker(job, CONTROL, torch.device("cpu"))
 
 
@@ -98,7 +99,7 @@ def test_what_a_killed_write_has_left_goes_when_the_run_goes_on(config: TrainCon
 
 
 def test_other_initial_weights_are_another_run(config: TrainConfig) -> None:
-    _begin(config, config.content(FACES), SPEC)
+    begin(config, config.content(FACES), SPEC)
     assert _settle(config, config.content(FACES)) == checkpoints.newest_progress(config.run_url)
     other = config.replaced(init="s3://me:secret@host/weights")
     with pytest.raises(UserError, match=r"init: none there, s3://\*\*\*@host/weights now"):
@@ -107,7 +108,7 @@ def test_other_initial_weights_are_another_run(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize(("setting", "value"), [("confusable_share", 0.5), ("accumulate", 4)])
 def test_a_run_older_than_a_setting_had_its_default(config: TrainConfig, setting: str, value: float) -> None:
-    _begin(config, config.content(FACES), SPEC)
+    begin(config, config.content(FACES), SPEC)
     path = Path(config.run_url) / CONFIG_NAME
     earlier = json.loads(path.read_text())
     del earlier[setting], earlier["init"]

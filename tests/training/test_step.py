@@ -15,7 +15,7 @@ from lib.errors import JobError, UserError
 from lib.recognition.model import ModelSpec
 from lib.training.augmentation import BatchLoader, LoadTask
 from lib.training.batches import StoredVectors, TrainingBatch
-from lib.training.job import _begin
+from lib.training.beginning import begin
 from lib.training.loop import Worker, WorkerJob
 from lib.training.objective import EpochSums
 from lib.training.settings import TrainConfig
@@ -50,7 +50,7 @@ def made(faces: Path, tmp_path: Path, device: torch.device = CPU, **settings: An
         }
     )
     spec = ModelSpec(backbone=config.backbone, embedding_dim=8, image_size=32)
-    spec = _begin(config, {"fingerprint": {}}, spec)
+    spec = begin(config, {"fingerprint": {}}, spec)
     job = WorkerJob(config=config, spec=spec, num_shards=0, use_gpu=device.type == "cuda")
     return Worker(job, CONTROL, device)
 

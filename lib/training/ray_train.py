@@ -1,0 +1,167 @@
+"""Ray Train as a run needs it: quiet, and with torch in the workers alone, where loading it takes seconds.
+
+What Ray Train's controller gets lies in this module, or is packed: the controller only watches the workers.
+"""
+
+import os
+import pickle
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.constants import DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from lib.imports import quick_imports
+from lib.training.settings import WorkerJob
+
+LOOK_EVERY_S = 0.25
+"""How often the controller looks whether the workers have ended, or one has died. Ray Train's 2 s end each run late."""
+
+
+class _Backend(Backend):
+    """What `ray.train.torch` does, which cannot be imported without torch."""
+
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: "Torch") -> None:
+        """Connect the workers of one start."""
+        if backend_config.folder:
+            # A file of this start alone: torch's usual store listens on every network.
+            place, url = {}, (Path(backend_config.folder) / f"workers-{uuid.uuid4().hex}").as_uri()
+        else:
+            address, port = worker_group.execute_single(0, get_address_and_port)
+            place, url = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}, "env://"
+        world = len(worker_group)
+        ray.get(
+            [worker_group.execute_single_async(n, _join, backend_config, place, url, n, world) for n in range(world)]
+        )
+
+    def on_shutdown(self, worker_group: Any, _: "Torch") -> None:
+        """Have the workers leave each other."""
+        left = worker_group.execute_async(_leave, len(worker_group) > 1)
+        try:
+            ray.get(left, timeout=DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S)
+        except GetTimeoutError:
+            return  # the worker that hangs is killed next
+
+
+@dataclass
+class Torch(BackendConfig):
+    """How the workers of a run find each other.
+
+    Attributes:
+        backend: torch's, such as gloo.
+        folder: of this machine, seen by all workers; empty where they are on several machines.
+    """
+
+    backend: str
+    folder: str = ""
+    timeout_s: int = 1800
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        """What Ray Train calls."""
+        return _Backend
+
+    @property
+    def train_func_context(self) -> Any:
+        """What the workers train within."""
+        return _on_own_device
+
+
+def _join(config: Torch, place: dict[str, str], url: str, rank: int, world: int) -> None:
+    """Connect this worker with the others."""
+    with quick_imports():
+        from ray.train.torch import config as ray_torch
+
+    os.environ.update(place)
+    ray_torch._set_torch_distributed_env_vars()
+    ray_torch._setup_torch_process_group(config.backend, rank, world, url, config.timeout_s)
+
+
+def _leave(destroy: bool) -> None:
+    from ray.train.torch import config as ray_torch
+
+    ray_torch._shutdown_torch(destroy_process_group=destroy)
+
+
+@contextmanager
+def _on_own_device() -> Iterator[None]:
+    from ray.train.torch.config import TorchConfigContextManager
+
+    with TorchConfigContextManager():
+        yield
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train until the end of the run, or until asked to leave; Ray Train calls this on every worker."""
+    with quick_imports():
+        import ray.train.torch
+        import torch
+
+        from lib.training.loop import work
+
+    job: WorkerJob = pickle.loads(settings["job"])  # noqa: S301 - of our own driver
+    work(job, ray.train.torch.get_device() if job.use_gpu else torch.device("cpu"))
+
+
+class ClusterTrainer(DataParallelTrainer):
+    """Ray Train's trainer without its placement group cleaner, and without a process for Ray Data, which is not used.
+
+    The cleaner asks the dashboard each second, and where there is none it complains each second. What it would free
+    after a driver was killed, Ray frees by itself, for it belongs to the job.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = PlacementGroupCleanerCallback | DatasetsCallback
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        os.environ.setdefault(HEALTH_CHECK_INTERVAL_S_ENV_VAR, str(LOOK_EVERY_S))  # goes to the controller
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class OneMachineTrainer(ClusterTrainer):
+    """The same on a machine that nobody takes away, where all processes have the driver's environment.
+
+    With one of Ray Train's own, each of its processes would have to be started anew, and twice.
+    """
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if isinstance(arguments["scaling_policy"], FixedScalingPolicy):
+            arguments["scaling_policy"] = _Fixed(self.scaling_config)
+        controller = ray.remote(num_cpus=0)(_OneMachineController).remote(**arguments)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class _Fixed(FixedScalingPolicy):
+    """So many workers, without asking an autoscaler for them: there is none, and its own process takes seconds."""
+
+    def after_controller_start(self, _: Any) -> None:
+        """Ask for nothing, here and below."""
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+class _OneMachineController(TrainController):
+    def __init__(self, **arguments: Any) -> None:
+        ray._private.worker.blocking_get_inside_async_warned = True  # Ray Train's environment would silence it
+        super().__init__(**arguments)
+        self._health_check_interval_s = LOOK_EVERY_S
+        propagated = self._worker_group_callbacks_to_propagate
+        propagated[:] = [each for each in propagated if not isinstance(each, PreemptionCallback)]
