@@ -2,13 +2,14 @@
 
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
 
 from lib import storage
 from lib.config import run_job
-from tests.job_runner import run_here
+from tests.job_runner import ROOT, environment, run_here
 from tests.test_config import Config
 
 SECRETS = ("sec-ret", "sign-ature")
@@ -100,3 +101,23 @@ def test_a_value_that_is_none_of_a_few_is_told_with_those():
     assert refused.status == 2
     assert refused.errors.startswith("error: --loss is 'nope': allowed is softmax, semihard: run ")
     assert refused.errors.count("\n") == 1
+
+
+RUN_JOB = "import runpy, sys; sys.argv = [{job!r}, {flag!r}]; runpy.run_path({job!r}, run_name='__main__')"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(RUN_JOB.format(job=str(ROOT / "jobs" / "train.py"), flag=flag) for flag in ("--help", "--no-such-flag")),
+        "import lib.training.ray_train",  # what Ray Train's controller imports
+    ],
+    ids=["help", "refusal", "controller"],
+)
+def test_training_does_not_import_torch_where_nothing_is_computed(code: str) -> None:
+    """It takes seconds, and a job is several processes."""
+    watched = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", watched], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
