@@ -43,7 +43,8 @@ def search(width: int, height: int, *, detection_size: int, min_score: float) ->
 
     A photo without a sure face is looked at in other sizes. Where the face it is of cannot be trusted to be upright, it
     is turned by 90, 180 and 270 degrees too. Of those looks that have a plausible face, the one whose face has the
-    highest score counts; where none has, the first.
+    highest score counts; where none has, the first. In a photo without a sure face a turned look must be one to trust:
+    three more looks at a photo of no face would else find three times as many that are none.
     """
     first_size, *others = dict.fromkeys(min(size, max(width, height)) for size in (detection_size, *RETRY_SIZES))
     (found,) = yield [Look(first_size)]
@@ -56,18 +57,20 @@ def search(width: int, height: int, *, detection_size: int, min_score: float) ->
     if _is_trusted(found, width, height, min_score):
         return found
     turned = yield [Look(first_size, quarter_turns) for quarter_turns in (1, 2, 3)]
+    if not (len(found) and found.scores_N[0] >= min_score):
+        turned = [each for turns, each in enumerate(turned, 1) if _is_trusted(each, width, height, min_score, turns)]
     return max([found, *turned], key=lambda faces: _plausible_score(faces, width, height, min_score))
 
 
-def _is_trusted(found: Detections, width: int, height: int, min_score: float) -> bool:
-    """Return whether the face a photo is of, as it was found at the first look, is sure to be upright in its crop."""
+def _is_trusted(found: Detections, width: int, height: int, min_score: float, quarter_turns: int = 0) -> bool:
+    """Return whether the face a photo is of, as it was found at one look, is sure to be upright in its crop."""
     if not len(found):
         return False
     face = int(np.argmax(_sizes(found, width, height, min_score)))
     box_4, landmarks_52, score = found.boxes_N4[face], found.landmarks_N52[face], float(found.scores_N[face])
     return (
         score >= min_score
-        and abs(roll_deg(landmarks_52)) <= _TRUSTED_ROLL_DEG
+        and abs((roll_deg(landmarks_52) - 90 * quarter_turns + 180) % 360 - 180) <= _TRUSTED_ROLL_DEG
         and fault(box_4, landmarks_52) is None
         and _doubt(score, eyes_to_mouth(box_4, landmarks_52)) <= _MOST_DOUBT
     )

@@ -401,6 +401,14 @@ def test_of_all_looks_the_one_with_the_surest_plausible_face_counts() -> None:
     assert left[0] > right[0]  # it stands on its head in the photo
 
 
+@pytest.mark.parametrize(("score", "status"), [(0.99, table.ALIGNED), (0.95, table.NO_FACE)])
+def test_where_no_face_was_found_a_turned_look_must_be_one_to_trust(score: float, status: str) -> None:
+    nothing = [faces()] * 2  # at either size
+    detect = Scripted(*nothing, faces(), faces((score, BOX)), faces())
+    (row,) = FaceExtractor(ExtractionSettings(), detect).rows(blank(400, 300))
+    assert row["status"] == status
+
+
 def test_a_face_that_is_plausible_at_no_look_is_a_status_that_says_why() -> None:
     (row,) = FaceExtractor(ExtractionSettings(), Scripted(upside_down(SURE))).rows(blank(400, 300))
     assert (row["status"], row["reason"]) == (table.IMPLAUSIBLE, "the mouth was found above the eyes")
