@@ -17,9 +17,10 @@ FROM ${BASE} AS pins
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ARG PIP_EXTRA_INDEX_URL
 WORKDIR /pins
-COPY requirements.txt .
+COPY requirements.txt constraints.txt ./
 RUN touch cuda.txt nvidia.txt torch.txt large.txt others.txt \
-    && pip install --no-cache-dir --dry-run --ignore-installed --quiet --report report.json -r requirements.txt \
+    && pip install --no-cache-dir --dry-run --ignore-installed --quiet --report report.json \
+        --constraint constraints.txt -r requirements.txt \
     && python -c 'import json; found = json.load(open("report.json"))["install"]; \
         print(*("{name}=={version}".format(**each["metadata"]) for each in found), sep="\n")' \
     | sed -e '/^triton==/d' | sort \

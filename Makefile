@@ -8,9 +8,15 @@ DEMO_DATA := $(CURDIR)/data/demo
 DEMO_TRAINING := --name demo --backbone test_convnext --init none --image-size 80 --lr 2e-3 \
 	--photos-per-person 6 --epochs 10 --triplets-per-epoch 2000
 
+# A machine without a GPU saves most of the download: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+SIZE := $(if $(TORCH_INDEX),with PyTorch from $(TORCH_INDEX),about 7 GB)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
 IMAGE ?= conv-facenet:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slurm test-image check docs bench image clean
+.PHONY: demo test test-slurm test-image check lock docs bench image clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -22,14 +28,14 @@ $(VENV)/.created:
 	@echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/conv-facenet.pth"
 	@touch $@
 
-$(VENV)/.runtime: requirements.txt $(VENV)/.created
-	@echo "installing requirements.txt into $(VENV) (about 7 GB, some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/.runtime: requirements.txt constraints.txt $(VENV)/.created
+	@echo "installing requirements.txt into $(VENV) ($(SIZE), some minutes the first time)"
+	@$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/.development: requirements-dev.txt requirements.txt $(VENV)/.created
-	@echo "installing requirements-dev.txt into $(VENV) (about 7 GB, some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.development: requirements-dev.txt requirements.txt constraints.txt $(VENV)/.created
+	@echo "installing requirements-dev.txt into $(VENV) ($(SIZE), some minutes the first time)"
+	@$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime
 
 # From photos to a model with its report, on drawn people or on your own data: make demo DATA_URL=/my/folder
@@ -65,6 +71,15 @@ check: $(VENV)/.development
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/python -m pip check
+
+# Write constraints.txt anew, after a change of the requirements. pip resolves them from nothing, which takes minutes.
+lock: $(VENV)/.created
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --dry-run --ignore-installed \
+		--report $(VENV)/report.json --requirement requirements-dev.txt
+	@{ echo "# Every package that requirements-dev.txt comes to, written by \`make lock\`."; \
+		$(BIN)/python -c 'import json; found = json.load(open("$(VENV)/report.json"))["install"]; \
+		print(*sorted("{name}=={version}".format(**each["metadata"]).lower().replace("_", "-") for each in found), sep="\n")'; \
+		} > constraints.txt
 
 # Write docs/flags.md anew from the code. `make test` fails when it is stale.
 docs: $(VENV)/.development
