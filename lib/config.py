@@ -145,8 +145,13 @@ def end_of_a_signal() -> tuple[str, int] | None:
     return _INTERRUPTED if _signals_that_came[-1] == signal.SIGINT else _STOPPED
 
 
-def _raise_stop(number: int, _: object) -> NoReturn:
+def note_signal(number: int) -> None:
+    """Keep in mind that this signal came: whatever ends the process now, it was stopped."""
     _signals_that_came.append(number)
+
+
+def _raise_stop(number: int, _: object) -> NoReturn:
+    note_signal(number)
     signal.signal(signal.SIGALRM, lambda *_: _raise_stop(number, None))
     signal.setitimer(signal.ITIMER_REAL, RAISE_EVERY_S)
     raise KeyboardInterrupt if number == signal.SIGINT else StopSignal

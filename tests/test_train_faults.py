@@ -109,6 +109,15 @@ def test_the_same_command_goes_on_as_if_nothing_had_happened(
     assert same_but_times(rows(tmp_path)) == undisturbed
 
 
+def test_a_signal_to_all_processes_of_a_local_run_stops_it_within_seconds(faces: str, tmp_path: Path) -> None:
+    """Ray's daemons die of it too, so nothing more can be saved; still the launcher has to hear of a stop."""
+    with half_done(tmp_path, faces, extra={}) as job:
+        os.killpg(job.pid, signal.SIGTERM)
+        left = finish(job, 20)
+    assert left.status == STOPPED, left.errors
+    assert left.last_error.startswith("stopped: asked by a signal")
+
+
 def test_a_killed_worker_is_replaced_within_the_run(head: RayHead, faces: str, tmp_path: Path) -> None:
     with half_done(tmp_path, faces, "--workers", "2", extra=head.environment) as job:
         workers = [pid for pid, command in session_processes(head.session).items() if WORKER in command]

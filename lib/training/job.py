@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from lib import cluster, storage
-from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS
+from lib.config import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, STOP_SIGNALS, note_signal
 from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import crop_size, read_success
 from lib.imports import quick_imports
@@ -345,7 +345,12 @@ def _stop_signals() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = [signal.signal(kind, lambda *_: asked.set()) for kind in STOP_SIGNALS]
+
+    def heed(number: int, _: object) -> None:
+        note_signal(number)  # Ray may have died of it, where it went to the whole process group
+        asked.set()
+
+    before = [signal.signal(kind, heed) for kind in STOP_SIGNALS]
     try:
         yield asked
     finally:
