@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.faces import table
-from lib.training.augmentation import BatchLoader, LoadTask, Prefetcher
 from lib.training.face_cache import FaceCache, build_cache
+from lib.training.loading import BatchLoader, LoadTask, Prefetcher
 from lib.training.triplets import PhotoIndex, draw_triplets
 
 ROWS_PER_PART = 100_000

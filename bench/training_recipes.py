@@ -42,9 +42,10 @@ from lib.recognition.model import (
     initial_model,
     normalized_images,
 )
-from lib.training.augmentation import BatchLoader, Level, LoadTask, Prefetcher
+from lib.training.augmentation import Level
 from lib.training.face_cache import FaceCache, build_cache
 from lib.training.freezing import fix_statistics, freeze_stages
+from lib.training.loading import BatchLoader, LoadTask, Prefetcher
 from lib.training.losses import batch_softmax_loss
 from lib.training.schedule import learning_rate
 from lib.training.triplets import IdentityBatchSampler, PhotoIndex

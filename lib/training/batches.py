@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from lib.device import Upload
 from lib.training import mining
-from lib.training.augmentation import BatchLoader, LoadedBatch, LoadTask, Prefetcher
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import FeatureStore
+from lib.training.loading import BatchLoader, LoadedBatch, LoadTask, Prefetcher
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
 from lib.training.triplets import Confusable, IdentityBatchSampler, PhotoIndex, draw_triplets

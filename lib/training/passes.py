@@ -16,10 +16,10 @@ import torch
 from lib.device import Fetched, Upload, autocast, eager
 from lib.recognition.model import EmbeddingModel, Precision, normalized_images
 from lib.training import collective
-from lib.training.augmentation import BatchLoader, LoadedBatch, LoadTask, Prefetcher
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import NEVER, FeatureStore
+from lib.training.loading import BatchLoader, LoadedBatch, LoadTask, Prefetcher
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer]

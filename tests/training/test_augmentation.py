@@ -20,19 +20,10 @@ from scipy import ndimage
 from lib.device import Upload
 from lib.errors import UserError
 from lib.faces import table
-from lib.training.augmentation import (
-    MAX_ANGLE_DEG,
-    BatchLoader,
-    Draw,
-    LoadTask,
-    Prefetcher,
-    augmented,
-    auto_contrast_table,
-    draws,
-    output_to_crop,
-)
+from lib.training.augmentation import MAX_ANGLE_DEG, Draw, augmented, auto_contrast_table, draws, output_to_crop
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache, build_cache, decode_jpeg
+from lib.training.loading import BatchLoader, LoadTask, Prefetcher
 
 UNCHANGED = Draw(
     flip=0.9,

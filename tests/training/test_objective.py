@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.training.augmentation import LoadedBatch
 from lib.training.batches import StoredVectors, TrainingBatch
+from lib.training.loading import LoadedBatch
 from lib.training.losses import batch_softmax_loss, batch_triplet_loss, triplet_margin_loss
 from lib.training.objective import SUM_NAMES, EpochSums, objective
 from lib.training.settings import TrainConfig

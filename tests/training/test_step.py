@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lib import device as devices
 from lib.errors import JobError, UserError
 from lib.recognition.model import ModelSpec
-from lib.training.augmentation import BatchLoader, LoadTask
 from lib.training.batches import StoredVectors, TrainingBatch
 from lib.training.beginning import begin
+from lib.training.loading import BatchLoader, LoadTask
 from lib.training.loop import Worker, WorkerJob
 from lib.training.objective import EpochSums
 from lib.training.settings import TrainConfig

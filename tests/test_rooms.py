@@ -1,0 +1,53 @@
+"""Imports run down from room to room, and never in a circle (docs/architecture.md, Rooms)."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from tests.job_runner import ROOT
+
+ROOMS = ("", "faces", "recognition", "evaluation", "training", "tuning", "pipeline")
+"""From the ground floor up. `sample` stands beside `faces`, and imports the ground floor alone."""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in (ROOT / "lib").rglob("*.py")}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    if module == "lib.pipeline":
+        return "pipeline"
+    return parts[1] if len(parts) > 2 or f"{module}.__init__" in MODULES or (ROOT / "lib" / parts[-1]).is_dir() else ""
+
+
+def imported_by(module: str) -> set[str]:
+    """Return the modules of lib that a module imports, at its head or later."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name for name in names if name in MODULES and name != "lib"}
+    return found - {name.rpartition(".")[0] for name in found} - {module}
+
+
+def test_no_room_imports_from_above() -> None:
+    for module in MODULES.keys() - {"lib"}:
+        for imported in imported_by(module):
+            upper, lower = room_of(module), room_of(imported)
+            if "sample" in (upper, lower):
+                assert (upper, lower) in (("sample", "sample"), ("sample", "")), f"{module} imports {imported}"
+            else:
+                assert ROOMS.index(lower) <= ROOMS.index(upper), f"{module} imports {imported}"
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    graph = {module: imported_by(module) for module in MODULES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
