@@ -44,14 +44,12 @@ ifdef DATA_URL
 	@$(BIN)/python jobs/preprocess.py --data "$(DATA_URL)"
 	@$(BIN)/python jobs/train.py --data "$(DATA_URL)" $(DEMO_TRAINING)
 	@$(BIN)/python jobs/evaluate.py --data "$(DATA_URL)" --model "$(DATA_URL)/runs/demo"
-	@echo "look at $(DATA_URL)/faces/contact_sheet.jpg and the report named above"
 else
 	@echo "drawing people who do not exist into $(DEMO_DATA)"
 	@$(BIN)/python jobs/sample.py --data "$(DEMO_DATA)" --identities 100
 	@$(BIN)/python jobs/preprocess.py --data "$(DEMO_DATA)"
 	@$(BIN)/python jobs/train.py --data "$(DEMO_DATA)" $(DEMO_TRAINING)
 	@$(BIN)/python jobs/evaluate.py --data "$(DEMO_DATA)" --model "$(DEMO_DATA)/runs/demo"
-	@echo "look at $(DEMO_DATA)/faces/contact_sheet.jpg and the report named above"
 endif
 
 test: $(VENV)/.development

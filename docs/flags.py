@@ -21,6 +21,8 @@ INTRODUCTION = """\
 
 `make docs` writes this page from the code. `jobs/train.py --help`, and so on, show the same text in the terminal.
 
+Every job takes `--verbose`, too: it shows the lines of Ray and other libraries.
+
 A flag that is on or off has a twin that turns it off again: `--dry-run` and `--no-dry-run`.
 """
 

@@ -13,4 +13,4 @@ with quick_imports():
     from lib.tuning.run_comparison import CompareConfig, compare
 
 if __name__ == "__main__":
-    run_job(CompareConfig, compare, description=__doc__ or "")
+    run_job(CompareConfig, compare, description=__doc__ or "", look_at="{report}")

@@ -13,4 +13,4 @@ with quick_imports():
     from lib.recognition.embedding import EmbedConfig, embed_job
 
 if __name__ == "__main__":
-    run_job(EmbedConfig, embed_job, description=__doc__ or "")
+    run_job(EmbedConfig, embed_job, description=__doc__ or "", look_at="{embeddings}")

@@ -13,4 +13,4 @@ with quick_imports():
     from lib.evaluation.evaluating import EvaluateConfig, evaluate
 
 if __name__ == "__main__":
-    run_job(EvaluateConfig, evaluate, description=__doc__ or "")
+    run_job(EvaluateConfig, evaluate, description=__doc__ or "", look_at="{report}")

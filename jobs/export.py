@@ -13,4 +13,4 @@ with quick_imports():
     from lib.recognition.exporting import ExportConfig, export
 
 if __name__ == "__main__":
-    run_job(ExportConfig, export, description=__doc__ or "")
+    run_job(ExportConfig, export, description=__doc__ or "", look_at="{onnx}")

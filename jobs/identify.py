@@ -13,4 +13,4 @@ with quick_imports():
     from lib.recognition.identifying import IdentifyConfig, identify
 
 if __name__ == "__main__":
-    run_job(IdentifyConfig, identify, description=__doc__ or "")
+    run_job(IdentifyConfig, identify, description=__doc__ or "", look_at="{csv}")

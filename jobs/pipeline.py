@@ -13,4 +13,4 @@ with quick_imports():
     from lib.pipeline import PipelineConfig, pipeline, pipeline_defaults
 
 if __name__ == "__main__":
-    run_job(PipelineConfig, pipeline, description=__doc__ or "", defaults=pipeline_defaults)
+    run_job(PipelineConfig, pipeline, description=__doc__ or "", defaults=pipeline_defaults, look_at="{report}")

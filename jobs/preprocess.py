@@ -13,4 +13,4 @@ with quick_imports():
     from lib.faces.preprocessing import PreprocessConfig, preprocess
 
 if __name__ == "__main__":
-    run_job(PreprocessConfig, preprocess, description=__doc__ or "")
+    run_job(PreprocessConfig, preprocess, description=__doc__ or "", look_at="{faces}/contact_sheet.jpg")

@@ -13,4 +13,4 @@ with quick_imports():
     from lib.sample.sample import SampleConfig, make_sample
 
 if __name__ == "__main__":
-    run_job(SampleConfig, make_sample, description=__doc__ or "")
+    run_job(SampleConfig, make_sample, description=__doc__ or "", look_at="{data}/photos")

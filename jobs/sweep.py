@@ -13,4 +13,4 @@ with quick_imports():
     from lib.tuning.sweep import SweepConfig, sweep
 
 if __name__ == "__main__":
-    run_job(SweepConfig, sweep, description=__doc__ or "")
+    run_job(SweepConfig, sweep, description=__doc__ or "", look_at="{report}")

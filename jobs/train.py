@@ -15,4 +15,4 @@ with quick_imports():
     from lib.tuning.winner import train_defaults
 
 if __name__ == "__main__":
-    run_job(TrainConfig, train, description=__doc__ or "", defaults=train_defaults)
+    run_job(TrainConfig, train, description=__doc__ or "", defaults=train_defaults, look_at="{model}/README.md")

@@ -45,11 +45,13 @@ def connected() -> Iterator[None]:
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":
             # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
+            logger.info("joining the Ray cluster at %s", address)
             paths = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
             remote_ray.join(address, {**paths, **_quoted_python()})
             stack.callback(ray.shutdown)
             watch = ray_watch.watched(ray_watch.raylet_of_this_driver(), None if address == "auto" else address)
         else:
+            logger.info("starting Ray on this machine")
             # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
             stack.enter_context(local_ray.started(_quoted_python()))

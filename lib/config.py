@@ -4,29 +4,32 @@ import atexit
 import contextlib
 import gc
 import json
-import logging
 import os
 import signal
+import string
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 from lib.errors import JobError, JobStopped, StopSignal, UserError
 from lib.flags import parsed
-from lib.redaction import StreamWithoutSecrets, redacted
+from lib.redaction import redacted
+from lib.terminal import EXIT_FAILURE, Terminal, take_over
 
 Config = TypeVar("Config")
 
-EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a launcher that sees it queues the same command again."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RAISE_EVERY_S = 1.0
+
+VERBOSE = "--verbose"
+_VERBOSE_HELP = f"Every job takes {VERBOSE}, too: it shows the lines of Ray and other libraries."
 
 _STOPPED = ("stopped: asked by a signal; what is done stays, and the same command goes on from here", EXIT_STOPPED)
 _INTERRUPTED = ("interrupted: the same command goes on from here", EXIT_FAILURE)
@@ -68,50 +71,73 @@ def run_job(
     *,
     description: str,
     defaults: Callable[[Sequence[str]], Config] | None = None,
+    look_at: str = "",
 ) -> NoReturn:
     """Parse the flags, run the job, print its result as one line of JSON and exit.
 
     `defaults` may look at the flags and return the configuration whose values hold where no flag says otherwise.
+    `look_at` is the file that the user opens next, with entries of the result in braces: "{faces}/card.json".
 
     Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure, 75 when it was stopped
     from outside and has saved everything.
     """
     atexit.register(gc.freeze)  # else Python looks through all modules for garbage before it ends: 1.5 s with torch
-    # For as long as the process lives: threads and libraries print until its end.
     given = [*sys.argv[1:], os.environ.get("DATA_URL", "")]
-    sys.stdout, sys.stderr = (cast(TextIO, StreamWithoutSecrets(each, given)) for each in (sys.stdout, sys.stderr))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    name = Path(sys.argv[0]).stem
+    ours = take_over(name if name.isidentifier() else "job", given, verbose=VERBOSE in given)
     _signals_that_came.clear()
     raise_on_stop_signals()
     try:
-        for flag in sys.argv[1:]:
-            _check_utf8(flag, "an argument")
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            # The help is wrapped at the terminal's width, which would cut a secret in two that no one then recognises.
-            os.environ["DATA_URL"] = redacted(os.environ.get("DATA_URL", ""))
-        config = parsed(config_type, sys.argv[1:], description=description, defaults=defaults)
+        config = _parsed(config_type, description, defaults, ours)
         # The result alone goes to standard output; Ray would print there what its nodes say.
         with contextlib.redirect_stdout(sys.stderr):
             result = job(config)
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        status = EXIT_USER_ERROR
+        ours.say("error: " + " ".join(str(error).splitlines()))
     except JobError as error:
-        print("failed:", *str(error).splitlines(), file=sys.stderr)
-        sys.exit(EXIT_FAILURE)
+        status = EXIT_FAILURE
+        ours.fail("failed: " + " ".join(str(error).splitlines()))
     except JobStopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        status = EXIT_STOPPED
+        ours.say(f"stopped: {stop}")
     except (StopSignal, KeyboardInterrupt) as signalled:
         signal_noticed()
         line, status = _STOPPED if isinstance(signalled, StopSignal) else _INTERRUPTED
-        print(line, file=sys.stderr)
-        sys.exit(status)
+        ours.say(line)
     except Exception:  # noqa: BLE001 - the last resort: a traceback and exit status 1
-        traceback.print_exc()
-        sys.exit(EXIT_FAILURE)
-    print(json.dumps(result), flush=True)
-    sys.exit(0)
+        status = EXIT_FAILURE
+        ours.fail(traceback.format_exc().rstrip())
+    else:
+        status = 0
+        if file := _next_file(look_at, result):
+            ours.say(f"look at {file}")
+        print(json.dumps(result), file=ours.result, flush=True)
+    finally:
+        ours.close()
+    sys.exit(status)
+
+
+def _parsed(
+    config_type: type[Config], description: str, defaults: Callable[[Sequence[str]], Config] | None, ours: Terminal
+) -> Config:
+    """Return the configuration that the flags make, or print the help and exit."""
+    for flag in sys.argv[1:]:
+        _check_utf8(flag, "an argument")
+    flags = [flag for flag in sys.argv[1:] if flag != VERBOSE]
+    if {"-h", "--help"} & set(flags):
+        # The help is wrapped at the terminal's width, which would cut a secret in two that no one then recognises.
+        os.environ["DATA_URL"] = redacted(os.environ.get("DATA_URL", ""))
+    description = f"{description}\n\n{_VERBOSE_HELP}"
+    with contextlib.redirect_stdout(ours.result):
+        return parsed(config_type, flags, description=description, defaults=defaults)
+
+
+def _next_file(look_at: str, result: Mapping[str, Any]) -> str:
+    """Return the file that a result asks to be looked at, nothing where a dry run or too little made none."""
+    names = [name for _, name, _, _ in string.Formatter().parse(look_at) if name]
+    is_there = not result.get("dry_run") and all(result.get(name) for name in names)
+    return look_at.format_map(result) if is_there else ""
 
 
 def _check_utf8(text: str, what: str) -> None:

@@ -6,7 +6,6 @@ part that was done twice is the same file. The plan is written first, `_SUCCESS`
 
 import logging
 import platform
-import sys
 import time
 import uuid
 import warnings
@@ -19,6 +18,8 @@ import pyarrow as pa
 
 from lib import cluster, storage
 from lib.errors import JobError, UserError
+from lib.progress import ProgressLine
+from lib.terminal import send_log_to_driver
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class Worker:
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
         self._failure = ""
+        send_log_to_driver()
         try:
             self._worker = worker(*arguments)
         except (UserError, JobError) as error:
@@ -234,26 +236,25 @@ def run_parts(
     Raises:
         JobError: a worker's failure.
     """
-    from tqdm import tqdm
-
     share = share or Share()
     num_workers = min(len(items), share.num_workers or cluster.num_cpus())
     summaries = _summaries(items, (worker, worker_arguments), num_workers, share)
     logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
-    pause_s = 0.5 if sys.stderr.isatty() else 10.0
     started, num_processed, num_by_node = 0.0, 0, Counter[str]()
-    with tqdm(total=num_all, initial=num_done, unit=unit, mininterval=pause_s) as progress:
+    with ProgressLine("working", unit=unit, total=num_all, done=num_done) as progress:
         # Not iter_rows: its own threads may still ask for rows when a failure ends Ray, which then ends the process.
-        for done in _rows(summaries.iter_internal_ref_bundles()):
+        for done in _rows(summaries.iter_internal_ref_bundles):
             if done["failure"]:
                 raise JobError(done["failure"])
             # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
             started = started or time.monotonic() - done["seconds"]
             num_processed += done["count"]
             num_by_node[done["node"]] += done["count"]
-            progress.update(done["count"])
-    logger.info("%ss by node: %s", unit, ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items())))
-    return num_processed, time.monotonic() - started
+            progress.add(done["count"])
+    seconds = time.monotonic() - started
+    by_node = ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items()))
+    logger.info("%ss by node: %s; %.0f %ss/s", unit, by_node, num_processed / max(seconds, 1e-9), unit)
+    return num_processed, seconds
 
 
 def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_workers: int, share: "Share") -> Any:
@@ -280,13 +281,13 @@ def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_
         )
 
 
-def _rows(bundles: Iterator[Any]) -> Iterator[dict[str, Any]]:
+def _rows(bundles: Callable[[], Iterator[Any]]) -> Iterator[dict[str, Any]]:
     """Yield what the workers return; that they died is told in one line, and an error of ours keeps its stack."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        for bundle in bundles:
+        for bundle in bundles():  # which already waits for the first one
             yield from pa.concat_tables(ray.get(bundle.block_refs)).to_pylist()
     except RayTaskError:
         raise

@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from lib.config import EXIT_FAILURE, end_of_a_signal
+from lib.config import end_of_a_signal
 from lib.errors import JobError, StopSignal, UserError
 from lib.remote_ray import host_and_port
+from lib.terminal import EXIT_FAILURE, terminal
 
 KNOCK_EVERY_S = 2.0
 ABSENT_LIMIT_S = 10.0
@@ -127,9 +128,8 @@ def _answers(place: tuple[str, int]) -> bool:
 
 def _end(reason: str) -> NoReturn:
     """Say why in one line and end, without the exit handlers of Ray. Its own daemons end with this process."""
-    terminal = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # Ray's threads dump their stacks until this process ends
+    ours = terminal()
+    ours.mute_others()
     deadline = time.monotonic() + SIGNAL_GRACE_S
     while end_of_a_signal() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -137,7 +137,4 @@ def _end(reason: str) -> NoReturn:
         f"failed: {reason}; what is done stays, and the same command goes on from here",
         EXIT_FAILURE,
     )
-    if os.isatty(terminal):
-        line = "\n" + line  # below the bar of progress
-    os.write(terminal, f"{line}\n".encode())
-    os._exit(status)
+    ours.abandon(line, status)

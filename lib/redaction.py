@@ -32,15 +32,18 @@ class StreamWithoutSecrets:
         self._secrets = [secret for text in given for secret in _secrets_of(text)]
 
     def write(self, text: str) -> int:
-        shown = redacted(text)
-        for secret in self._secrets:
-            shown = shown.replace(secret, "***")
-        self._stream.write(shown)
+        self._stream.write(self._safe(text))
         return len(text)
 
     def writelines(self, lines: Sequence[str]) -> None:
         for line in lines:
             self.write(line)
+
+    def _safe(self, text: str) -> str:
+        safe = redacted(text)
+        for secret in self._secrets:
+            safe = safe.replace(secret, "***")
+        return safe
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -221,7 +221,12 @@ def job(config):
 run_job(Config, job, description="")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code, "--verbose"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert "still there" in done.stderr, "the exception was ignored"
     assert done.returncode == status

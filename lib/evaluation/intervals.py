@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
 from lib.evaluation.curves import (
     FARS,
@@ -23,6 +22,7 @@ from lib.evaluation.curves import (
     tar_at_far,
 )
 from lib.evaluation.pairs import Pairs
+from lib.progress import progress_over
 
 CONFIDENCE = 0.95
 
@@ -66,10 +66,7 @@ def bootstrap_intervals(
     # Used again for each chunk: fresh memory of this size costs more than what is done with it.
     buffer_2RP = np.empty((2, min(step, num_resamples), len(order_P)))
     figures: dict[str, list[FloatArray]] = {}
-    # Shown only where it takes long, as with a million pairs.
-    for start in tqdm(
-        range(0, num_resamples, step), desc="intervals", unit="step", delay=2, mininterval=2, leave=False
-    ):
+    for start in progress_over(range(0, num_resamples, step), "computing the intervals", unit="resample"):
         out_2RP = buffer_2RP[:, : num_resamples - start]
         weights_RP = _resampled_weights(rng, num_people, person_2P, out_2RP)
         far_RT, tar_RT = far_and_tar(weights_RP, runs)

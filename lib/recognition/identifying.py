@@ -158,6 +158,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     counts = Counter(decision == UNKNOWN for decision in decisions)
     return {
         **result,
+        "csv": storage.join(output, CSV_NAME),
         "photos": len(source.manifest),
         "faces": len(found),
         "identified": counts[False],

@@ -3,7 +3,6 @@
 Each photo depends on the settings, the identity and its index alone: any number of processes gives the same files.
 """
 
-import itertools
 import json
 import logging
 import multiprocessing
@@ -20,11 +19,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from lib.config import default_data_url
 from lib.errors import UserError
 from lib.layout import Layout
+from lib.progress import ProgressLine
 from lib.sample.people import Moment, Person
 from lib.sample.scenery import ENCODINGS, photo_size, take_photo
 from lib.storage import exists, join, list_files, parquet_schema, redacted, remove, write_bytes, write_parquet
@@ -255,8 +254,15 @@ def _draw_all(config: SampleConfig, outdated: list[str]) -> None:
         remove(join(config.photos_url, name))
     lines = "".join(f"{plan.name(photo)} {plan.identity(photo)}\n" for photo in range(len(plan)))
     write_bytes(join(config.data, IDENTITIES_NAME), lines.encode())
-    with _map(partial(_draw_one, config), range(len(plan))) as done:
-        rows = list(itertools.chain.from_iterable(tqdm(done, total=len(plan), unit="photo", desc="drawing")))
+    logger.info("drawing %d photos of %d people", len(plan), plan.identities)
+    rows = []
+    with (
+        ProgressLine("drawing", unit="photo", total=len(plan)) as progress,
+        _map(partial(_draw_one, config), range(len(plan))) as done,
+    ):
+        for of_photo in done:
+            rows += of_photo
+            progress.add(1)
     _write_landmarks(config, rows, complete=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import ray
@@ -23,6 +23,8 @@ class News:
     total_images: int = 0
     status: str = ""
     """What the run is doing now, in a few words."""
+    note: str = ""
+    """How well it does, such as the loss."""
     failure: tuple[str, str] | None = None
     """Kind of error (`user` or `job`) and its message."""
 
@@ -41,9 +43,9 @@ class Control:
             self._news.lines.append(line)
         self._news.status = status or self._news.status
 
-    def count(self, num_images: int, total_images: int) -> None:
-        """Note how far the training is."""
-        self._news.num_images, self._news.total_images = num_images, total_images
+    def count(self, num_images: int, total_images: int, note: str = "") -> None:
+        """Note how far the training is, and how well it does."""
+        self._news.num_images, self._news.total_images, self._news.note = num_images, total_images, note
 
     def fail(self, kind: Literal["user", "job"], message: str) -> None:
         """Note why the run cannot go on; the first reason stays."""
@@ -56,9 +58,7 @@ class Control:
     def news(self) -> News:
         """Return what happened; lines are given once."""
         news = self._news
-        self._news = News(
-            num_images=news.num_images, total_images=news.total_images, status=news.status, failure=news.failure
-        )
+        self._news = replace(news, lines=[])
         return news
 
     def request_stop(self) -> None:

@@ -170,9 +170,6 @@ def _build(faces_url: str, splits: Sequence[str], path: Path, photos_limit: int)
         everybody = read_identities(faces_url, splits)
         kept = limited_identities(everybody, photos_limit)
         num_bytes_needed = num_bytes_needed * min(photos_limit, len(everybody)) // max(len(everybody), 1)
-    others = [other for other in path.parent.glob("faces-*.arrow") if other != path]
-    if others:
-        logger.info("%s holds caches of other faces or splits: %s", path.parent, ", ".join(o.name for o in others))
     # Asked before the copy, because a disk found full at its end costs the user the time of all of it.
     if shutil.disk_usage(path.parent).free < num_bytes_needed:
         raise _disk_full(path.parent, num_bytes_needed)

@@ -1,17 +1,15 @@
 """The driver of a run: checks everything that can be checked before a GPU is held, starts the workers, watches them."""
 
 import logging
-import os
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -22,10 +20,12 @@ from lib.errors import JobError, JobStopped, UserError
 from lib.faces.table import crop_size, read_success
 from lib.imports import quick_imports
 from lib.parts import earlier_plan
+from lib.progress import ProgressLine
 from lib.recognition.spec import ModelSpec
+from lib.terminal import terminal
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress
-from lib.training.control import create_control, failure_error
+from lib.training.control import News, create_control, failure_error
 from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
@@ -247,7 +247,6 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str, resources: Worker
         UserError, JobError: what a worker gave up with, or Ray after the last restart.
     """
     import ray
-    from tqdm import tqdm
 
     ended: list[BaseException | None] = []
     leave_until: float | None = None
@@ -262,20 +261,19 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str, resources: Worker
     with _stop_signals() as asked:
         working = threading.Thread(target=run, daemon=True)
         working.start()
-        is_terminal = sys.stderr.isatty()
-        with tqdm(unit=unit, disable=not is_terminal, dynamic_ncols=True) as bar:
+        with ProgressLine("starting the workers", unit=unit) as progress:
             fitted_at = time.monotonic()
             while not ended:
                 ended_in = asked.wait(WATCH_EVERY_S)
                 news = ray.get(control.news.remote())
-                _show(news, bar, is_terminal)
+                _show(news, progress)
                 if news.failure:
                     working.join(FAILURE_LIMIT_S)
                     if working.is_alive():
                         kind, message = news.failure
                         if kind == "user":
-                            _abandon(f"error: {message}", EXIT_USER_ERROR)
-                        _abandon(f"failed: {message}", EXIT_FAILURE)
+                            terminal().abandon(f"error: {message}", EXIT_USER_ERROR)
+                        terminal().abandon(f"failed: {message}", EXIT_FAILURE)
                     raise failure_error(news.failure)
                 if ended_in and leave_until is None:
                     logger.info("asked to stop: saving everything")
@@ -284,7 +282,7 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str, resources: Worker
                 if leave_until is not None:
                     time.sleep(WATCH_EVERY_S)
                 fitted_at = _check_limits(leave_until, fitted_at, resources)
-            _show(ray.get(control.news.remote()), bar, is_terminal)
+            _show(ray.get(control.news.remote()), progress)
     news = ray.get(control.news.remote())
     if news.failure:
         raise failure_error(news.failure)
@@ -294,16 +292,20 @@ def watch(work: Callable[[], Any], control: Any, *, unit: str, resources: Worker
 
 
 def _check_limits(leave_until: float | None, fitted_at: float, resources: WorkerResources | None) -> float:
-    """Return when the cluster last had the nodes that the run needs; end this process where waiting is of no use."""
+    """Return when the cluster last had the nodes that the run needs; end this process where waiting is of no use.
+
+    Ray's trainer waits in its thread then, and leaving Ray in an orderly way would crash. Ray ends what a driver leaves
+    that is gone.
+    """
     now = time.monotonic()
     if leave_until is not None and now > leave_until:
-        _abandon(
+        terminal().abandon(
             "failed: the workers did not leave in time: the same command goes on from the last epoch", EXIT_FAILURE
         )
     if resources is None or not cluster.nodes_are_fixed() or resources.fit(cluster.node_resources()):
         return now
     if now - fitted_at > TOO_FEW_LIMIT_S:
-        _abandon(
+        terminal().abandon(
             f"stopped: nodes are lost, too few are left for {resources.text}; on new ones the same command goes on "
             "from the last checkpoint",
             EXIT_STOPPED,
@@ -311,26 +313,10 @@ def _check_limits(leave_until: float | None, fitted_at: float, resources: Worker
     return fitted_at
 
 
-def _abandon(message: str, status: int) -> NoReturn:
-    """End this process although Ray's trainer waits in its thread: leaving Ray in an orderly way would then crash.
-
-    Ray ends what a driver leaves that is gone.
-    """
-    print(message, file=sys.stderr, flush=True)
-    os._exit(status)
-
-
-def _show(news: Any, bar: Any, is_terminal: bool) -> None:
+def _show(news: News, progress: ProgressLine) -> None:
     for line in news.lines:
-        if is_terminal:
-            bar.write(line, file=sys.stderr)
-        else:
-            logger.info(line)
-    if news.total_images:
-        bar.total = news.total_images
-        bar.update(news.num_images - bar.n)
-    if news.status:
-        bar.set_description(news.status)
+        logger.info(line)
+    progress.update(news.num_images, total=news.total_images, label=news.status, note=news.note)
 
 
 def _reason(error: BaseException) -> str:

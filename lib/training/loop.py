@@ -20,6 +20,7 @@ import torch
 from lib import device as devices
 from lib import storage
 from lib.errors import JobError, JobStopped, UserError
+from lib.terminal import send_log_to_driver
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan
 from lib.training.control import StopRequests, connect_control
@@ -54,6 +55,7 @@ Floats = npt.NDArray[np.float32]
 
 def work(job: WorkerJob, device: torch.device) -> None:
     """Do the part of this process, on its own or beside others in torch's process group."""
+    send_log_to_driver()
     control = connect_control(job.config.run_url)
     if ray.get(control.has_failed.remote()):
         return  # Started again although it cannot go on: the driver is about to say why.
@@ -224,7 +226,7 @@ class Worker:
         sums = EpochSums(self.device, progress.sums if self.rank == 0 else {})
         batches = self._batches(first_step, num_steps)
         began = time.perf_counter()
-        told = 0.0
+        told, loss = 0.0, devices.Fetched(torch.zeros(()))
         self.step.begin_epoch()
         with batches:
             for number, batch in enumerate(batches, start=first_step):
@@ -233,8 +235,10 @@ class Worker:
                 lr = learning_rate(progress.lr, share_done, config.optimizer.warmup_share)
                 self.step(batch, sums, lr, share=1 / accumulate, is_last=is_last)
                 if time.perf_counter() - told > TELL_EVERY_S:
-                    told = time.perf_counter()
-                    self._tell_progress(number + 1, num_steps, len(batch.loaded.images))
+                    # A GPU is not waited for: what is told is the loss of the last time.
+                    note = f"loss {float(loss.numpy()):.4f}" if told and loss.is_there else ""
+                    told, loss = time.perf_counter(), devices.Fetched(sums.loss)
+                    self._tell_progress(number + 1, num_steps, len(batch.loaded.images), note)
                 if is_last and number + 1 < num_steps:
                     self._save_or_leave_when_asked(sums, (number + 1) * anchors_a_step, number)
             self.step.settle()
@@ -340,14 +344,14 @@ class Worker:
         self.state.save(self.config.run_url, progress, outcome.usage_3N, outcome.suspects)
         self._last_saved = time.monotonic()
 
-    def _tell_progress(self, num_done: int, num_steps: int, images_a_batch: int) -> None:
+    def _tell_progress(self, num_done: int, num_steps: int, images_a_batch: int, note: str) -> None:
         if self.rank:
             return
         epoch, epochs = self.state.progress.epoch, self.config.epochs
-        self._tell(status=f"epoch {epoch}/{epochs}")
+        self._tell(status=f"epoch {epoch}/{epochs}, step {num_done}/{num_steps}")
         images_a_step = self.num_workers * images_a_batch
         done, total = (epoch - 1) * num_steps + num_done, epochs * num_steps
-        self.control.count.remote(done * images_a_step, total * images_a_step)
+        self.control.count.remote(done * images_a_step, total * images_a_step, note)
 
     def _tell(self, *, line: str = "", status: str = "") -> None:
         if self.rank == 0:

@@ -114,6 +114,11 @@ class EpochSums:
         ]
         self._sums += torch.stack([value.double() for value in values])
 
+    @property
+    def loss(self) -> torch.Tensor:
+        """The mean loss of a step so far, on the device."""
+        return self._sums[SUM_NAMES.index("loss")] / self._sums[SUM_NAMES.index("steps")]
+
     def values(self) -> npt.NDArray[np.float64]:
         """Return the sums, in the order of `SUM_NAMES`."""
         return self._sums.cpu().numpy()

@@ -26,6 +26,7 @@ from lib import storage
 from lib.device import free_memory, worker_device
 from lib.errors import JobError, JobStopped, UserError
 from lib.recognition.model import ModelSpec
+from lib.terminal import send_log_to_driver
 from lib.training.control import connect_control, create_control, failure_error
 from lib.training.history import read_rows
 from lib.training.job import LEAVE_LIMIT_S, WATCH_EVERY_S, create_store, train
@@ -45,6 +46,7 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> 
 
     Only the death of the process is left to Tune, which then starts another one.
     """
+    send_log_to_driver(logging.WARNING)
     sweep = connect_control(sweep_url)
     if ray.get(sweep.stop_requested.remote()):
         return

@@ -1,0 +1,105 @@
+"""How far a piece of work is: one line that is renewed on a terminal, a line a minute in the log elsewhere."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from lib.terminal import terminal
+
+logger = logging.getLogger(__name__)
+
+SHOW_EVERY_S = 0.2
+LOG_EVERY_S = 60.0
+RATE_OVER_S = 20.0
+"""The rate that is shown is that of the last so many seconds."""
+
+
+class ProgressLine:
+    """Counts what is done, and tells it with the rate and the time left."""
+
+    def __init__(self, label: str, *, unit: str, total: int = 0, done: int = 0) -> None:
+        """Begin with `done` of a `total`, which may be known later."""
+        self._terminal = terminal()
+        self._label, self._unit, self._total, self._note = label, unit, total, ""
+        self._first: tuple[float, int] | None = None
+        self._past: deque[tuple[float, int]] = deque()
+        self._done = done
+        self._shown, self._logged = 0.0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Show the line."""
+        self._tell()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the line away."""
+        self._terminal.show("")
+
+    def add(self, count: int) -> None:
+        """Note that so many more are done."""
+        self.update(self._done + count)
+
+    def update(self, done: int, *, total: int = 0, label: str = "", note: str = "") -> None:
+        """Note how many are done, and what else is to be told."""
+        now = time.monotonic()
+        self._total, self._label = total or self._total, label or self._label
+        self._note = note or self._note
+        if self._total and done and (done != self._done or not self._past):
+            self._past.append((now, done))
+            self._first = self._first or (now, done)  # what was done before is no work of this job
+        while len(self._past) > 2 and now - self._past[0][0] > RATE_OVER_S:
+            self._past.popleft()
+        self._done = done
+        if now - self._shown >= SHOW_EVERY_S:
+            self._tell()
+
+    def _tell(self) -> None:
+        now = self._shown = time.monotonic()
+        if self._terminal.is_a_tty:
+            self._terminal.show(str(self))
+        elif now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            logger.info("%s", self)
+
+    def __str__(self) -> str:
+        """Return all of it in one line."""
+        parts = [self._label]
+        if self._total:
+            parts[0] += f": {self._done}/{self._total} {self._unit}s ({100 * self._done / self._total:.0f} %)"
+        rate = _rate(self._past[0], self._past[-1]) if self._past else 0.0
+        if rate:
+            parts.append(f"{rate:.0f} {self._unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s a {self._unit}")
+        if self._note:
+            parts.append(self._note)
+        mean = _rate(self._first, self._past[-1]) if self._first else 0.0
+        if mean and self._total:
+            parts.append(f"{_short_time((self._total - self._done) / mean)} left")
+        return ", ".join(parts)
+
+
+def progress_over(steps: range, label: str, *, unit: str) -> Iterator[int]:
+    """Yield the steps up to `steps.stop` and show how far they are."""
+    with ProgressLine(label, unit=unit, total=steps.stop) as progress:
+        for step in steps:
+            progress.update(step)
+            yield step
+
+
+def _rate(first: tuple[float, int], last: tuple[float, int]) -> float:
+    seconds = last[0] - first[0]
+    return (last[1] - first[1]) / seconds if seconds else 0.0
+
+
+def _short_time(seconds: float) -> str:
+    """Return a duration as people write it: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,279 @@
+"""What a user sees: our lines on the terminal, those of Ray and other libraries in a log file of this job.
+
+Ray's core writes to the file descriptor 2 itself. So the descriptor becomes the log, and a copy of it stays for us.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, TextIO, cast
+
+from lib.redaction import StreamWithoutSecrets
+
+SAY_AGAIN_S = 60.0
+"""A line that several workers log within so long is one."""
+KEPT_DAYS = 7
+"""Of a log after its last line."""
+TAIL_LINES = 20
+TAIL_BYTES = 128 * 1024
+EXIT_FAILURE = 1
+
+MARK = "conv-facenet| "
+"""Stands before a line that one of our workers logs, which Ray hands to the driver; `lib/__init__.py` names it, too."""
+
+_TAIL_TITLE = "the last lines of Ray and other libraries, all of them are in"
+_CLEAR = "\r\x1b[K"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r"(\(.*?\bpid=.*?\) )?(\s|Traceback \(most recent)")
+"""A line of a stack: in the log, where it leaves the lines that are brought along to what was said."""
+_IF_KILLED = f"""
+read -r ended && exit 0
+if [ -s "$1" ]; then
+    echo "{_TAIL_TITLE} $1:"
+    grep -v '^ ' "$1" | tail -n {TAIL_LINES} | sed 's/^/    /; s#://[^ ]*[@?][^ ]*#://***#g'
+fi
+echo "failed: the process was killed, or a library has crashed"
+"""
+"""For the shell that outlives the job: told nothing when its end of the pipe closes, it says what the job cannot."""
+
+
+class Terminal(StreamWithoutSecrets):
+    """Where our lines go, and below them one that is renewed in its place where this is a terminal.
+
+    Attributes:
+        log: the file that holds the lines of Ray and other libraries, None where they are shown.
+        result: where the result of the job goes.
+    """
+
+    def __init__(self, stream: TextIO, given: Sequence[str] = (), log: Path | None = None) -> None:
+        """Write to `stream`, without secrets, also those of the URLs `given`."""
+        super().__init__(stream, given)
+        self.log = log
+        self.result: TextIO = sys.stdout
+        self.is_a_tty = stream.isatty()
+        self._lock = threading.RLock()
+        self._status = ""
+        self._is_drawn = False
+        self._watcher: int | None = None
+
+    def write(self, text: str) -> int:
+        """Write above the line that is renewed."""
+        with self._lock:
+            if self._is_drawn:
+                self._stream.write(_CLEAR)
+                self._is_drawn = False
+            self._stream.write(self._safe(text))
+            if text.endswith("\n"):
+                self._draw()
+            self._stream.flush()
+        return len(text)
+
+    def show(self, status: str) -> None:
+        """Renew the line below all others; an empty one goes away."""
+        if not self.is_a_tty:
+            return
+        with self._lock:
+            if self._is_drawn:
+                self._stream.write(_CLEAR)
+            self._status = status
+            self._draw()
+            self._stream.flush()
+
+    def say(self, line: str) -> None:
+        """Write a line."""
+        self.write(f"{line}\n")
+
+    def fail(self, text: str) -> None:
+        """Say why the job failed, after the last that Ray and other libraries have said."""
+        tail = self._tail()
+        if tail:
+            self.say("\n".join([f"{_TAIL_TITLE} {self.log}:", *(f"    {line}" for line in tail)]))
+        self.say(text)
+
+    def mute_others(self) -> None:
+        """Let nobody else write here any more: Ray's threads dump their stacks until the process ends."""
+        if self.log is None:
+            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+                if self._stream.fileno() == 2:
+                    self._stream = _copy(self._stream)
+                os.dup2(nowhere.fileno(), 2)
+
+    def abandon(self, line: str, status: int) -> NoReturn:
+        """End this process with one line, without the exit handlers of Ray and without waiting for its threads."""
+        self.show("")
+        (self.fail if status == EXIT_FAILURE else self.say)(line)
+        self.close()
+        os._exit(status)
+
+    def close(self) -> None:
+        """Take the last line that is renewed away. What the process says from now on is no word of the job."""
+        self.show("")
+        if self._watcher is not None:
+            os.write(self._watcher, b"ended\n")
+            os.close(self._watcher)
+            self._watcher = None
+        if self.log is not None and not self.log.stat().st_size:
+            self.log.unlink()
+
+    def watch(self) -> None:
+        """Start what tells the user of a death that this process cannot tell of: SIGKILL, an abort of Ray's core."""
+        assert self.log is not None
+        faulthandler.enable(self._stream, all_threads=False)
+        ours, told = os.pipe()
+        with contextlib.suppress(OSError):
+            subprocess.Popen(
+                ["/bin/sh", "-c", _IF_KILLED, "sh", str(self.log)],
+                stdin=ours,
+                stdout=self._stream,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that a signal to the job's process group spares it
+            )
+        os.close(ours)
+        self._watcher = told
+
+    def _tail(self) -> list[str]:
+        if self.log is None:
+            return []
+        with contextlib.suppress(OSError), self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
+            lines = _COLOUR.sub("", file.read().decode(errors="replace")).splitlines()
+            return [line for line in lines if line and not _FRAME.match(line)][-TAIL_LINES:]
+        return []
+
+    def _draw(self) -> None:
+        if self._status:
+            columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+            self._stream.write(self._safe(self._status)[: columns - 1])
+            self._is_drawn = True
+        else:
+            self._is_drawn = False
+
+
+class _Others(StreamWithoutSecrets):
+    """Where libraries write. What our workers have logged is logged here too, once."""
+
+    def __init__(self, stream: TextIO, given: Sequence[str]) -> None:
+        super().__init__(stream, given)
+        self._thread = threading.local()
+        self._told: dict[str, float] = {}
+
+    def write(self, text: str) -> int:
+        _, mark, line = text.partition(MARK)
+        if mark:
+            self._say_once(_COLOUR.sub("", line).rstrip("\n"))
+        elif text != "\n" or not getattr(self._thread, "wrote_a_mark", False):
+            with contextlib.suppress(OSError):  # of a full disk: what a library says must not end the job
+                self._stream.write(self._safe(text))
+        self._thread.wrote_a_mark = bool(mark) and not text.endswith("\n")
+        return len(text)
+
+    def _say_once(self, line: str) -> None:
+        now = time.monotonic()
+        self._told = {told: at for told, at in self._told.items() if now - at < SAY_AGAIN_S}
+        if line not in self._told:
+            self._told[line] = now
+            level, _, message = line.partition(" ")
+            logging.getLogger("lib.workers").log(logging.getLevelNamesMapping().get(level, logging.INFO), message)
+
+
+class _OursOrOthers(logging.Handler):
+    """Sends what `lib` logs to the terminal, and what libraries log where they write."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_ours = record.name.partition(".")[0] in ("lib", "__main__")
+        try:
+            (terminal() if is_ours else sys.stderr).write(f"{self.format(record)}\n")
+        except Exception:  # noqa: BLE001 - as all handlers do
+            self.handleError(record)
+
+
+class _ToDriver(logging.Handler):
+    """Marks what `lib` logs in a worker, for `_Others` of the driver."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Not by print, which Ray Train replaces: it would log the line again.
+        sys.stderr.write(f"{MARK}{record.levelname} {' '.join(record.getMessage().splitlines())}\n")
+        sys.stderr.flush()
+
+
+_taken_over: list[Terminal] = []
+
+
+def terminal() -> Terminal:
+    """Return where our lines go: standard error, which in a job libraries do not write to."""
+    if _taken_over:
+        return _taken_over[-1]
+    return sys.stderr if isinstance(sys.stderr, Terminal) else Terminal(sys.stderr)
+
+
+def take_over(job: str, given: Sequence[str], *, verbose: bool) -> Terminal:
+    """Keep the terminal for us until the process ends: threads and libraries print until then.
+
+    With `verbose` libraries write there too. Secrets of the URLs among what the user has `given` are never shown.
+    """
+    sys.stdout.flush()
+    if not (_is_descriptor(sys.stderr, 2) and _is_descriptor(sys.stdout, 1)):  # a job within another program
+        ours = Terminal(sys.stderr, given)
+        sys.stderr = cast(TextIO, ours)
+    else:
+        log = None if verbose else _open_log(job)
+        ours = Terminal(_copy(sys.stderr), given, log[0] if log else None)
+        ours.result = _copy(sys.stdout)
+        if log:
+            os.dup2(log[1], 2)
+            os.close(log[1])
+            ours.watch()
+        os.dup2(2, 1)
+        sys.stderr = cast(TextIO, _Others(sys.stderr, given))
+        _taken_over.append(ours)
+    ours.result = cast(TextIO, StreamWithoutSecrets(ours.result, given))
+    handler = _OursOrOthers()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
+    return ours
+
+
+def send_log_to_driver(level: int = logging.INFO) -> None:
+    """Let what `lib` logs from this level on in this worker reach the terminal of the job, by way of Ray."""
+    ours = logging.getLogger("lib")
+    if not _taken_over and not any(isinstance(handler, _ToDriver) for handler in ours.handlers):
+        ours.addHandler(_ToDriver(level))
+        ours.setLevel(logging.INFO)
+
+
+def _is_descriptor(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError):
+        return False
+
+
+def _copy(stream: TextIO) -> TextIO:
+    return os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors=stream.errors)
+
+
+def _open_log(job: str) -> tuple[Path, int] | None:
+    """Return a new file that only this user can read and its descriptor; None where there can be none."""
+    folder = Path(tempfile.gettempdir()) / f"conv-facenet-{os.geteuid()}" / "logs"
+    path = folder / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    try:
+        for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, exist_ok=True)
+            found = each.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+                return None
+        for old in folder.glob("*.log"):
+            if time.time() - old.stat().st_mtime > KEPT_DAYS * 24 * 3600:
+                old.unlink(missing_ok=True)
+        return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return None
