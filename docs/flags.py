@@ -36,7 +36,7 @@ def config_of(job: str) -> type:
     calls = [node for node in ast.walk(script) if isinstance(node, ast.Call)]
     (call,) = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "run_job"]
     name = ast.unparse(call.args[0])
-    imports = [node for node in script.body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in ast.walk(script) if isinstance(node, ast.ImportFrom)]
     (module,) = [each.module for each in imports if name in {alias.name for alias in each.names}]
     return getattr(importlib.import_module(str(module)), name)
 
