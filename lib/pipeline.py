@@ -1,4 +1,4 @@
-"""Photos in, a report on a trained model out: three jobs one after the other, each going on where it was."""
+"""The pipeline job: runs preprocess, train and evaluate; each continues where it stopped."""
 
 import dataclasses
 import logging
@@ -47,11 +47,13 @@ class PipelineConfig:
         for name in ("preprocess", "train", "evaluate"):
             part = getattr(self, name)
             if part.data != default_data_url() or part.dry_run:
-                raise UserError(f"--{name}.data and --{name}.dry-run: say --data and --dry-run once, for all three")
+                raise UserError(f"--{name}.data and --{name}.dry-run: give --data and --dry-run once, for all three")
         if self.train.faces is not None or self.evaluate.faces is not None:
-            raise UserError("--train.faces and --evaluate.faces: say --preprocess.faces, which the others take up")
+            raise UserError("--train.faces and --evaluate.faces: give --preprocess.faces, which the others use too")
         if self.evaluate.model:
-            raise UserError("--evaluate.model: the model is the one that is trained; jobs/evaluate.py compares others")
+            raise UserError(
+                "--evaluate.model: the pipeline evaluates the model it trains; use jobs/evaluate.py for others"
+            )
 
     def parts(self) -> tuple[PreprocessConfig, TrainConfig, EvaluateConfig]:
         """Return the configurations of the three jobs, each taking up what the one before has made."""
@@ -70,7 +72,7 @@ def pipeline_defaults(flags: Sequence[str]) -> PipelineConfig:
 
 
 def pipeline(config: PipelineConfig) -> dict[str, Any]:
-    """Run the three jobs and return what each made, with the figures of the report."""
+    """Run the three jobs and return their results, with the metrics of the report."""
     started = time.monotonic()
     first, then, last = config.parts()
     if config.dry_run:
@@ -98,7 +100,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
 
 
 def _plans(first: PreprocessConfig, then: TrainConfig, last: EvaluateConfig) -> dict[str, Any]:
-    """Return the plans of the jobs whose input is there already."""
+    """Return the plans of the jobs whose input already exists."""
     plans = {"preprocess": preprocess(first)}
     if storage.exists(storage.join(first.faces_url, SUCCESS_NAME)):
         plans["train"] = train(then)

@@ -139,7 +139,7 @@ def test_a_model_that_cannot_be_written_to_is_measured_all_the_same(
     card.mkdir()  # no file can take its place
     result = evaluate(dataclasses.replace(evaluated[1], data=str(tmp_path), keep_threshold=True, seed=1))
     assert not result["threshold_kept"]
-    assert "is not kept in the model: cannot write" in caplog.text
+    assert "into the model: cannot write" in caplog.text
     assert storage.read_json(str(tmp_path / "runs" / "first é" / "report" / "metrics.json"))["seed"] == 1
 
 
@@ -238,7 +238,7 @@ def test_bad_input_is_refused_in_one_line(model_url: str, faces_url: str, tmp_pa
 
 @pytest.mark.parametrize(
     ("folds", "said"),
-    [((0, 0, 1), "fold 1 holds pairs of one kind only"), ((0, 0, 0), "the pairs stand in 1 fold")],
+    [((0, 0, 1), "fold 1 has pairs of one kind only"), ((0, 0, 0), "the pairs have 1 fold")],
 )
 def test_folds_that_cannot_be_used_are_told_before_anything_is_embedded(
     model_url: str, faces_url: str, aligned: list[dict], tmp_path: Path, folds: tuple[int, ...], said: str

@@ -1,1 +1,1 @@
-"""A model's accuracy, measured so that it can be trusted."""
+"""Measures how well a model tells people apart."""

@@ -1,4 +1,4 @@
-"""The ROC curve of distances, exact, and what is read off it.
+"""The exact ROC curve of distances, and the metrics that come from it.
 
 Two photos are called the same person when their distance is at most the threshold; FAR is the share of different pairs
 called the same, TAR the share of same pairs called the same.
@@ -20,8 +20,8 @@ BoolArray = NDArray[np.bool_]
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 MIN_FALSE_ACCEPTS = 10
-"""TAR at a FAR is given only where that FAR is at least so many of the different pairs: with 10 of them the relative
-standard error of the FAR itself is a third, and with fewer the figure tells of single photos."""
+"""Number of false accepts that a FAR must amount to before its TAR is reported. With 10 the relative standard error of
+the FAR itself is a third; with fewer, single photos decide the result."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +29,7 @@ class RocCurve:
     """The corners of the curve, from "nobody is the same" (0, 0) to "everybody is" (1, 1), straight between them."""
 
     threshold_T: FloatArray
-    """Distances that occur, rising, after -inf for nobody."""
+    """-inf (nobody is the same), then the distances that occur, rising."""
     far_T: FloatArray
     tar_T: FloatArray
     num_same: int
@@ -61,8 +61,7 @@ def roc_curve(distances_P: FloatArray, same_P: BoolArray) -> RocCurve:
 def curve_cuts(sorted_P: FloatArray, same_P: BoolArray) -> NDArray[np.int64]:
     """Return how many of the pairs, in rising order, are called the same at each corner of the curve.
 
-    Equal distances cannot be parted, and within a run of one kind the curve goes straight on, however pairs are
-    weighted.
+    Equal distances cannot be separated. Within a run of one kind the curve is straight, whatever the weights.
     """
     run_ends = np.append(np.flatnonzero(sorted_P[1:] != sorted_P[:-1]) + 1, len(sorted_P))
     num_pairs = np.diff(run_ends, prepend=0)
@@ -78,7 +77,7 @@ class Runs(NamedTuple):
     start_U: NDArray[np.int64]
     same_U: BoolArray
     cut_T: NDArray[np.int64]
-    """Runs before each corner of the curve: not one for each run, for ties of both kinds cannot be parted."""
+    """Runs before each corner of the curve; ties of both kinds cannot be separated, so not every run has one."""
 
 
 def runs_of(same_P: BoolArray, cut_T: NDArray[np.int64]) -> Runs:
@@ -93,7 +92,7 @@ def far_and_tar(weights_XP: FloatArray, runs: Runs) -> tuple[FloatArray, FloatAr
     for kind_U in (~runs.same_U, runs.same_U):
         called_same_XU = np.zeros((*weights_XP.shape[:-1], len(kind_U) + 1))
         np.cumsum(sum_XU * kind_U, axis=-1, out=called_same_XU[..., 1:])
-        with np.errstate(invalid="ignore"):  # a resample without one kind: NaN, left out of the interval
+        with np.errstate(invalid="ignore"):  # a resample without one kind gives NaN and is left out of the interval
             rates.append(called_same_XU[..., runs.cut_T] / called_same_XU[..., -1:])
     return rates[0], rates[1]
 
@@ -101,14 +100,14 @@ def far_and_tar(weights_XP: FloatArray, runs: Runs) -> tuple[FloatArray, FloatAr
 def auc(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
     """Return the area [*] under curves [*, T].
 
-    It is the chance that a same pair is nearer than a different one, ties counted half (Fawcett 2006, An introduction
-    to ROC analysis, section 7).
+    It is the probability that a same pair is nearer than a different one, with ties counted half (Fawcett 2006, An
+    introduction to ROC analysis, section 7).
     """
     return np.asarray(np.trapezoid(tar_T, far_T, axis=-1))
 
 
 def eer(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
-    """Return the error rate [*] at which FAR and 1 - TAR are equal, on straight lines between the points of [*, T]."""
+    """Return the error rate [*] at which FAR and 1 - TAR are equal, interpolated linearly between points of [*, T]."""
     excess_T = far_T - (1 - tar_T)  # rises from -1 to 1
     after = np.argmax(excess_T >= 0, axis=-1)[..., None]
     (excess_0, far_0), (excess_1, far_1) = (
@@ -118,7 +117,7 @@ def eer(far_T: FloatArray, tar_T: FloatArray) -> FloatArray:
 
 
 def tar_at_far(far_T: FloatArray, tar_T: FloatArray, far: float) -> FloatArray:
-    """Return the highest TAR [*] on curves [*, T] at which FAR is at most `far`; nothing between points is invented."""
+    """Return the highest TAR [*] on curves [*, T] at which FAR is at most `far`, without interpolation."""
     last = np.count_nonzero(far_T <= far, axis=-1)[..., None] - 1
     return np.asarray(np.take_along_axis(tar_T, last, axis=-1)[..., 0])
 

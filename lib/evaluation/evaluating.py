@@ -1,4 +1,4 @@
-"""Models, faces or photos, and pairs in; `metrics.json` and the report out.
+"""The evaluate job: takes models, faces or photos, and pairs; writes `metrics.json` and the report.
 
 Shapes: N photos, P pairs, D embedding.
 """
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 METRICS_NAME, REPORT_NAME, SUSPECTS_NAME = "metrics.json", "report.html", "suspects.csv"
 
 KEPT_FIGURES = ("accuracy", "accuracy_std", "auc", "eer", "num_pairs")
-"""Figures that stand in the job's result, and in the model beside the threshold they were measured with."""
+"""Metrics in the job's result, and in the model beside the threshold they belong to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class EvaluateConfig:
         if len(self.model) > 2:
             raise UserError(f"--model is given {len(self.model)} times: one model, or two side by side")
         if self.faces is not None and self.photos is not None:
-            raise UserError("--faces and --photos are both given: name the one or the other")
+            raise UserError("--faces and --photos are both given: choose one")
         if self.split not in (*table.SPLITS, "all"):
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
         if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
@@ -110,12 +110,12 @@ class EvaluateConfig:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits whose photos are looked at: all for pairs that somebody else chose."""
+        """The splits whose photos are used: all of them when --pairs names the photos."""
         return table.SPLITS if self.pairs is not None or self.split == "all" else (self.split,)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure the models, write `metrics.json` and the report, and return the first model's figures."""
+    """Measure the models, write `metrics.json` and the report, and return the first model's metrics."""
     started = time.monotonic()
     layout = Layout(config.data)
     urls = [find_model(layout, given) for given in config.model or (None,)]
@@ -123,7 +123,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     sources = [_source(config, layout, embedder) for embedder in embedders]
     photos, pairs, sources = _photos_and_pairs(config, sources)
     check_folds(pairs.same_P, pairs.fold_P)
-    if config.strict or config.dry_run:  # else each is told of when its turn comes
+    if config.strict or config.dry_run:  # otherwise each model is checked when its turn comes
         for source, embedder in zip(sources, embedders, strict=True):
             check_source(source, embedder, strict=config.strict)
     output = _output(config, layout, urls[0])
@@ -139,7 +139,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     measured = []
     for name, embedder, source in zip(_names(urls), embedders, sources, strict=True):
         folder = storage.join(output, "embeddings", name)
-        # What lies there is ours, from an earlier report of other pairs or of an earlier model.
+        # These files are from an earlier report of other pairs or of an earlier model.
         embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
         made = read_embeddings(folder)
         measured.append(
@@ -200,7 +200,7 @@ def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Sourc
     return photos_source(
         layout.photos(config.photos),
         config.identities and absolute_url(config.identities, "--identities"),
-        # One face a photo, whatever the model was trained on: pairs are of photos.
+        # One face per photo, whatever the model was trained on, because pairs name photos.
         replace(extraction_settings(embedder, config.detector_weights), policy="prominent"),
         split_seed=config.split_seed,
         splits=config.splits,
@@ -208,11 +208,11 @@ def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Sourc
 
 
 def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Photos, Pairs, list[Source]]:
-    """Return the photos, the pairs of them, and sources that hold no photo that is in no pair, where that is cheap."""
+    """Return the photos, their pairs, and the sources without photos that are in no pair, where that is cheap."""
     names, identities, statuses, splits = _listed(sources[0])
     if config.pairs is None:
-        # Of raw photos, one without a face is an error of whoever should find it. Faces that are cut out already are
-        # a test of the model alone, and what is in no pair is told.
+        # A raw photo without a face counts as an error, because the model should have found the face. A faces table
+        # tests the model alone; photos that are in no pair are reported.
         is_cut_out = isinstance(sources[0], FacesSource)
         left_out = {table.MISSING, table.NO_IDENTITY} if not is_cut_out else set(table.STATUSES) - {table.ALIGNED}
         taken = [
@@ -250,7 +250,7 @@ def _with_photos(source: PhotosSource, photos: pa.Table) -> PhotosSource:
 
 
 def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | None], list[str]]:
-    """Return name, identity, status as far as it is known, and split of every photo of a source."""
+    """Return name, identity, status (if known) and split of every photo of a source."""
     if isinstance(source, PhotosSource):
         columns = ("photo", "identity", "status", "split")
         photos = source.manifest.photos
@@ -268,7 +268,7 @@ def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | Non
 
 
 def _difference(measured: Sequence[Measured]) -> dict[str, float] | None:
-    """Return by how much the second model's accuracy is the higher, and the standard error over the same folds."""
+    """Return the second model's accuracy minus the first's, and its standard error over the same folds."""
     if len(measured) < 2:
         return None
     first_F, second_F = (np.array(each.figures["fold_accuracies"]) for each in measured)
@@ -302,7 +302,7 @@ def _notes(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unkno
 
 
 def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bool:
-    """Write the threshold into each model not evaluated yet, or into all; return whether the first has got it."""
+    """Write the threshold into each model without one, or into all; return whether the first model got it."""
     kept = False
     for n, each in enumerate(measured):
         is_folder = not each.embedder.url.endswith(".onnx")
@@ -310,10 +310,10 @@ def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bo
             figures = {name: each.figures[name] for name in KEPT_FIGURES}
             try:
                 keep_threshold(each.embedder.url, each.figures["threshold"], figures)
-            except (UserError, JobError) as error:  # a model that others share may be read only: the report counts
-                logger.warning("threshold %.4f is not kept in the model: %s", each.figures["threshold"], error)
+            except (UserError, JobError) as error:  # a shared model may be read-only; the report is what matters
+                logger.warning("could not write threshold %.4f into the model: %s", each.figures["threshold"], error)
                 continue
-            logger.info("threshold %.4f is kept in %s", each.figures["threshold"], each.embedder.url)
+            logger.info("wrote threshold %.4f into %s", each.figures["threshold"], each.embedder.url)
             each.figures["model_threshold"] = each.figures["threshold"]
             kept = kept or n == 0
     return kept

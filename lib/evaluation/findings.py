@@ -1,4 +1,4 @@
-"""Which photos the figures come from: the worst pairs, probable wrong labels and duplicates, and groups of photos.
+"""The photos behind the metrics: worst pairs, probable wrong labels and duplicates, and groups of photos.
 
 Shapes: N photos, D embedding, P pairs, K suspects.
 """
@@ -22,9 +22,9 @@ from lib.nearest import nearest_own_and_other
 from lib.storage import read_bytes
 
 MAX_SEARCHED = 50_000
-"""Photos among which suspects are looked for; of more, as many drawn by the seed."""
+"""Largest number of photos that are searched for suspects; of more, this many are drawn."""
 DUPLICATE_QUANTILE = 0.01
-"""Photos of two people nearer than this share of all same pairs are taken for one photo, or one person of two names."""
+"""Photos of two people that are nearer than this share of all same pairs count as duplicates."""
 MAX_SLICES = 200
 
 WRONG_LABEL, DUPLICATE = "wrong_label", "duplicate"
@@ -32,7 +32,7 @@ WRONG_LABEL, DUPLICATE = "wrong_label", "duplicate"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Two photos to look at: indices into the list of photos, and the distance of their embeddings."""
+    """Two photos to show: indices into the list of photos, and the distance of their embeddings."""
 
     a: int
     b: int
@@ -41,13 +41,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect(Finding):
-    """A photo `a` that is probably mislabelled, and the photo `b` of someone else that says so."""
+    """A photo `a` that is probably mislabelled, and the photo `b` of someone else that suggests it."""
 
     kind: str
-    """`wrong_label`: nearer to someone else than to any photo of its own person, which are all beyond the threshold.
-    `duplicate`: nearer to someone else's photo than nearly any two photos of one person are."""
+    """`wrong_label`: nearer to someone else than to any photo of its own person, all of which are beyond the threshold.
+    `duplicate`: nearer to someone else's photo than nearly all same pairs are."""
     own_distance: float | None
-    """To the nearest other photo of its own person; None where there is none."""
+    """Distance to the nearest other photo of its own person; None if there is none."""
 
 
 def worst_pairs(
@@ -55,8 +55,8 @@ def worst_pairs(
 ) -> tuple[tuple[list[Finding], int], tuple[list[Finding], int]]:
     """Return the false matches, the nearest first, and the false non-matches, the farthest first.
 
-    Of each kind the first `num`, and how many there are. Pairs of a failed photo are no opinion of the model: they are
-    left out.
+    Returns the first `num` of each kind, and how many there are. Pairs with a failed photo are left out, because the
+    model did not judge them.
     """
     finite_P = np.isfinite(distances_P)
     matches = np.flatnonzero(finite_P & ~pairs.same_P & (distances_P <= threshold))
@@ -79,12 +79,12 @@ def suspects(
     *,
     seed: int = 0,
 ) -> list[Suspect]:
-    """Return probable wrong labels and duplicates, each kind with the surest first.
+    """Return probable wrong labels and duplicates, the most certain of each kind first.
 
     Args:
         identity_N: of the same photos, as numbers.
         usable_N: photos that have an embedding and an identity.
-        same_distances: of same pairs, to know how near photos of one person are.
+        same_distances: distances of same pairs, which show how near photos of one person are.
     """
     chosen = np.flatnonzero(usable_N)
     if len(chosen) > MAX_SEARCHED:
@@ -100,7 +100,7 @@ def suspects(
     for k in np.argsort(other_N, kind="stable"):
         other = int(other_at_N[k])
         if np.isfinite(other_N[k]) and other_N[k] <= min(duplicate_at, threshold):
-            first = other_at_N[other] != k or k < other  # two photos that name each other are one finding
+            first = other_at_N[other] != k or k < other  # two photos that point at each other are one finding
             if first:
                 found.append(_suspect(chosen, DUPLICATE, int(k), other, other_N, own_N))
     wrong = np.flatnonzero(np.isfinite(own_N) & (own_N > threshold) & (other_N <= threshold))
@@ -122,7 +122,7 @@ def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.b
     try:
         options = pa.csv.ConvertOptions(column_types={"photo": pa.string(), "attribute": pa.string()})
         content = read_bytes(url)
-        content.decode()  # Arrow finds out only once the name of a column is asked for
+        content.decode()  # Arrow notices only when a column name is read
         rows = pa.csv.read_csv(io.BytesIO(content), convert_options=options)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"--slices {url}: cannot be read as CSV with the columns photo, attribute: {error}") from None
@@ -134,7 +134,7 @@ def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.b
     names = sorted({name for name in attributes[index_N >= 0] if name})
     if not names:
         raise UserError(
-            f"--slices {url}: none of its {len(rows)} photos is here: do the names start at the photo root?"
+            f"--slices {url}: none of its {len(rows)} photos was found: start the names at the photo folder"
         )
     if len(names) > MAX_SLICES:
         raise UserError(f"--slices {url}: {len(names)} attributes; at most {MAX_SLICES} are reported")
@@ -152,9 +152,9 @@ def slice_figures(
     kfold: KFoldAccuracy,
     threshold: float,
 ) -> list[dict[str, Any]]:
-    """Return figures of the pairs both of whose photos have an attribute, for each; None where there are no such pairs.
+    """Return for each attribute the metrics of pairs whose photos both have it; None if there are no such pairs.
 
-    Accuracy is by the thresholds of the folds, the two error rates by the one of all pairs.
+    Accuracy uses the thresholds of the folds, the two error rates use the threshold of all pairs.
     """
     rows = []
     for name, mask_N in slices.items():

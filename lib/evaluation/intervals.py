@@ -1,4 +1,4 @@
-"""How far figures would move had other people been photographed: bootstrap over identities.
+"""Confidence intervals of metrics under another draw of people: bootstrap over identities.
 
 Shapes: N photos, P pairs, F folds, I identities, T thresholds (points of the curve), R resamples.
 """
@@ -27,7 +27,7 @@ from lib.progress import progress_over
 CONFIDENCE = 0.95
 
 STEP_ELEMENTS = 1 << 20
-"""Pairs times resamples at once: several arrays of 8 MB."""
+"""Pairs x resamples per chunk: several arrays of 8 MB."""
 
 
 def bootstrap_intervals(
@@ -41,11 +41,11 @@ def bootstrap_intervals(
 ) -> dict[str, Any]:
     """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR under another draw of people.
 
-    Pairs of one person are not independent, so people are resampled, not pairs: a person drawn m times gives its same
-    pairs m times, and a different pair of persons drawn m and n times stands m * n times (the vertex bootstrap of
-    Snijders and Borgatti 1999, Non-parametric standard errors and tests for network statistics). Thresholds of the
-    folds stay as chosen: `right_P` says which pairs they judge rightly. A resample without one of the kinds is left
-    out; None where all are.
+    Pairs of one person are not independent, so people are resampled, not pairs. A person drawn m times counts its same
+    pairs m times; a different pair of people drawn m and n times counts m * n times (the vertex bootstrap of Snijders
+    and Borgatti 1999, Non-parametric standard errors and tests for network statistics). The thresholds of the folds
+    are not chosen again: `right_P` says which pairs they judge correctly. A resample without one of the kinds is left
+    out; the result is None if all are.
     """
     assert num_resamples > 0
     order_P = np.argsort(distances_P)
@@ -53,9 +53,9 @@ def bootstrap_intervals(
     runs = runs_of(same_P, curve_cuts(distances_P[order_P], same_P))
     codes_N = np.unique(np.asarray(identity_N), return_inverse=True)[1]
     num_people, person_2P = _renumbered(codes_N[np.stack([pairs.a_P[order_P], pairs.b_P[order_P]])])
-    # A pair of one person takes its second factor from a column of ones.
+    # The second factor of a same pair is a column of ones.
     person_2P[1] = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])
-    # Each fold counts alike, as in the mean over folds.
+    # Folds have equal weight, as in the mean over folds.
     _, index_P, size_F = np.unique(pairs.fold_P[order_P], return_inverse=True, return_counts=True)
     share_P = 1 / size_F[index_P]
     share_2P = np.stack([share_P * right_P[order_P], share_P])
@@ -63,7 +63,7 @@ def bootstrap_intervals(
 
     rng = np.random.default_rng(seed)
     step = max(1, STEP_ELEMENTS // len(order_P))
-    # Used again for each chunk: fresh memory of this size costs more than what is done with it.
+    # Reused for each chunk: allocating this much memory takes longer than the computation.
     buffer_2RP = np.empty((2, min(step, num_resamples), len(order_P)))
     figures: dict[str, list[FloatArray]] = {}
     for start in progress_over(range(0, num_resamples, step), "computing the intervals", unit="resample"):
@@ -71,7 +71,7 @@ def bootstrap_intervals(
         weights_RP = _resampled_weights(rng, num_people, person_2P, out_2RP)
         far_RT, tar_RT = far_and_tar(weights_RP, runs)
         right_R, all_R = np.inner(share_2P, weights_RP)
-        with np.errstate(invalid="ignore"):  # a resample without any of the pairs: NaN
+        with np.errstate(invalid="ignore"):  # a resample without any of the pairs gives NaN
             accuracy_R = right_R / all_R
         chunk = {"accuracy": accuracy_R, "auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
         chunk |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
@@ -85,10 +85,9 @@ def bootstrap_intervals(
 def _resampled_weights(
     rng: np.random.Generator, num_people: int, person_2P: NDArray[np.int64], out_2RP: FloatArray
 ) -> FloatArray:
-    """Draw as many people as there are, with replacement, and return how often each pair then stands, [R, P].
+    """Draw as many people as there are, with replacement, and return how often each pair then counts, [R, P].
 
-    The person numbered `num_people` stands for the same person again, and counts once. The result is a part of
-    `out_2RP`.
+    The number `num_people` means "the same person again" and counts once. The result is a view of `out_2RP`.
     """
     num_resamples = out_2RP.shape[1]
     drawn_RI = (
@@ -97,13 +96,13 @@ def _resampled_weights(
     times_RI = np.bincount(drawn_RI.ravel(), minlength=drawn_RI.size).reshape(drawn_RI.shape).astype(np.float64)
     times_RI = np.pad(times_RI, ((0, 0), (0, 1)), constant_values=1)
     for person_P, factor_RP in zip(person_2P, out_2RP, strict=True):
-        # With another mode, NumPy would go through a buffer of its own.
+        # In other modes NumPy would use a buffer of its own.
         np.take(times_RI, person_P, axis=1, out=factor_RP, mode="clip")
     return np.multiply(out_2RP[0], out_2RP[1], out=out_2RP[0])
 
 
 def _renumbered(codes: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
-    """Return how many different codes there are, and the codes without gaps."""
+    """Return the number of different codes, and the codes renumbered without gaps."""
     used = np.bincount(codes.ravel()) > 0
     return int(used.sum()), (np.cumsum(used) - 1)[codes]
 

@@ -1,4 +1,4 @@
-"""All figures of one model on given photos and pairs.
+"""All metrics of one model on given photos and pairs.
 
 Shapes: N photos, P pairs, D embedding.
 """
@@ -28,15 +28,15 @@ from lib.recognition.embeddings_table import Embeddings
 logger = logging.getLogger(__name__)
 
 MAX_ORIGINAL_PAIRS = 20_000_000
-"""The original's protocol grows with the square of a person's photos: beyond this it is left out."""
+"""Largest number of pairs for the original's protocol, which grows with the square of a person's photos."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Photos:
-    """The photos that the pairs index, whatever model is measured.
+    """The photos that the pairs index, the same for every model.
 
     Attributes:
-        people_N: who is on each, as numbers; a photo of nobody known is a person of its own.
+        people_N: the person on each photo, as a number; a photo without an identity is a person of its own.
     """
 
     names: list[str]
@@ -47,7 +47,7 @@ class Photos:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """A model and what was found of it."""
+    """A model and its results."""
 
     name: str
     embedder: Embedder
@@ -60,7 +60,7 @@ class Measured:
 
 
 def photos_of(names: list[str], identities: list[str | None], splits: list[str]) -> Photos:
-    """Return the photos with who is on each as a number."""
+    """Return the photos with their people as numbers."""
     known = [f"\0{n}" if identity is None else identity for n, identity in enumerate(identities)]
     people_N = np.unique(np.asarray(known, object), return_inverse=True)[1].astype(np.int64)
     return Photos(names=names, identities=identities, splits=splits, people_N=people_N)
@@ -78,11 +78,11 @@ def measure(
     with_original: bool,
     seed: int,
 ) -> Measured:
-    """Return all figures of a model whose embeddings were `made`.
+    """Return all metrics of a model whose embeddings were `made`.
 
     Args:
-        tolerance: threshold of the original's table; None takes the model's own, or the best one.
-        with_original: whether the photos are a test set by themselves, so that the original's protocol applies too.
+        tolerance: threshold of the original's table; None means the model's own, else the best one.
+        with_original: whether to apply the original's protocol too.
 
     Raises:
         UserError: too few folds, or a fold of one kind.
@@ -125,12 +125,12 @@ def measure(
 def _original(
     photos: Photos, vectors_ND: NDArray, failed_N: NDArray[np.bool_], tolerance: float, seed: int
 ) -> dict[str, Any] | None:
-    """Return the original project's table by its own protocol, on the photos with a face, as it had no others."""
+    """Return the original project's table by its own protocol, on photos with a face; it had no others."""
     usable = [n for n in np.flatnonzero(~failed_N) if photos.identities[n] is not None]
     identities = [str(photos.identities[n]) for n in usable]
     num_same = sum(count * (count - 1) // 2 for count in Counter(identities).values())
     if not 0 < 2 * num_same <= MAX_ORIGINAL_PAIRS or len(set(identities)) < 2:
-        logger.warning("the original's protocol is left out: it would have %d pairs here", 2 * num_same)
+        logger.warning("skipping the original's protocol: it would have %d pairs here", 2 * num_same)
         return None
     pairs = original_pairs([photos.names[n] for n in usable], identities, seed=seed)
     distances_P = pair_distances(vectors_ND[usable], pairs.a_P, pairs.b_P)

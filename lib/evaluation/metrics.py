@@ -1,6 +1,6 @@
-"""How well distances between embeddings tell the same person from different ones.
+"""Verification and identification metrics of distances between embeddings.
 
-Everywhere: two photos are called the same person when their Euclidean distance is at most the threshold; FAR is the
+Two photos are called the same person when their Euclidean distance is at most the threshold. FAR is the
 share of different pairs called the same, TAR the share of same pairs called the same.
 
 Shapes: N photos, D embedding, P pairs, F folds, I identities, T cuts, C numbers of pairs called the same, B probes,
@@ -50,7 +50,7 @@ def pair_distances(embeddings_ND: NDArray[np.floating], a_P: NDArray[np.int64], 
 
 
 def _sound(embeddings_ND: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return the embeddings in float32 or float64, or raise for those that are not finite."""
+    """Return the embeddings in float32 or float64; raise if any is not finite."""
     num_broken = np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1))
     if num_broken:
         raise UserError(
@@ -61,19 +61,19 @@ def _sound(embeddings_ND: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def failed_as_errors(distances_P: FloatArray, pairs: Pairs, failed_N: BoolArray) -> FloatArray:
-    """Return the distances with every pair of a failed photo (one without a face) made an error at any threshold.
+    """Return the distances, with pairs of a failed photo (one without a face) made errors at any threshold.
 
-    Such a same pair is infinitely far apart, such a different pair infinitely near.
+    Such a same pair gets an infinite distance, such a different pair minus infinity.
     """
     failed_P = failed_N[pairs.a_P] | failed_N[pairs.b_P]
     return np.where(failed_P, np.where(pairs.same_P, np.inf, -np.inf), distances_P)
 
 
 def best_threshold(distances_P: FloatArray, same_P: BoolArray) -> tuple[float, float]:
-    """Return the threshold that judges most pairs rightly, and their share.
+    """Return the threshold with the most correct pairs, and their share.
 
-    Exact: every way in which a finite threshold can part the pairs is tried. Of equally good ones the lowest is taken,
-    midway between the two distances it parts.
+    Exact: it tries every way in which a finite threshold can split the pairs. Of equally good thresholds it takes the
+    lowest, midway between the two distances that it separates.
 
     Raises:
         UserError: no finite distance.
@@ -83,11 +83,11 @@ def best_threshold(distances_P: FloatArray, same_P: BoolArray) -> tuple[float, f
 
 
 def _best_threshold(sorted_P: FloatArray, same_P: BoolArray) -> tuple[float, float]:
-    """Do the work of `best_threshold` for distances in rising order."""
+    """Do the work of `best_threshold` on sorted distances."""
     first, last = np.searchsorted(sorted_P, -np.inf, side="right"), np.searchsorted(sorted_P, np.inf)
     if first == last:
-        raise UserError("no pair has an embedding on both sides: were faces found in the photos at all?")
-    # Cut c calls the first c pairs the same. Equal distances cannot be parted.
+        raise UserError("no pair has an embedding on both sides: check that faces were found in the photos")
+    # Cut c calls the first c pairs the same. Equal distances cannot be separated.
     cut_T = first + np.concatenate([[0], np.flatnonzero(np.diff(sorted_P[first:last])) + 1, [last - first]])
     num_right_C = np.count_nonzero(~same_P) + np.concatenate([[0], np.cumsum(np.where(same_P, 1, -1))])
     cut = int(cut_T[np.argmax(num_right_C[cut_T])])
@@ -103,7 +103,7 @@ def _best_threshold(sorted_P: FloatArray, same_P: BoolArray) -> tuple[float, flo
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KFoldAccuracy:
-    """Accuracy with the threshold of each fold chosen on the other folds."""
+    """Accuracy, with the threshold of each fold chosen on the other folds."""
 
     accuracy: float
     """Mean over the folds."""
@@ -112,11 +112,11 @@ class KFoldAccuracy:
     accuracy_F: FloatArray
     threshold_F: FloatArray
     right_P: BoolArray
-    """Whether each pair was judged rightly by its fold's threshold."""
+    """Whether the threshold of its fold judges each pair correctly."""
 
 
 def check_folds(same_P: BoolArray, fold_P: NDArray[np.integer]) -> None:
-    """Refuse folds that no threshold can be chosen on, which is known before anything is embedded.
+    """Refuse folds on which no threshold can be chosen, before anything is embedded.
 
     Raises:
         UserError: fewer than two folds, a fold with pairs of one kind only.
@@ -124,12 +124,14 @@ def check_folds(same_P: BoolArray, fold_P: NDArray[np.integer]) -> None:
     labels_F, index_P = np.unique(fold_P, return_inverse=True)
     num_folds = len(labels_F)
     if num_folds < 2:
-        raise UserError(f"the pairs stand in {num_folds} fold: a threshold is chosen on the others, so two are needed")
+        raise UserError(
+            f"the pairs have {num_folds} fold: each fold's threshold is chosen on the others, so two are needed"
+        )
     num_same_F = np.bincount(index_P, weights=same_P, minlength=num_folds)
     one_kind = labels_F[(num_same_F == 0) | (num_same_F == np.bincount(index_P))]
     if len(one_kind):
         named = ", ".join(map(str, one_kind))
-        raise UserError(f"fold {named} holds pairs of one kind only: every fold needs both same and different pairs")
+        raise UserError(f"fold {named} has pairs of one kind only: every fold needs both same and different pairs")
 
 
 def kfold_accuracy(distances_P: FloatArray, same_P: BoolArray, fold_P: NDArray[np.integer]) -> KFoldAccuracy:
@@ -163,9 +165,9 @@ def identification(
 ) -> dict[str, Any]:
     """Return how often the right person is the nearest (rank 1) or among the five nearest (rank 5) of the gallery.
 
-    Closed set: the gallery holds one photo of every person, drawn by `seed` among those not failed, so people with one
-    photo are in the way of the others; every other photo of a person with two or more is a probe. A failed probe, or
-    one whose person has no gallery photo, is a miss; at equal distances the wrong person stands before the right one.
+    Closed set: the gallery has one photo of every person, drawn by `seed` from those that did not fail. People with
+    one photo are distractors. Every other photo of a person with two or more is a probe. A failed probe, or one whose
+    person has no gallery photo, is a miss. At equal distances the wrong person ranks first.
     """
     person_N, count_I = np.unique(np.asarray(identity_N), return_inverse=True, return_counts=True)[1:]
     failed_N = np.zeros(len(person_N), bool) if failed_N is None else failed_N
@@ -176,10 +178,12 @@ def identification(
     place_I[people_G] = np.arange(len(people_G))
     is_probe_N = count_I[person_N] >= 2
     is_probe_N[gallery_G] = False
-    probes = np.flatnonzero(is_probe_N & ~failed_N)  # such a photo's person is in the gallery, if only by this photo
+    probes = np.flatnonzero(
+        is_probe_N & ~failed_N
+    )  # the person of such a photo is in the gallery, if only by this photo
 
     embeddings_ND = _sound(embeddings_ND)
-    # Six, for the five nearest may all be as near as the right person.
+    # Six, because the five nearest may all be as near as the right person.
     index_BK, distance_BK = nearest(embeddings_ND[probes], embeddings_ND[gallery_G], 6)
     is_right_BK = index_BK == place_I[person_N[probes]][:, None]
     right_B = np.where(is_right_BK, distance_BK, np.inf).min(axis=1, initial=np.inf)
@@ -197,10 +201,10 @@ def identification(
 def original_table(
     distances_P: FloatArray, same_P: BoolArray, tolerance: float, *, beta: float = 1.0
 ) -> dict[str, Any]:
-    """Return the table that the original project prints, at the threshold it calls tolerance.
+    """Return the table of the original project, at the threshold that it calls tolerance.
 
-    F-beta is van Rijsbergen's, recall weighing `beta` times as much as precision. Means leave out failed photos.
-    A figure whose denominator is empty (the precision where nothing is called the same) is None.
+    F-beta is van Rijsbergen's: recall weighs `beta` times as much as precision. Means leave out failed photos. A metric
+    with an empty denominator (precision when nothing is called the same) is None.
     """
     called_P = distances_P <= tolerance
     true_positives = int(np.count_nonzero(called_P & same_P))
@@ -234,10 +238,10 @@ def _mean(values: FloatArray) -> float | None:
 
 
 def verification_figures(distances_P: FloatArray, pairs: Pairs, kfold: KFoldAccuracy | None = None) -> dict[str, Any]:
-    """Return accuracy, AUC, EER and TAR@FAR of these distances, ready for JSON; what a training epoch reports.
+    """Return accuracy, AUC, EER and TAR@FAR of these distances, ready for JSON, as a training epoch reports them.
 
-    `accuracy` and `accuracy_std` (a standard error) as `KFoldAccuracy` says; `threshold` is the best for all pairs
-    together, the one to keep with the model. A TAR that the number of different pairs does not support is None.
+    `KFoldAccuracy` describes `accuracy` and `accuracy_std` (a standard error). `threshold` is the best for all pairs,
+    the one to keep in the model. A TAR that needs more different pairs than there are is None.
 
     Raises:
         UserError: as `kfold_accuracy` does.
@@ -272,13 +276,13 @@ def verification_report(
     num_resamples: int = 500,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return every figure of the model on these pairs, ready for JSON.
+    """Return every metric of the model on these pairs, ready for JSON.
 
     Args:
-        embeddings_ND: one for each photo of the list that the pairs index; rows of failed photos are not looked at.
+        embeddings_ND: one per photo that the pairs index; rows of failed photos are ignored.
         identity_N: of the same photos, strings or numbers.
         failed_N: photos without an embedding, such as those without a face; their pairs and probes count as errors.
-        tolerance: threshold of the original's table; None takes the best one for these very pairs.
+        tolerance: threshold of the original's table; None means the best one for these pairs.
 
     Raises:
         UserError: embeddings that are not finite; too few folds, or a fold of one kind.

@@ -82,7 +82,7 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         if self.faces is not None and self.photos is not None:
-            raise UserError("--faces and --photos are both given: name the one or the other")
+            raise UserError("--faces and --photos are both given: choose one")
         unknown = [split for split in self.splits if split not in table.SPLITS]
         if unknown or not self.splits:
             raise UserError(f"--splits is {' '.join(self.splits) or 'empty'}: allowed are {', '.join(table.SPLITS)}")

@@ -1,1 +1,1 @@
-"""Drawn people who do not exist, for a first try, for tests and for benches."""
+"""Draws people who do not exist, for a first try, for tests and for benches."""

@@ -1,7 +1,7 @@
 """Colours, smooth lines, and a pen that draws on a head turned in space.
 
-Face coordinates: the origin lies between the eyes, x to the right and y down as seen in the picture, the unit is a
-usual distance between the eyes. Shape suffixes: N points, K control points, 2 coordinates (x y), H rows and W columns.
+Face coordinates: the origin is between the eyes, x to the right and y down as seen in the picture; the unit is a
+typical distance between the eyes. Shape suffixes: N points, K control points, 2 coordinates (x y), H rows, W columns.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def colour(rgb_hex: str) -> Colour:
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """Return the colour that lies `share` of the way from the first to the second."""
+    """Return the colour `share` of the way from the first to the second."""
     blue, green, red = ((1 - share) * a + share * b for a, b in zip(first, second, strict=True))
     return blue, green, red
 
@@ -34,7 +34,7 @@ _SHIFT = 4
 
 
 class Pen:
-    """Paints face coordinates onto a picture, antialiased, and marks in `mask` where it has been.
+    """Draws face coordinates onto a picture, antialiased, and marks drawn pixels in `mask`.
 
     A point has a depth towards the camera, by default that of a rounded face, so that turning the head by `yaw` moves
     the nose more than the eyes and narrows the far cheek.
@@ -55,9 +55,9 @@ class Pen:
         self._rotation = size * np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
 
     def turned(self, points_N2: np.ndarray, lift: float = 0.0, flat: bool = False) -> np.ndarray:
-        """Return where points lie after the head has turned, still in face coordinates."""
+        """Return the points after the head has turned, still in face coordinates."""
         x_N, y_N = points_N2[:, 0], points_N2[:, 1]
-        # The outline stays where it is but for the chin, which stands in front of the neck.
+        # Of the outline only the chin moves, because it is in front of the neck.
         rounded_N = 0.4 * np.clip(y_N / 1.8, 0, 1) if flat else _SURFACE_DEPTH * (1 - (x_N / 1.4) ** 2)
         depth_N = rounded_N + lift
         sine, cosine = np.sin(self.yaw), np.cos(self.yaw)
@@ -66,11 +66,11 @@ class Pen:
         return np.column_stack([turned_x_N * nearness_N, y_N * nearness_N + self._pitch * depth_N])
 
     def placed(self, points: np.ndarray, lift: float = 0.0, flat: bool = False) -> np.ndarray:
-        """Return where points lie in the picture, in pixels."""
+        """Return the points in pixels of the picture."""
         return self.to_pixels(self.turned(points, lift, flat))
 
     def to_pixels(self, turned_N2: np.ndarray) -> np.ndarray:
-        """Return where points of the turned head lie in the picture, in pixels."""
+        """Return the points of the turned head in pixels of the picture."""
         return turned_N2 @ self._rotation + self._eyes_2
 
     def fill(self, points: np.ndarray, ink: Colour, *, lift: float = 0.0, flat: bool = False) -> None:
@@ -84,11 +84,11 @@ class Pen:
         cv2.fillPoly(self.mask, corners, 255, cv2.LINE_8, _SHIFT)
 
     def stroke(self, points: np.ndarray, width: float, ink: Colour, *, lift: float = 0.0, flat: bool = False) -> None:
-        """Draw a line; one thinner than a pixel is drawn a pixel wide and is left out under a third."""
+        """Draw a line. One thinner than a pixel gets a width of one; one thinner than a third is left out."""
         self.stroke_pixels(self.placed(points, lift, flat), width, ink)
 
     def stroke_pixels(self, pixels_N2: np.ndarray, width: float, ink: Colour) -> None:
-        """Draw a line given in pixels, its width still in face units."""
+        """Draw a line given in pixels, with its width in face units."""
         thickness = width * self.size
         if thickness < 0.33:
             return
@@ -96,7 +96,7 @@ class Pen:
         cv2.polylines(self.picture, corners, False, ink, max(1, round(thickness)), cv2.LINE_AA, _SHIFT)
 
     def shade(self, blobs: Sequence[tuple[float, float, float, float, Colour]], outline_N2: np.ndarray) -> None:
-        """Multiply soft ellipses into what lies inside the outline.
+        """Multiply soft ellipses into the inside of the outline.
 
         Each is (x, y, x radius, y radius, change): a change of (0.1, 0, -0.2) makes its centre 10 % bluer and takes
         20 % of the red.
@@ -155,7 +155,7 @@ def curve(points: Sequence[Sequence[float]] | np.ndarray, *, closed: bool = Fals
 
 
 def mirrored(half_K2: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return the points followed by their mirror images in reverse order; those on the axis stand once."""
+    """Return the points followed by their mirror images in reverse order; points on the axis appear once."""
     half = np.asarray(half_K2, np.float64)
     return np.concatenate([half, (half * (-1, 1))[::-1][half[::-1, 0] != 0]])
 

@@ -1,4 +1,4 @@
-"""People who do not exist: a `Person` is what stays over all pictures, a `Moment` how one picture meets them.
+"""People who do not exist: a `Person` is the same in all pictures, a `Moment` differs from picture to picture.
 
 Lengths are in face coordinates (lib/sample/drawing.py).
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.sample.drawing import Colour, colour
 
-# Few colours, shared by many people: nobody is known by colour alone.
+# Few colours, shared by many people, so that colour alone identifies nobody.
 SKINS = tuple(map(colour, ("ecc8ae", "e2b593", "cf9c74", "b8845e", "9c6b4f", "80553c")))
 HAIRS = tuple(map(colour, ("211a17", "3a2a21", "5f412d", "7d5530", "a67c42", "783824", "86868c")))
 IRISES = tuple(map(colour, ("51341f", "6f5433", "4d7355", "4677a3", "667580")))
@@ -21,7 +21,7 @@ CLOTHES = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
-    """What stays: colours, and lengths in face coordinates."""
+    """What stays the same: colours, and lengths in face coordinates."""
 
     skin: Colour
     hair: Colour
@@ -115,7 +115,7 @@ class Person:
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What passes: pose in radians, expression as shares of the strongest, clothes."""
+    """What changes: pose in radians, expression as shares of the strongest, clothes."""
 
     roll: float
     yaw: float

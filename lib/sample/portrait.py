@@ -14,7 +14,7 @@ def draw_person(
 ) -> np.ndarray:
     """Draw head, neck and shoulders and return the landmarks [5, 2] in pixels, in the order of the faces table.
 
-    `eyes_2` is where the point between the eyes comes to lie and `size` the length of a face unit, both in pixels;
+    `eyes_2` is the position of the point between the eyes and `size` the length of a face unit, both in pixels;
     `mask` is set to 255 where the person is.
     """
     pen = Pen(picture, mask, eyes_2, size, moment.roll, moment.yaw, moment.pitch)
@@ -190,7 +190,7 @@ def _draw_nose(pen: Pen, person: Person) -> None:
 
 
 def _draw_mouth(pen: Pen, person: Person, moment: Moment) -> np.ndarray:
-    """Draw lips, and teeth where they part; return the corners [2, 2] in face coordinates."""
+    """Draw lips, and teeth between them; return the corners [2, 2] in face coordinates."""
     y, half = person.mouth, person.mouth_width * (1 + 0.18 * moment.smile)
     lifted, gap = 0.09 * moment.smile, 0.16 * moment.mouth_open
     t_N = np.linspace(-1.0, 1.0, 17)

@@ -1,6 +1,6 @@
-"""A drawn data set to try everything on: photos of people who do not exist, who they are, and where their faces lie.
+"""The sample job: draws photos of people who do not exist, with their identities and landmarks.
 
-Each photo depends on the settings, the identity and its index alone: any number of processes gives the same files.
+Each photo depends only on the settings, the identity and its index, so any number of processes draws the same files.
 """
 
 import json
@@ -31,15 +31,15 @@ from lib.storage import exists, join, list_files, parquet_schema, redacted, remo
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Raised whenever the same settings would give other files."""
+"""Increase it when the same settings give other files."""
 
 KINDS = ("one", "two", "none", "broken")
-"""How many people a photo shows, or that its file is broken on purpose."""
+"""The number of people in a photo, or `broken`: its file is broken on purpose."""
 
 IDENTITIES_NAME = "identities.txt"
 LANDMARKS_NAME = "landmarks.parquet"
 MARKER_KEY = b"conv-facenet.sample"
-"""Key in the metadata of landmarks.parquet under which the settings stand as JSON, and whether the set is complete."""
+"""Metadata key in landmarks.parquet for the settings as JSON, and whether the set is complete."""
 
 SCHEMA = pa.schema(
     [
@@ -52,11 +52,11 @@ SCHEMA = pa.schema(
         pa.field("kind", pa.string(), nullable=False),
     ]
 )
-"""One row a face, face 0 being the one that identities.txt means and the others strangers without an identity; one row
-without a face for each photo of the kinds `none` and `broken`. Landmarks are x y of left eye, right eye, nose, mouth
-left, mouth right as seen in the upright photo, in its pixels."""
+"""One row per face. Face 0 is the person of identities.txt, the others are strangers without an identity. Photos of the
+kinds `none` and `broken` have one row without a face. Landmarks are x y of left eye, right eye, nose, left and right
+corner of the mouth, as seen in the upright photo, in its pixels."""
 
-# What is special about a photo, by its place in a cycle of a hundred.
+# Special photos, by their place in a cycle of a hundred.
 _SPECIAL = {
     **dict.fromkeys((0, 1, 2), ("two", "jpeg")),
     **dict.fromkeys((3, 4), ("none", "jpeg")),
@@ -71,7 +71,7 @@ _SPECIAL = {
 }
 _CYCLE = 100
 _CYCLE_STRIDE = 37
-"""Shares no divisor with the cycle: special photos are scattered, and a hundred in a row hold each exactly once."""
+"""Has no common divisor with the cycle: special photos are scattered, and a hundred in a row hold each exactly once."""
 
 _SUFFIXES = {"png": ".png", "webp": ".webp"}
 _PHOTOS_A_PROCESS = 500
@@ -112,7 +112,7 @@ class SampleConfig:
 
     @property
     def plan(self) -> "SamplePlan":
-        """What is drawn, wherever it goes."""
+        """What is drawn, independent of where it goes."""
         return SamplePlan(identities=self.identities, photos_per_identity=self.photos_per_identity, seed=self.seed)
 
 
@@ -172,16 +172,16 @@ def draw_photo(plan: SamplePlan, photo: int) -> tuple[bytes, list[dict[str, Any]
 def make_sample(config: SampleConfig) -> dict[str, Any]:
     """Draw the data set and return its counts.
 
-    A set of the same plan that is complete is left as it is; one that was interrupted is drawn again.
+    A complete set of the same plan stays as it is; an interrupted one is drawn again.
 
     Raises:
-        UserError: files are there that this plan did not make.
+        UserError: the folder has files that this plan did not make.
     """
     start, plan = time.monotonic(), config.plan
     if config.if_empty and any(list_files(config.photos_url)):
         marker = _read_marker(config.data)
         if marker is None or marker[0] != plan:
-            logger.info("%s holds other photos than this sample's: nothing to do", config.data)
+            logger.info("%s holds other photos: nothing to do", config.data)
             return {"data": config.data, "drawn": 0}
     is_complete, outdated = _check_destination(config)
     kinds = Counter(plan.special(photo)[0] for photo in range(len(plan)))
@@ -208,7 +208,7 @@ def _check_destination(config: SampleConfig) -> tuple[bool, list[str]]:
         ]
         if others:
             raise UserError(
-                f"{config.data} holds photos that are no sample's, such as {others[0]!r}: nothing was touched; "
+                f"{config.data} holds photos of your own, such as {others[0]!r}: nothing was touched; "
                 "choose an empty place with --data (or DATA_URL)"
             )
         return False, []
@@ -216,7 +216,7 @@ def _check_destination(config: SampleConfig) -> tuple[bool, list[str]]:
     strange = sorted(present - there.names() - config.plan.names())
     if strange:
         raise UserError(
-            f"{photos_url} holds {len(strange)} files that are no sample's, such as {strange[0]!r}: nothing was "
+            f"{photos_url} holds {len(strange)} files of your own, such as {strange[0]!r}: nothing was "
             "touched; move them away, or choose another place with --data"
         )
     if there != config.plan and not config.overwrite:
@@ -248,7 +248,7 @@ def _read_marker(data_url: str) -> tuple[SamplePlan, bool] | None:
 
 def _draw_all(config: SampleConfig, outdated: list[str]) -> None:
     plan = config.plan
-    # The marker goes first, so that after an interruption these photos are known as ours.
+    # The marker is written first, so that after an interruption these photos are known to be drawn.
     _write_landmarks(config, [], complete=False)
     for name in outdated:
         remove(join(config.photos_url, name))
@@ -280,7 +280,7 @@ def _write_landmarks(config: SampleConfig, rows: list[dict[str, Any]], *, comple
 
 @contextmanager
 def _map(draw: partial[list[dict[str, Any]]], photos: range) -> Iterator[Iterable[list[dict[str, Any]]]]:
-    """Give the results of all photos in order, from as many processes as pay off."""
+    """Yield the results of all photos in order, from as many processes as are worth starting."""
     num_processes = min(len(os.sched_getaffinity(0)), len(photos) // _PHOTOS_A_PROCESS)
     if num_processes < 2:
         yield map(draw, photos)

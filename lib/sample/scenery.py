@@ -17,7 +17,7 @@ from lib.sample.portrait import draw_person
 WALLS = tuple(map(colour, ("c9bfae", "8a9a8b", "6f8191", "b88a78", "40464f", "d8d3c8", "7b6a86", "a3b4bd", "5e4b3c")))
 
 _COARSE = 8
-"""Backgrounds and light are made at this reduction: they are out of focus."""
+"""Backgrounds and light are drawn at this reduction, because they are out of focus."""
 
 
 def photo_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def take_photo(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a photo [H, W, 3] uint8 BGR and the landmarks [F, 5, 2] of its people, the most prominent first.
 
-    The others are smaller, stand beside that one, and behind.
+    The others are smaller, beside and behind that one.
     """
     places = _places(len(people), width, height, rng)
     picture, mask = _background(width, height, rng), np.zeros((height, width), np.uint8)
@@ -56,7 +56,7 @@ def _places(num_people: int, width: int, height: int, rng: np.random.Generator) 
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """Return an out-of-focus wall with a few things before it, [H, W, 3] uint8."""
+    """Return an out-of-focus wall with a few things in front of it, [H, W, 3] uint8."""
     rows, columns = -(-height // _COARSE), -(-width // _COARSE)
     first, second, third = (_any_colour(rng) for _ in range(3))
     slope = np.linspace(0, 1, rows)[:, None, None] * rng.uniform(0.3, 1) + np.linspace(0, 0.6, columns)[None, :, None]
@@ -96,7 +96,7 @@ def _light_people(
 
 def _develop(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the picture after lens and film: blur, exposure, contrast, colour cast, noise."""
-    # No lens draws edges as sharp as a pen does.
+    # A lens is never as sharp as a drawn edge.
     picture = cv2.GaussianBlur(picture, (0, 0), max(1.0, rng.uniform(-0.002, 0.0035) * max(picture.shape)))
     exposure, gamma = rng.uniform(0.68, 1.25), rng.uniform(0.82, 1.22)
     cast_3 = exposure * (1 + rng.uniform(-0.15, 0.15, 3))
@@ -133,7 +133,7 @@ def _greyscale(picture: np.ndarray, rng: np.random.Generator) -> bytes:
 
 
 def _exif_rotated(picture: np.ndarray, rng: np.random.Generator) -> bytes:
-    """Return a JPEG lying on its side, whose EXIF orientation (6: turn it clockwise) makes it upright."""
+    """Return a JPEG stored on its side, which its EXIF orientation (6: turn clockwise) makes upright."""
     lying = _jpeg(cv2.rotate(picture, cv2.ROTATE_90_COUNTERCLOCKWISE), rng)
     directory = struct.pack("<HHHIII", 1, 0x0112, 3, 1, 6, 0)
     exif = b"Exif\0\0" + b"II*\0" + struct.pack("<I", 8) + directory
@@ -174,4 +174,4 @@ ENCODINGS: dict[str, Encode] = {
     "text": _text,
     "nothing": _nothing,
 }
-"""How the pixels of a photo become a file; the last three make a file that is broken."""
+"""Encoders of a photo; the last three make a broken file."""

@@ -1,1 +1,1 @@
-"""Many short runs side by side: a sweep of settings, the comparison of runs, and the winner's settings."""
+"""Compares many short runs: sweeps, pages that compare runs, and the winner's settings."""

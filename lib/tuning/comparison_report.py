@@ -1,4 +1,4 @@
-"""Runs side by side: which settings are worth what, and at which cost; one HTML file, as the report of an evaluation.
+"""Compares runs: the effect of each setting and its cost, in one HTML file.
 
 Shapes: R runs, C columns of a design matrix.
 """
@@ -32,54 +32,54 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """What a run's folder says of it."""
+    """A run, as its folder describes it."""
 
     name: str
     url: str
     state: State
     reason: str
-    """Why it was stopped or has failed."""
+    """Why it was stopped or failed."""
     settings: Mapping[str, Any]
-    """Every setting that decides the result, and which faces it was trained on."""
+    """The settings that decide the result, and the fingerprint of the faces."""
     rows: Sequence[Mapping[str, Any]]
-    """Of its history, an epoch each."""
+    """Rows of its history, one per epoch."""
     best: Mapping[str, Any] | None
-    """The row of the best epoch, by the figure that the run was told to judge by."""
+    """The row of the best epoch, by the run's `--best-by`."""
     value: float | None
-    """That figure, more is better."""
+    """The metric of `--best-by` in that row; higher is better."""
     num_parameters: int | None
 
     @property
     def images_per_s(self) -> float | None:
-        """Images a second of training, the median of its epochs."""
+        """Training images/s, the median over the epochs."""
         rates = [float(row["images_per_s"]) for row in self.rows if row.get("images_per_s")]
         return float(np.median(rates)) if rates else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
-    """What a value of a setting did on average."""
+    """The average effect of one value of a setting."""
 
     setting: str
     value: str
     num_runs: int
     accuracy: float
-    """Mean at the epoch that all have reached."""
+    """Mean accuracy at the last epoch that all runs reached."""
     gain: float | None
-    """Over the mean of the setting's values, all other settings equal; None where the runs cannot tell."""
+    """Difference from the mean of the setting's values, other settings equal; None if the runs cannot tell."""
     best_accuracy: float
-    """Mean of the best epochs."""
+    """Mean accuracy of the best epochs."""
     images_per_s: float | None
 
 
 def winner_of(runs: Sequence[ComparedRun]) -> ComparedRun | None:
-    """Return the run of the highest value that has not failed; of equal ones the first."""
+    """Return the run with the highest value that did not fail; the first of equal ones."""
     judged = [run for run in runs if run.value is not None and run.state != "failed"]
     return max(judged, key=lambda run: run.value or 0.0, default=None)
 
 
 def varied_settings(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return the settings in which the runs differ, those that have not begun left out."""
+    """Return the settings in which the runs differ, without runs that have not begun."""
     begun = [run.settings for run in runs if run.settings]
     names = dict.fromkeys(name for settings in begun for name in settings)
     return [name for name in names if len({setting_text(settings.get(name)) for settings in begun}) > 1]
@@ -95,9 +95,9 @@ def setting_text(value: Any) -> str:
 
 
 def pareto_front(gain_R: NDArray, thrift_R: NDArray) -> NDArray[np.intp]:
-    """Return which of the runs no other one beats in both without being worse in either; more is better in both.
+    """Return the Pareto front: the runs that no other run beats in one value without being worse in the other.
 
-    They come with falling thrift.
+    Higher is better in both. The runs are sorted by falling thrift.
     """
     order_R = np.lexsort((-gain_R, -thrift_R))
     best_before_R = np.maximum.accumulate(np.concatenate([[-np.inf], gain_R[order_R][:-1]]))
@@ -105,12 +105,12 @@ def pareto_front(gain_R: NDArray, thrift_R: NDArray) -> NDArray[np.intp]:
 
 
 def common_epoch(runs: Sequence[ComparedRun]) -> int:
-    """Return the last epoch that every run with a history has reached, failed ones left out; 0 where there is none."""
+    """Return the last epoch that every run with a history reached, without failed runs; 0 if there is none."""
     return min((int(run.rows[-1]["epoch"]) for run in runs if run.rows and run.state != "failed"), default=0)
 
 
 def rivals_of(winner: ComparedRun, runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """Return the other runs whose accuracy lies within the winner's 95 % interval."""
+    """Return the other runs whose accuracy is within the winner's 95 % interval."""
     if not winner.best or winner.best.get("accuracy") is None:
         return []
     lowest = winner.best["accuracy"] - INTERVAL_ERRORS * winner.best["accuracy_std"]
@@ -119,10 +119,10 @@ def rivals_of(winner: ComparedRun, runs: Sequence[ComparedRun]) -> list[Compared
 
 
 def setting_effects(runs: Sequence[ComparedRun]) -> list[Effect]:
-    """Return what each value of each varied setting did, where at least two values of it have been measured.
+    """Return the effect of each value of each varied setting that has at least two measured values.
 
-    Gains come from a least-squares fit of the accuracies at the common epoch by a sum of one term a setting: so runs
-    that only some combinations are made of, and trials that were stopped early, do not tilt them.
+    Gains come from a least-squares fit of the accuracies at the common epoch, with one term per setting. So missing
+    combinations and trials that were stopped early do not bias them.
     """
     epoch = common_epoch(runs)
     runs = [run for run in runs if run.state != "failed"]
@@ -163,7 +163,7 @@ def _at(run: ComparedRun, epoch: int) -> Mapping[str, Any]:
 
 
 def _gains(design_RC: NDArray, accuracy_R: NDArray, setting_C: Sequence[str]) -> list[float | None]:
-    """Return each column's term over the mean of its setting's terms, None where other terms would do as well."""
+    """Return the term of each column minus the mean of its setting's terms; None where the fit is not unique."""
     full = np.column_stack([np.ones(len(design_RC)), design_RC])
     inverse = np.linalg.pinv(full)
     terms, determined = inverse @ accuracy_R, inverse @ full
@@ -299,7 +299,7 @@ def _plots(runs: Sequence[ComparedRun], winner: ComparedRun | None) -> list[Plot
 
 
 def _tags(names: Sequence[str]) -> dict[str, str]:
-    """Return short names for a figure: the numbers that the trials of a sweep begin with, where each has its own."""
+    """Return short names for a figure: the numbers of a sweep's trials, if each run has its own."""
     numbers = [name.partition("-")[0] for name in names]
     if all(number.isdecimal() for number in numbers) and len(set(numbers)) == len(names):
         return dict(zip(names, numbers, strict=True))

@@ -1,4 +1,4 @@
-"""Run folders in, one page and one history of all their epochs out; also of runs that are still going."""
+"""The compare job: reads run folders, finished or not; writes one page and one history of all epochs."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 REPORT_NAME = "report.html"
 
 JUDGED_ON = ("faces_run_id", "seed", "val_photos", "val_pairs")
-"""Settings that decide who the validation people are and which pairs of their photos are compared."""
+"""Settings that decide the validation people and their pairs."""
 
 FIGURES = ("accuracy", "accuracy_std", "auc", "val_loss_random")
 
@@ -78,7 +78,7 @@ def _run_urls(layout: Layout, given: str) -> list[str]:
     """Return the runs that a word of the command line names.
 
     Raises:
-        UserError: no run and no sweep is there.
+        UserError: it names no run and no sweep.
     """
     places = [absolute_url(given, "RUN"), *(storage.join(folder, given) for folder in (layout.runs(), layout.sweeps()))]
     for url in places:
@@ -93,7 +93,7 @@ def _run_urls(layout: Layout, given: str) -> list[str]:
 
 
 def trial_urls(sweep_url: str) -> list[str]:
-    """Return the runs of a sweep, those that have not begun too, in their order."""
+    """Return the runs of a sweep in order, including those that have not begun."""
     names = storage.read_json(storage.join(sweep_url, SWEEP_NAME), {"runs": list})["runs"]
     return [storage.join(sweep_url, "runs", str(name)) for name in names]
 
@@ -104,7 +104,7 @@ def _runs_in(runs: str) -> list[str]:
 
 
 def read_run(url: str) -> ComparedRun:
-    """Return what a run's folder says; a run that has not begun has no settings and no rows."""
+    """Return the run in a folder; one that has not begun has no settings and no rows."""
     config_url = storage.join(url, CONFIG_NAME)
     settings = storage.read_json(config_url, {"fingerprint": dict}) if storage.exists(config_url) else {}
     if settings:
@@ -139,7 +139,7 @@ def _num_parameters(url: str) -> int | None:
     try:
         return _count(spec.backbone, spec.image_size, spec.layer_widths)
     except UserError as error:
-        logger.warning("the parameters of %s cannot be counted: %s", url, error)
+        logger.warning("cannot count the parameters of %s: %s", url, error)
         return None
 
 
@@ -150,7 +150,7 @@ def _count(backbone: str, image_size: int, layer_widths: tuple[int, ...]) -> int
 
 
 def _distinct(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
-    """Call runs of one name, such as trials of two sweeps, by more of their folders."""
+    """Add parent folders to the names of runs that share a name, such as trials of two sweeps."""
     names = [run.name for run in runs]
     return [
         run if names.count(run.name) == 1 else dataclasses.replace(run, name="/".join(run.url.split("/")[-3:]))
@@ -159,7 +159,7 @@ def _distinct(runs: Sequence[ComparedRun]) -> list[ComparedRun]:
 
 
 def write_comparison(output: str, title: str, runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    """Write the page and the histories into a folder; return counts, the winner and its figures."""
+    """Write the page and the histories into a folder; return counts, the winner and its metrics."""
     notes = [f"{run.name} failed: {run.reason}" for run in runs if run.state == "failed"]
     judged = {tuple(setting_text(run.settings.get(name)) for name in JUDGED_ON) for run in runs if run.rows}
     if len(judged) > 1:
@@ -187,7 +187,7 @@ def write_comparison(output: str, title: str, runs: Sequence[ComparedRun]) -> di
 def history_of(runs: Sequence[ComparedRun]) -> list[Row]:
     """Return all epochs of all runs; the notes begin with the settings in which the runs differ.
 
-    A run that ended early says so in its last epoch, one that has no epoch in a row of its own.
+    The last row of a run that ended early says so. A run without epochs gets one row.
     """
     varied = varied_settings(runs)
     rows: list[Row] = []

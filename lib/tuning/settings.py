@@ -1,4 +1,4 @@
-"""The flags of a sweep, and the trials that follow from them: always the same ones in the same order."""
+"""The flags of a sweep, and its trials: the same flags give the same trials in the same order."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from lib.training.schedule import USUAL_LR
 from lib.training.settings import NegativePolicy, TrainConfig
 
 ORIGINAL_LIMIT = 25_000
-"""Photos of the original project's experiments."""
+"""Number of photos in the experiments of the original project."""
 
 Words = tuple[str, ...]
 
@@ -43,7 +43,7 @@ SWEPT: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "negatives": ("policies", _policy),
     "candidates": ("candidate-counts", int),
 }
-"""The settings of a trial, each with the flag that gives its values, and how a word of the flag is read."""
+"""The swept settings, each with the flag that lists its values and the function that reads one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class SweepConfig:
 
     @property
     def is_single(self) -> bool:
-        """Whether a trial has one worker."""
+        """Whether each trial has one worker."""
         return self.train.workers in ((), (1,), (1, 1))
 
     @property
@@ -100,7 +100,7 @@ class SweepConfig:
 
     @property
     def first_stage(self) -> int:
-        """Epochs that every trial has."""
+        """Epochs that every trial gets."""
         return self.min_epochs or max(1, self.train.epochs // 8)
 
     @property
@@ -112,7 +112,7 @@ class SweepConfig:
         """Return the values of each setting of a trial, by the names of `TrainConfig`.
 
         Raises:
-            UserError: a value that is none, or a setting that is given once for all and once to be swept.
+            UserError: a value that cannot be read, or a setting given both for all trials and to be swept.
         """
         base, standard = self.train.flat(), TrainConfig().flat()
         swept: dict[str, list[Any]] = {}
@@ -142,21 +142,21 @@ class Trial:
     name: str
     config: TrainConfig
     settings: Mapping[str, Any]
-    """In what it differs from others, by the names of its flags."""
+    """The settings in which it differs from other trials, by flag name."""
 
 
 def plan_trials(config: SweepConfig) -> list[Trial]:
-    """Return the trials, always the same ones in the same order for the same flags.
+    """Return the trials; the same flags give the same trials in the same order.
 
     Raises:
-        UserError: settings that cannot be.
+        UserError: invalid settings.
     """
     swept = config.swept()
     combinations = []
     for values in itertools.product(*swept.values()):
         settings = dict(zip(swept, values, strict=True))
         if settings["negatives"] in ("random", "exact"):
-            settings["candidates"] = swept["candidates"][0]  # which is not looked at
+            settings["candidates"] = swept["candidates"][0]  # has no effect here
         if settings not in combinations:
             combinations.append(settings)
     if 0 < config.max_trials < len(combinations):

@@ -1,7 +1,7 @@
-"""Choose settings by measurement: every combination is a run of its own, side by side under Ray Tune.
+"""The sweep job: trains every combination of settings as a run of its own, side by side under Ray Tune.
 
-A sweep is a folder with the runs of its trials in runs/, as `--data` has them. These runs say what is done: a sweep
-that is started again trains what has no end yet, and Tune learns from their histories what it needs to compare with.
+A sweep is a folder with its trials in runs/, as below `--data`. The runs are the only state: a resumed sweep trains the
+trials that have not ended, and Tune gets the epochs of the others from their histories.
 """
 
 import logging
@@ -37,21 +37,21 @@ from lib.tuning.winner import RESULTS_NAME, SWEEP_NAME
 logger = logging.getLogger(__name__)
 
 CPUS_EACH = 4
-"""Of a trial on CPUs, where nothing else is asked for."""
+"""CPUs of a trial, by default."""
 
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-"""The runs write their own histories, and the job shows its own progress."""
+"""Tune's own loggers are off: runs write their own histories, and the job shows its own progress."""
 
 
 def sweep(config: SweepConfig) -> dict[str, Any]:
-    """Train the trials that have no end yet, compare all, and return the winner.
+    """Train the trials that have not ended, compare all, and return the winner.
 
     Raises:
-        UserError: the flags, the faces or the folder; JobError: no trial came to anything; JobStopped: by a signal.
+        UserError: wrong flags, faces or folder; JobError: no trial has a result; JobStopped: by a signal.
     """
     started = time.monotonic()
     config = replace(config, train=config.train.with_absolute_paths())
@@ -87,13 +87,13 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         "seconds": round(seconds, 1),
     }
     if result["winner"] is None:
-        raise JobError(f"no trial has a figure to be chosen by: {result['report']} says why of each")
+        raise JobError(f"no trial has a result: {result['report']} says why for each")
     storage.write_json(storage.join(config.url, RESULTS_NAME), {**result, "init": config.train.init})
     return result
 
 
 def _plan(config: SweepConfig, success: dict[str, Any]) -> dict[str, Any]:
-    """Return every setting that decides the result, with what is swept under the names of its flags."""
+    """Return every setting that decides the result; swept ones under the names of their flags."""
     single = {name: value for name, value in config.train.content(success).items() if name not in SWEPT}
     return {
         "job": "sweep",
@@ -110,11 +110,11 @@ def _check_models(trials: Sequence[Trial], crop_size: int) -> None:
     """Build every backbone once.
 
     Raises:
-        UserError: those that cannot be built, all of them named; weights that are not there.
+        UserError: backbones that cannot be built, all of them named; weights that do not exist.
     """
     config = trials[0].config
     if config.init not in INIT_NAMES and not storage.exists(config.init):
-        raise UserError(f"--init {config.init} is not there: correct the path, or take one of {', '.join(INIT_NAMES)}")
+        raise UserError(f"--init {config.init} does not exist: correct the path, or use one of {', '.join(INIT_NAMES)}")
     problems = []
     for backbone in dict.fromkeys(trial.config.backbone for trial in trials):
         try:
@@ -126,10 +126,10 @@ def _check_models(trials: Sequence[Trial], crop_size: int) -> None:
 
 
 def _check_faces(config: TrainConfig) -> dict[str, int]:
-    """Return how much there is to train on.
+    """Return the numbers of photos and people to train on.
 
     Raises:
-        UserError: too little to train on, or too few validation people to choose by.
+        UserError: too little training data, or too few validation people.
     """
     identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
     people = identities.unique().sort()
@@ -145,13 +145,13 @@ def _check_faces(config: TrainConfig) -> dict[str, int]:
             )
         except UserError as error:
             raise UserError(
-                f"the validation people of {config.faces_url} cannot tell which trial is the best: {error}"
+                f"too few validation people in {config.faces_url} to choose the best trial: {error}"
             ) from None
     return {"photos": len(identities), "identities": len(people), "pairable": len(index.pairable)}
 
 
 def _todo(trials: Sequence[Trial], runs: dict[str, ComparedRun]) -> list[Trial]:
-    """Return the trials that have no end: first those that have begun, last those that have failed before."""
+    """Return the trials that have not ended: those that have begun first, those that failed before last."""
 
     def urgency(trial: Trial) -> tuple[bool, bool]:
         run = runs[trial.name]
@@ -164,7 +164,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     """Train the trials under Ray Tune.
 
     Raises:
-        UserError: the cluster cannot hold them; JobError: Tune gave up; JobStopped: by a signal.
+        UserError: the cluster is too small; JobError: Tune gave up; JobStopped: by a signal.
     """
     os.environ.update(TUNE_SETTINGS)
     from ray import tune
@@ -196,12 +196,12 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
                 search_alg=TrialQueue([trial.name for trial in todo], control),
                 scheduler=halving,
                 num_samples=len(todo),
-                # Where resources alone are the limit, more trials wait for those that end, and take their processes.
+                # When resources are the only limit, waiting trials take over the processes of those that end.
                 max_concurrent_trials=at_once if fits_more else None,
                 reuse_actors=True,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
-            # The runs keep their own checkpoints: Tune has only its own notes, on this node.
+            # Runs keep their own checkpoints. Tune stores only its own state, on this node.
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=folder,
@@ -212,11 +212,11 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
         )
         was_stopped = watch(tuner.fit, control, unit="epoch")
     if was_stopped and any(read_run(trial.config.run_url).state == "unfinished" for trial in todo):
-        raise JobStopped(f"asked by a signal; all is saved in {url}, and the same command goes on from there")
+        raise JobStopped(f"by a signal; everything is saved in {url}, and the same command continues")
 
 
 def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str, float], bool]:
-    """Return how many trials run side by side on the connected cluster, what each holds, and whether more would fit.
+    """Return how many trials run side by side on the cluster, the resources of each, and whether more would fit.
 
     Raises:
         UserError: the cluster has no GPU, or fewer CPUs than trials.

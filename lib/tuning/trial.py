@@ -1,7 +1,7 @@
-"""One trial of a sweep: a run as jobs/train.py makes it, by one worker, in a process of Ray Tune.
+"""One trial of a sweep: a run like those of jobs/train.py, with one worker, in a process of Ray Tune.
 
-The run's folder says all that is needed to go on: checkpoints, history, and here its outcome where it came to no end of
-its own. What Tune knows lasts as long as the job.
+The run's folder holds all that is needed to continue: checkpoints, history, and the outcome of a trial that was stopped
+or failed. Tune's state lives only as long as the job.
 """
 
 import gc
@@ -38,19 +38,19 @@ from lib.tuning.settings import Trial
 logger = logging.getLogger(__name__)
 
 TAKE_OVER_LIMIT_S = 60.0
-"""How long the actors of a trial's dead process may take to end before the next process takes their names."""
+"""Seconds until the actors of a dead process must be gone, so that the next process can use their names."""
 
 
 def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> None:
-    """Train until the end, or until Tune or the user stops it; a failure is written down and ends this trial alone.
+    """Train until the end, or until Tune or the user stops it. A failure is recorded and ends only this trial.
 
-    Only the death of the process is left to Tune, which then starts another one.
+    Only when the process dies does Tune start another one.
     """
     send_log_to_driver(logging.WARNING)
     sweep = connect_control(sweep_url)
     if ray.get(sweep.stop_requested.remote()):
         return
-    # Tune waits so long for this function before it gives the process, which has all modules loaded, to the next trial.
+    # Tune waits for this function, then gives the process, with all its modules loaded, to the next trial.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(int(LEAVE_LIMIT_S))
     os.environ["OMP_NUM_THREADS"] = str(num_cpus)
     torch.set_num_threads(num_cpus)
@@ -77,9 +77,9 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> 
 def _run_here(
     trial: Trial, sweep: Any, config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray, use_gpu: bool
 ) -> dict[str, Any] | None:
-    """Do the worker's part on a thread of this process; this one hands on what happens, and gives Tune each epoch."""
+    """Run the worker on a thread of this process, and report each epoch to Tune."""
     control = _own_control(config.run_url)
-    store = create_store(config, labels_N, num_shards=1)  # where the search lies with the trials, one node is enough
+    store = create_store(config, labels_N, num_shards=1)  # the store is on the trial's node, so one shard is enough
     job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0, use_gpu=use_gpu)
     errors: list[BaseException] = []
 
@@ -92,14 +92,14 @@ def _run_here(
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
     try:
-        num_given = _give_tune(config, 0)  # of an earlier start
+        num_given = _give_tune(config, 0)  # epochs of an earlier start
         while True:
             worker.join(WATCH_EVERY_S)
             is_alive = worker.is_alive()
             lines = ray.get(control.news.remote()).lines
             for line in lines:
                 sweep.tell.remote(line=f"{trial.name}: {line}")
-            if lines:  # there is one for each epoch
+            if lines:  # one line per epoch
                 num_given = _give_tune(config, num_given)
             if not is_alive:
                 break
@@ -128,9 +128,9 @@ def _own_control(run_url: str) -> Any:
 
 
 def _give_tune(config: TrainConfig, num_given: int) -> int:
-    """Give Tune the epochs of the history that it does not know; return how many it knows then.
+    """Report the new epochs of the history to Tune; return how many it knows now.
 
-    Where ASHA stops the trial, this ends the thread (SystemExit).
+    If ASHA stops the trial, this ends the thread (SystemExit).
     """
     rows = read_rows(config.run_url)
     for row in rows[num_given:]:
@@ -154,20 +154,21 @@ class TrialQueue(Searcher):
         return {"trial": self._names.pop(0)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Learn nothing from it: all trials were chosen before."""
+        """Ignore the result: all trials were chosen before."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: the runs' folders say what is done."""
+        """Save nothing: the run folders are the state."""
         with open(checkpoint_path, "wb"):  # noqa: PTH123 - Tune wants a file
             pass
 
     def restore(self, checkpoint_path: str) -> None:
-        """Take nothing back."""
+        """Restore nothing."""
 
 
 class Halving(ASHAScheduler):
-    """Asynchronous successive halving (Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning) that
-    knows what earlier starts of the sweep have found, and writes down why it stops a trial.
+    """Asynchronous successive halving (Li et al. 2020, A System for Massively Parallel Hyperparameter Tuning).
+
+    It also knows the results of earlier starts of the sweep, and records why it stops a trial.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Halving(ASHAScheduler):
         self._keep_one_in = keep_one_in
 
     def learn(self, name: str, rows: Sequence[Mapping[str, Any]], best_by: str) -> None:
-        """Take the epochs of a trial that is not run again as those that others are compared with."""
+        """Add the epochs of a trial that does not run again to those that others are compared with."""
         earlier = SimpleNamespace(trial_id=name)
         self.on_trial_add(None, earlier)
         for row in rows:
@@ -196,7 +197,7 @@ class Halving(ASHAScheduler):
                 super().on_trial_result(None, earlier, {"epoch": row["epoch"], "value": value})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Return whether the trial goes on."""
+        """Return whether the trial continues."""
         if result.get("epoch", self._num_epochs) >= self._num_epochs:
             return str(self.CONTINUE)
         decision: str = super().on_trial_result(tune_controller, trial, result)
@@ -207,13 +208,13 @@ class Halving(ASHAScheduler):
             reason = f"{figure} was not in the best 1/{self._keep_one_in} of what trials had there so far"
             write_outcome(config.run_url, "stopped", reason)
             self._sweep.tell.remote(line=f"{name} stopped early: {reason}")
-            with suppress(ValueError):  # the worker may just have left
+            with suppress(ValueError):  # the worker may have just ended
                 connect_control(config.run_url).request_stop.remote()
         return decision
 
 
 class SweepProgress(TrialProgressCallback):
-    """Counts the epochs of all trials, and writes down which of them Tune has given up; Tune's own would print."""
+    """Counts the epochs of all trials, and records trials that Tune gave up; Tune's own reporter would print."""
 
     def __init__(self, trials: Mapping[str, Trial], sweep: Any, num_epochs: int) -> None:
         super().__init__()
@@ -223,7 +224,7 @@ class SweepProgress(TrialProgressCallback):
         self._to_do = dict.fromkeys(trials, num_epochs)
 
     def end(self, name: str, num_epochs: int) -> None:
-        """Count a trial that has come to its end after so many epochs."""
+        """Count a trial that ended after this many epochs."""
         self._done[name] = self._to_do[name] = num_epochs
         self._sweep.count.remote(sum(self._done.values()), sum(self._to_do.values()))
 
@@ -234,15 +235,15 @@ class SweepProgress(TrialProgressCallback):
         self._sweep.count.remote(sum(self._done.values()), sum(self._to_do.values()))
 
     def on_trial_recover(self, *, trial: Any, **_: Any) -> None:
-        """Tell of a process that died."""
+        """Log the death of a process."""
         self._sweep.tell.remote(line=f"{trial.config['trial']}: its process died; another one goes on")
 
     def on_trial_complete(self, *, trial: Any, **_: Any) -> None:
-        """Leave out the epochs that a trial does not have."""
+        """Skip the epochs that a trial did not get."""
         self.end(trial.config["trial"], self._done[trial.config["trial"]])
 
     def on_trial_error(self, *, trial: Any, **_: Any) -> None:
-        """Write down that a trial's process has died too often."""
+        """Record that a trial's process died too often."""
         name = trial.config["trial"]
         reason = f"its process died {trial.num_failures} times, perhaps for want of memory"
         write_outcome(self._trials[name].config.run_url, "failed", reason)

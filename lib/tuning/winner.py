@@ -1,4 +1,4 @@
-"""The settings that won a sweep, as defaults of a longer training."""
+"""The winning settings of a sweep, as defaults of a longer training."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from lib.training.checkpoints import CONFIG_NAME
 from lib.training.settings import FREE_SETTINGS, GROUP_OF, TrainConfig
 
 SWEEP_NAME = "sweep.json"
-"""In a sweep's folder: what its trials are."""
+"""File in a sweep's folder that lists its trials."""
 RESULTS_NAME = "results.json"
-"""Beside it, once all are done: which of them won."""
+"""File beside it that names the winner; written when all trials are done."""
 
 BUDGET_SETTINGS = ("epochs", "triplets_per_epoch", "photos_limit", "stop_after")
-"""What a sweep saves at, and who trains with the winner's settings does not."""
+"""Settings that a sweep keeps small to save time; a training with the winner's settings does not take them over."""
 
 
 def train_defaults(flags: Sequence[str]) -> TrainConfig:
-    """Return what holds in jobs/train.py where no flag says otherwise: the winner's settings after `--from-sweep`."""
+    """Return the defaults of jobs/train.py: after `--from-sweep`, the winner's settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--from-sweep", "--from_sweep", nargs="?", default="")
     url = parser.parse_known_args(list(flags))[0].from_sweep
@@ -28,17 +28,17 @@ def train_defaults(flags: Sequence[str]) -> TrainConfig:
 
 
 def winner_settings(url: str) -> dict[str, Any]:
-    """Return the settings of the trial that won a sweep, without its budget, and the weights that all began with.
+    """Return the winner's settings, without its budget, and the initial weights of all trials.
 
     Raises:
-        UserError: no sweep is there, or it is not finished.
+        UserError: there is no sweep, or it is not finished.
     """
     url = absolute_url(url, "--from-sweep")
     results_url = storage.join(url, RESULTS_NAME)
     if not storage.exists(results_url):
         if storage.exists(storage.join(url, SWEEP_NAME)):
-            raise UserError(f"--from-sweep {url} is not finished and has no winner yet: start the same sweep again")
-        raise UserError(f"--from-sweep {url} holds no sweep: name the folder that jobs/sweep.py has made")
+            raise UserError(f"--from-sweep {url} is not finished and has no winner yet: run the same sweep again")
+        raise UserError(f"--from-sweep {url} holds no sweep: name a folder that jobs/sweep.py made")
     results = storage.read_json(results_url, {"winner": str, "init": str})
     content = storage.read_json(storage.join(url, "runs", results["winner"], CONFIG_NAME))
     names = TrainConfig().flat().keys() - {*FREE_SETTINGS, *BUDGET_SETTINGS}
@@ -48,14 +48,12 @@ def winner_settings(url: str) -> dict[str, Any]:
         hints |= get_type_hints(hints[group])
     wrong = [f"{name}={value!r}" for name, value in sorted(settings.items()) if not _fits(value, hints[name])]
     if wrong:
-        raise UserError(
-            f"--from-sweep {url}: its winner has settings of no training: {', '.join(wrong)}: name another sweep"
-        )
+        raise UserError(f"--from-sweep {url}: the winner has invalid settings: {', '.join(wrong)}: name another sweep")
     return {**settings, "init": results["init"]}
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value from a JSON file is one of a setting's type."""
+    """Return whether a value from a JSON file has the type of a setting."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_args(hint):

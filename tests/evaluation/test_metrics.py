@@ -90,7 +90,7 @@ def test_kfold_accuracy_agrees_with_choosing_thresholds_one_by_one():
 
 
 def test_a_fold_of_one_kind_is_named():
-    with pytest.raises(UserError, match="fold 7 holds pairs of one kind"):
+    with pytest.raises(UserError, match="fold 7 has pairs of one kind"):
         metrics.kfold_accuracy(np.arange(6.0), np.array([1, 0, 1, 0, 1, 1], bool), np.array([2, 2, 5, 5, 7, 7]))
 
 

@@ -61,7 +61,7 @@ def test_a_draw_of_combinations_follows_from_the_seed() -> None:
         ({"policies": ("exact",)}, "--batch triplets"),
         ({"lrs": ("1e-3",), "train": {"lr": 1e-2}}, "--lrs and --lr are both given"),
         ({"heads": ("128",), "train": {"embedding_dim": 64}}, "--heads and --embedding-dim are both given"),
-        ({"candidate_counts": ("10,20",)}, "--candidate-counts are of --batch triplets alone"),
+        ({"candidate_counts": ("10,20",)}, "--candidate-counts needs --batch triplets"),
     ],
 )
 def test_what_cannot_be_is_refused_in_the_words_of_the_flags(settings: dict[str, Any], words: str) -> None:
