@@ -1,0 +1,94 @@
+"""The state of a run is the same after it was saved and loaded, and trains on to the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lib import device as devices
+from lib.recognition.model import EmbeddingModel, ModelSpec
+from lib.training import checkpoints
+from lib.training.batches import TrainingBatch
+from lib.training.checkpoints import Progress
+from lib.training.face_cache import FaceCache, build_cache
+from lib.training.loading import BatchLoader, LoadTask
+from lib.training.objective import EpochSums
+from lib.training.settings import TrainConfig
+from lib.training.state import TrainingState
+from lib.training.step import TrainingStep
+from tests.training.learnable_faces import write_faces
+
+CPU = torch.device("cpu")
+SPEC = ModelSpec(backbone="test_convnext", embedding_dim=8, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> FaceCache:
+    folder = tmp_path_factory.mktemp("data")
+    write_faces(folder / "faces", people={"train": 8}, photos=6)
+    return FaceCache(build_cache(str(folder / "faces"), ["train"], str(folder)))
+
+
+def loaded(config: TrainConfig, num_photos: int, *, is_first: bool = True) -> TrainingState:
+    checkpoint = checkpoints.load_newest(config.run_url)
+    assert checkpoint is not None
+    return TrainingState(config, SPEC, checkpoint, device=CPU, num_photos=num_photos, is_first=is_first)
+
+
+def begun(config: TrainConfig, num_photos: int) -> TrainingState:
+    torch.manual_seed(0)
+    weights = EmbeddingModel(SPEC).state_dict()
+    checkpoints.write(config.run_url, Progress(epoch=1), checkpoints.prefixed("model", weights))
+    return loaded(config, num_photos)
+
+
+def train(state: TrainingState, config: TrainConfig, cache: FaceCache, steps: range) -> None:
+    loader = BatchLoader(cache=cache, size=32, level="none", seed=0, epoch=1, upload=devices.Upload(CPU))
+    step = TrainingStep(state, config, cache.labels_N, device=CPU)
+    for number in steps:
+        rows = np.random.default_rng(number).integers(len(cache), size=(6, 4))
+        batch = TrainingBatch(loader(LoadTask(rows=rows, first_draw=24 * number)), None)
+        step(batch, EpochSums(CPU, {}), 1e-3)
+    step.settle()
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.0}, {"frozen_stages": 1}], ids=str)
+def test_a_state_that_was_saved_trains_on_to_the_same_weights(
+    cache: FaceCache, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = TrainConfig.of(data=str(tmp_path), batch_size=24, **settings)
+    state = begun(config, len(cache))
+    train(state, config, cache, range(3))
+    state.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
+    state.save(config.run_url, state.progress, state.usage.counts_3N, state.suspects)
+    again = loaded(config, len(cache))
+    assert again.progress == state.progress
+    assert again.progress.step == 3
+    np.testing.assert_array_equal(again.usage.counts_3N, state.usage.counts_3N)
+    assert len(again.suspects) == 1
+    for each in (state, again):
+        train(each, config, cache, range(3, 6))
+    for name, tensor in state.evaluated.state_dict().items():
+        torch.testing.assert_close(again.evaluated.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_workers_beside_the_first_count_from_nothing(cache: FaceCache, tmp_path: Path) -> None:
+    config = TrainConfig.of(data=str(tmp_path), batch_size=24)
+    state = begun(config, len(cache))
+    train(state, config, cache, range(2))
+    state.save(config.run_url, state.progress, state.usage.counts_3N, state.suspects)
+    other = loaded(config, len(cache), is_first=False)
+    assert not other.usage.counts_3N.any(), "the sum over all workers would count twice"
+    assert other.progress.step == 2
+
+
+def test_torch_draws_the_same_in_an_epoch_that_begins_again(cache: FaceCache, tmp_path: Path) -> None:
+    state = begun(TrainConfig.of(data=str(tmp_path)), len(cache))
+    state.seed_torch(seed=1, rank=0, first_step=0)
+    first = torch.rand(3)
+    state.seed_torch(seed=1, rank=0, first_step=0)
+    assert torch.equal(torch.rand(3), first)
+    state.seed_torch(seed=1, rank=1, first_step=0)
+    assert not torch.equal(torch.rand(3), first)
