@@ -253,7 +253,7 @@ def run_parts(
             progress.add(done["count"])
     seconds = time.monotonic() - started
     by_node = ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items()))
-    logger.info("%ss by node: %s; %.0f %ss/s", unit, by_node, num_processed / max(seconds, 1e-9), unit)
+    logger.info("%.0f %ss/s, %ss by node: %s", num_processed / max(seconds, 1e-9), unit, unit, by_node)
     return num_processed, seconds
 
 
