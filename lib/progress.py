@@ -27,7 +27,8 @@ class ProgressLine:
         self._first: tuple[float, int] | None = None
         self._past: deque[tuple[float, int]] = deque()
         self._done = done
-        self._shown, self._logged = 0.0, time.monotonic()
+        self._began = self._logged = time.monotonic()
+        self._shown = 0.0
 
     def __enter__(self) -> Self:
         """Show the line."""
@@ -71,6 +72,8 @@ class ProgressLine:
         parts = [self._label]
         if self._total:
             parts[0] += f": {self._done}/{self._total} {self._unit}s ({100 * self._done / self._total:.0f} %)"
+        elif self._shown:
+            parts.append(_short_time(self._shown - self._began))
         rate = _rate(self._past[0], self._past[-1]) if self._past else 0.0
         if rate:
             parts.append(f"{rate:.0f} {self._unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s a {self._unit}")

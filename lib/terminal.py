@@ -80,7 +80,7 @@ class Terminal(StreamWithoutSecrets):
 
     def show(self, status: str) -> None:
         """Renew the line below all others; an empty one goes away."""
-        if not self.is_a_tty:
+        if not self.is_a_tty or (status == self._status and self._is_drawn):
             return
         with self._lock:
             if self._is_drawn:
