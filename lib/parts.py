@@ -6,15 +6,15 @@ part that was done twice is the same file. The plan is written first, `_SUCCESS`
 
 import logging
 import platform
+import threading
 import time
 import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
-
-import pyarrow as pa
 
 from lib import cluster, storage
 from lib.errors import JobError, UserError
@@ -29,6 +29,7 @@ PART_PREFIX = "split="
 """What the folders begin with that hold the files of the parts."""
 TRIES_OF_A_PART = 10
 """A worker that dies is replaced; one that always dies over the same part would be so for ever."""
+READER_LIMIT_S = 10.0
 
 Plan = Mapping[str, Any]
 
@@ -242,8 +243,7 @@ def run_parts(
     logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
     started, num_processed, num_by_node = 0.0, 0, Counter[str]()
     with ProgressLine("working", unit=unit, total=num_all, done=num_done) as progress:
-        # Not iter_rows: its own threads may still ask for rows when a failure ends Ray, which then ends the process.
-        for done in _rows(summaries.iter_internal_ref_bundles):
+        for done in _rows(summaries):
             if done["failure"]:
                 raise JobError(done["failure"])
             # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
@@ -281,14 +281,15 @@ def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_
         )
 
 
-def _rows(bundles: Callable[[], Iterator[Any]]) -> Iterator[dict[str, Any]]:
-    """Yield what the workers return; that they died is told in one line, and an error of ours keeps its stack."""
-    import ray
+def _rows(summaries: Any) -> Iterator[dict[str, Any]]:
+    """Yield what the workers return. That they died is told in one line, and an error of ours keeps its stack."""
     from ray.exceptions import RayError, RayTaskError
 
+    batches = summaries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
-        for bundle in bundles():  # which already waits for the first one
-            yield from pa.concat_tables(ray.get(bundle.block_refs)).to_pylist()
+        with closing(iter(batches)) as tables:
+            for rows in tables:
+                yield from rows.to_pylist()
     except RayTaskError:
         raise
     except RayError as error:
@@ -296,6 +297,11 @@ def _rows(bundles: Callable[[], Iterator[Any]]) -> Iterator[dict[str, Any]]:
             f"workers died {TRIES_OF_A_PART} times over one part ({type(error).__name__}): give them more memory, or "
             "find the photo that ends the process; what is done stays, and the same command goes on from here"
         ) from error
+    finally:
+        # Ray ends a process that leaves it while a thread of Ray Data still asks for rows.
+        for thread in threading.enumerate():
+            if thread.name == "iter_threaded":
+                thread.join(READER_LIMIT_S)
 
 
 def differences(ours: Plan, theirs: Plan, defaults: Plan | None = None) -> list[str]:
