@@ -7,12 +7,12 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from lib.errors import JobError, UserError
+from lib.ray_internals import lean_start, read_token_settings
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,6 @@ LONGEST_SOCKET_NAME = len("/session_2000-01-01_00-00-00_000000_4194304/sockets/p
 LONGEST_SOCKET_PATH = 107
 """Of Linux, in bytes, without the zero that ends it."""
 SURELY_LOCKED_S = 60.0
-NODE_LIMIT_S, LOOK_EVERY_S = 30.0, 0.02
 _OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -33,18 +32,13 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         UserError: no folder can be made for it; JobError: Ray does not start.
     """
     import ray
-    from ray._private import ray_constants
 
     with private_folder() as folder:
         before = {name: os.environ.get(name) for name in _OWN_VARIABLES}
         _give_token()
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-        # Off, Ray listens on the loopback alone, as it does where it knows no clusters of several machines. Its daemons
-        # read the variable; Ray here may have been imported already.
-        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
-        clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
         try:
-            with _lean_start():
+            with lean_start():
                 # One below ours: Ray opens its own to everybody.
                 ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
         except Exception as error:
@@ -54,9 +48,6 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
                 f"Ray does not start on this machine: {reason} (it needs room in {folder.parent} and /dev/shm; "
                 "RAY_TMPDIR names another folder)"
             ) from error
-        finally:
-            ray_constants.ENABLE_RAY_CLUSTER = clusters
-            del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
         try:
             yield
         finally:
@@ -69,54 +60,15 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
 
 
 def daemons() -> dict[str, int]:
-    """Return the process ids of those parts of the cluster without which it is lost, by name."""
-    from ray._private import worker
-
-    node = worker._global_node
-    processes = {} if node is None else node.all_processes
-    return {name: processes[name][0].process.pid for name in ("gcs_server", "raylet") if name in processes}
-
-
-@contextmanager
-def _lean_start() -> Iterator[None]:
-    """Leave out what Ray starts in vain on one machine, and see at once that the rest has started."""
-    from ray._private import services, utils
-    from ray._private.node import Node
-
-    replacements: list[tuple[Any, str, Callable[..., Any]]] = [
-        # Ray starts its dashboard even where none is wanted, to ask the metadata hosts of clouds where it runs.
-        (Node, "start_api_server", _start_nothing),
-        # The autoscaler: this cluster never grows.
-        (Node, "start_monitor", _start_nothing),
-        # Ray's raylet waits for its agent, which without the dashboard's packages takes half the time to start.
-        (utils, "get_dashboard_dependency_error", ImportError),
-        (services, "get_node", _node_as_soon_as_it_is_there),
-    ]
-    before = [getattr(owner, name) for owner, name, _ in replacements]
-    try:
-        for owner, name, replacement in replacements:
-            setattr(owner, name, replacement)
-        yield
-    finally:
-        for (owner, name, _), original in zip(replacements, before, strict=True):
-            setattr(owner, name, original)
-
-
-def _start_nothing(*_: object, **__: object) -> None:
-    """Stand in for the start of one of Ray's processes."""
-
-
-def _node_as_soon_as_it_is_there(gcs_address: str, node_id: str) -> Any:
-    """Return what Ray's `get_node` does, which looks once a second."""
-    from ray._private.services import _get_gcs_client_options
-    from ray._private.state import GlobalState
-
-    state = GlobalState()
-    state._initialize_global_state(_get_gcs_client_options(gcs_address))
-    give_up = time.monotonic() + NODE_LIMIT_S
-    while all(node["NodeID"] != node_id for node in state.node_table()) and time.monotonic() < give_up:
-        time.sleep(LOOK_EVERY_S)
-    return state.get_node(node_id)
+    """Return the process ids of those processes of our own cluster without which it is lost, by name."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            pid_and_name, _, rest = status.read_text().rpartition(")")
+            pid, _, name = pid_and_name.partition(" (")
+            if name in ("gcs_server", "raylet") and int(rest.split()[1]) == os.getpid():
+                found[name] = int(pid)
+    return found
 
 
 def _give_token() -> None:
@@ -125,14 +77,6 @@ def _give_token() -> None:
         return  # switched off by the user
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     read_token_settings()
-
-
-def read_token_settings() -> None:
-    """Let Ray read the variables of its token again: it has read them when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextmanager

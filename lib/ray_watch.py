@@ -73,10 +73,10 @@ def limited_leave() -> Iterator[None]:
 
 def raylet_of_this_driver() -> dict[str, int]:
     """Return the process id of the raylet that this process is connected to, where it runs on the same machine."""
-    from ray._private import worker
+    import ray
 
-    node = worker._global_node
-    path = None if node is None else node.raylet_socket_name
+    own = ray.get_runtime_context().get_node_id()
+    path = next((node["RayletSocketName"] for node in ray.nodes() if node["NodeID"] == own), "")
     if not path or not Path(path).exists():
         return {}
     with socket.socket(socket.AF_UNIX) as probe:

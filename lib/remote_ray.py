@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import JobError, UserError
-from lib.local_ray import read_token_settings
+from lib.ray_internals import check_token, read_token_settings
 
 ANSWER_LIMIT_S = 10.0
 
@@ -23,17 +23,13 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
         UserError: there is none at this address, or none for us. JobError: it answers, and then does not let us in.
     """
     import ray
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     check_head_listens(address)
     _send_a_token_that_is_there()
     try:
-        ensure_token_if_auth_enabled(create_token_if_missing=False)
-        if not address.startswith("ray://") and host_and_port(address):
-            # Once: ray.init would go on asking with a wrong token for 20 s, and then not say so.
-            GcsClient(address=address)
+        is_head = not address.startswith("ray://") and host_and_port(address)
+        check_token(address if is_head else None)
         ray.init(address=address, runtime_env=dict(runtime_env))
     except AuthenticationError as error:
         ray.shutdown()
