@@ -1,4 +1,4 @@
-"""The nearest vector of one's own person and of another, against all distances."""
+"""The nearest vectors, against all distances."""
 
 import numpy as np
 import pytest
@@ -26,3 +26,20 @@ def test_one_person_alone_has_no_other():
     own_N, other_N, _ = nearest.nearest_own_and_other(np.eye(3, dtype=np.float32), np.zeros(3, np.int64))
     np.testing.assert_allclose(own_N, np.sqrt(2), rtol=1e-6)
     assert (other_N == np.inf).all()
+
+
+def test_chunks_and_blocks_give_the_same(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries_BD, candidates_ND = (rng.standard_normal((n, 16)).astype(np.float32) for n in (50, 700))
+    whole = nearest.nearest(queries_BD, candidates_ND, 7)
+    at_B = rng.integers(700, size=50)
+    num_B = nearest.num_as_near(queries_BD, candidates_ND, at_B)
+    monkeypatch.setattr(nearest, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(nearest, "CHUNK_ELEMENTS", 640)
+    chunked = nearest.nearest(queries_BD, candidates_ND, 7)
+    assert np.array_equal(whole[0], chunked[0])
+    np.testing.assert_allclose(whole[1], chunked[1], rtol=1e-6)
+    distances_BN = np.linalg.norm(queries_BD[:, None].astype(float) - candidates_ND, axis=2)
+    expected_B = np.count_nonzero(distances_BN < distances_BN[np.arange(50), at_B][:, None], axis=1)
+    assert np.array_equal(num_B, expected_B)
+    assert np.array_equal(num_B, nearest.num_as_near(queries_BD, candidates_ND, at_B))

@@ -4,7 +4,7 @@ Two photos are called the same person when their Euclidean distance is at most t
 share of different pairs called the same, TAR the share of same pairs called the same.
 
 Shapes: N photos, D embedding, P pairs, F folds, I identities, T cuts, C numbers of pairs called the same, B probes,
-G gallery photos, K of them.
+G gallery photos.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from lib.evaluation.curves import (
 )
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.pairs import Pairs
-from lib.nearest import nearest
+from lib.nearest import num_as_near
 
 CHUNK_ELEMENTS = 1 << 22
 """Largest intermediate array: 32 MB in float64."""
@@ -178,17 +178,12 @@ def identification(
     place_I[people_G] = np.arange(len(people_G))
     is_probe_N = count_I[person_N] >= 2
     is_probe_N[gallery_G] = False
-    probes = np.flatnonzero(
-        is_probe_N & ~failed_N
-    )  # the person of such a photo is in the gallery, if only by this photo
+    # The person of such a photo is in the gallery, if only by this photo.
+    probes = np.flatnonzero(is_probe_N & ~failed_N)
 
     embeddings_ND = _sound(embeddings_ND)
-    # Six, because the five nearest may all be as near as the right person.
-    index_BK, distance_BK = nearest(embeddings_ND[probes], embeddings_ND[gallery_G], 6)
-    is_right_BK = index_BK == place_I[person_N[probes]][:, None]
-    right_B = np.where(is_right_BK, distance_BK, np.inf).min(axis=1, initial=np.inf)
-    num_before_B = np.count_nonzero(distance_BK <= right_B[:, None], axis=1) - 1
-    num_rank_1, num_rank_5 = (int(np.count_nonzero(np.isfinite(right_B) & (num_before_B < rank))) for rank in (1, 5))
+    num_before_B = num_as_near(embeddings_ND[probes], embeddings_ND[gallery_G], place_I[person_N[probes]])
+    num_rank_1, num_rank_5 = (int(np.count_nonzero(num_before_B < rank)) for rank in (1, 5))
     num_probes = int(np.count_nonzero(is_probe_N))
     return {
         "rank_1": num_rank_1 / num_probes if num_probes else None,
