@@ -14,7 +14,7 @@ NODE_LIMIT_S, LOOK_EVERY_S = 30.0, 0.02
 
 @contextmanager
 def lean_start() -> Iterator[None]:
-    """Have `ray.init` listen on the loopback alone, start no process in vain, and see at once that the rest has started.
+    """Have `ray.init` listen on the loopback alone, start no process in vain, and see at once that the rest is there.
 
     Ray has settings for none of it: `include_dashboard=False` still starts the dashboard's process.
     """

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from lib.ray_internals import lean_start
+
 LIB = Path(__file__).parents[1] / "lib"
 
 ALLOWED = {"ray_internals.py", "training/ray_train.py"}
@@ -56,3 +58,13 @@ def test_the_installed_ray_has_each_private_name(file: str, module: str, name: s
 
 def test_no_other_module_uses_private_names() -> None:
     assert {file for file, _, _ in private_names()} <= ALLOWED
+
+
+def test_what_a_lean_start_replaces_is_there_and_comes_back() -> None:
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    before = Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER
+    with lean_start():
+        assert Node.start_api_server is not before[0]
+    assert (Node.start_api_server, ray_constants.ENABLE_RAY_CLUSTER) == before
