@@ -98,7 +98,7 @@ def test_slices_count_the_pairs_inside_them(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("photo,group\na,b\n", "no column attribute among photo, group"),
-        ("photo,attribute\nz.jpg,b\n", "none of its 1 photos is here"),
+        ("photo,attribute\nz.jpg,b\n", "none of its 1 photos was found"),
         ("photo,attribute\n", "none of its 0 photos"),
         ("", "cannot be read as CSV"),
     ],
