@@ -41,4 +41,4 @@ def test_an_onnx_model_that_can_use_no_gpu_leaves_them(
     with caplog.at_level(logging.INFO):
         assert chosen_gpus("/models/a.onnx", "auto") == 0
         assert chosen_gpus("/models/a", "auto") == 2
-    assert caplog.messages[0] == "/models/a.onnx runs on the CPUs: this ONNX Runtime knows no GPU"
+    assert caplog.messages[0] == "/models/a.onnx runs on the CPUs: this ONNX Runtime has no GPU support"

@@ -1,4 +1,4 @@
-"""A model in use, whoever made it: aligned faces in, embeddings out.
+"""A model in use, from this project or elsewhere: turns aligned faces into embeddings.
 
 Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
 """
@@ -31,11 +31,11 @@ class Embedder(Protocol):
 
     Attributes:
         url: where it came from.
-        digest: short hash of its weights and of what it does with the input; not of its threshold.
+        digest: short hash of its weights and of how it treats its input, without the threshold.
         embedding_dim: length of an embedding.
-        threshold: Euclidean distance at or below which two faces count as one person, None where none was chosen.
-        fingerprint: how the faces it was trained on were made; empty where that is not known.
-        template: of `lib.faces.alignment`, after which its crops are aligned.
+        threshold: Euclidean distance up to which two faces count as one person, None if none was chosen.
+        fingerprint: how its training faces were made; empty if unknown.
+        template: the template of `lib.faces.alignment` for its crops.
     """
 
     url: str
@@ -53,7 +53,7 @@ class TorchEmbedder:
     """A model folder of this project as an `Embedder`.
 
     Raises:
-        UserError: as `load_model` does; or `device` is not there.
+        UserError: as `load_model` does; or `device` does not exist.
     """
 
     def __init__(self, url: str, *, device: str = "cpu") -> None:
@@ -74,10 +74,10 @@ class TorchEmbedder:
 def load_embedder(url: str, onnx: OnnxInput | None = None, *, device: str = "cpu") -> Embedder:
     """Return the model of a model folder, of a run folder that holds one, or of an .onnx file.
 
-    `onnx` says what an ONNX file of someone else wants; one of this project says so itself.
+    `onnx` describes the input of an ONNX file from elsewhere. Files of this project describe their own.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: it does not exist, or it is damaged.
     """
     if url.endswith(".onnx"):
         return OnnxModel(url, onnx or OnnxInput(), device=device)
@@ -85,24 +85,24 @@ def load_embedder(url: str, onnx: OnnxInput | None = None, *, device: str = "cpu
 
 
 def chosen_gpus(url: str, asked: cluster.Gpus) -> int:
-    """Return how many GPUs of the connected cluster to use for a model, none for an ONNX file that can use none."""
+    """Return how many GPUs of the cluster to use for a model; 0 for an ONNX file that cannot use any."""
     if asked and cluster.num_gpus() and url.endswith(".onnx") and not runtime_knows_gpus():
-        logger.warning("%s runs on the CPUs: this ONNX Runtime knows no GPU", redacted(url))
+        logger.warning("%s runs on the CPUs: this ONNX Runtime has no GPU support", redacted(url))
         asked = 0
     return cluster.chosen_gpus(asked)
 
 
 def model_folder(url: str) -> str:
-    """Return `url`, or the folder `model` in it where that is the one that holds a model."""
+    """Return `url`, or its folder `model` if that holds the model."""
     within = join(url, "model")
     return within if not exists(join(url, SPEC_NAME)) and exists(join(within, SPEC_NAME)) else url
 
 
 def find_model(layout: Layout, given: str | None) -> str:
-    """Return the model that a flag names, or the one that the runs of `layout` hold.
+    """Return the model that a flag names, or the only one in the runs of `layout`.
 
     Raises:
-        UserError: no flag, and no run with a model or several of them.
+        UserError: there is no flag, and not exactly one run with a model.
     """
     if given is not None:
         return model_folder(absolute_url(given, "--model"))
@@ -116,7 +116,7 @@ def find_model(layout: Layout, given: str | None) -> str:
 
 
 def extraction_settings(embedder: Embedder, detector_weights: str | None = None) -> ExtractionSettings:
-    """Return how the faces of photos are found and aligned for a model: as those that it was trained on were."""
+    """Return how to detect and align faces for a model: as its training faces were."""
     weights = detector_weights and absolute_url(detector_weights, "--detector-weights")
     settings = settings_from_fingerprint(embedder.fingerprint, detector_weights=weights)
     if embedder.template == settings.alignment.template:
@@ -125,24 +125,24 @@ def extraction_settings(embedder: Embedder, detector_weights: str | None = None)
 
 
 def check_fingerprint(ours: Mapping[str, Any], embedder: Embedder, *, strict: bool, next_step: str) -> list[str]:
-    """Return in what the faces at hand differ from those the model was trained on, after warning of it.
+    """Warn if these faces were made with other settings than the model's training faces; return the differences.
 
     Raises:
         UserError: they differ and `strict` is set.
     """
     if not embedder.fingerprint and embedder.template != EYES:
-        return []  # What a public template says of the alignment is all that is known of its faces.
+        return []  # a public template says how to align, and nothing more is known
     if not embedder.fingerprint:
-        logger.warning("%s does not say how its faces were made: they may be aligned otherwise here", embedder.url)
+        logger.warning("%s does not say how its faces were made: the alignment here may differ", embedder.url)
         return []
-    # How many faces of a photo are taken changes none of them.
+    # The number of faces taken per photo changes none of them.
     known = {**embedder.fingerprint, "faces_policy": ours.get("faces_policy")}
     differences = fingerprint_differences(ours, known)
     if differences:
         message = f"the faces are not made as those {embedder.url!r} was trained on ({'; '.join(differences)})"
         if strict:
             raise UserError(f"{message}: {next_step}")
-        logger.warning("%s: its threshold and figures may not hold; %s", message, next_step)
+        logger.warning("%s: its threshold and metrics may not apply; %s", message, next_step)
     return differences
 
 

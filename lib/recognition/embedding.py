@@ -1,4 +1,4 @@
-"""Faces or photos in, embeddings out: part by part over Ray Data, resumable at any moment as preprocess is.
+"""The embed job: turns faces or photos into embeddings, part by part over Ray Data, resumable at any moment.
 
 The parts are those of the faces table, or those that preprocess would make of the photos; see `lib.parts`.
 """
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _FACES_COLUMNS = [column for column in table.SCHEMA if column.name != "reason"]
 
 BATCH_SIZE = 64
-"""Faces that go through the model at once; the last digits of an embedding depend on it, so it is no flag."""
+"""Faces per forward pass. Not a flag, because the last digits of an embedding depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FacesSource:
-    """Faces to embed that are cut out already.
+    """A faces table to embed.
 
     Attributes:
         file_names: of the parts below `url`.
@@ -105,7 +105,7 @@ class FacesSource:
     num_rows: list[int]
 
     def plan(self) -> dict[str, Any]:
-        """Return what the embeddings depend on, beside the model."""
+        """Return what the embeddings depend on besides the model."""
         splits = sorted({name.split("/")[0].removeprefix("split=") for name in self.file_names})
         return {
             "fingerprint": self.fingerprint,
@@ -115,21 +115,21 @@ class FacesSource:
         }
 
     def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
-        """Return for each part what travels to a worker, the files it becomes, and its number of rows."""
+        """Return for each part the item for a worker, its output files, and its number of rows."""
         pairs = zip(self.file_names, self.num_rows, strict=True)
         return [({"faces": storage.join(self.url, name), "name": name}, [name], rows) for name, rows in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhotosSource:
-    """Photos to embed, in which faces are found on the way."""
+    """Raw photos to embed; faces are detected on the way."""
 
     url: str
     manifest: Manifest
     settings: ExtractionSettings
 
     def plan(self) -> dict[str, Any]:
-        """Return what the embeddings depend on, beside the model."""
+        """Return what the embeddings depend on besides the model."""
         return {
             "fingerprint": fingerprint(self.settings),
             "photos": len(self.manifest),
@@ -138,7 +138,7 @@ class PhotosSource:
         }
 
     def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
-        """Return for each part what travels to a worker, the files it becomes, and its number of photos."""
+        """Return for each part the item for a worker, its output files, and its number of photos."""
         parts = plan_parts(self.manifest)
         return [(part_item(self.manifest, part), part.file_names(), part.stop - part.start) for part in parts]
 
@@ -147,7 +147,7 @@ Source = FacesSource | PhotosSource
 
 
 def embed_job(config: EmbedConfig) -> dict[str, Any]:
-    """Make the embeddings table, or go on with it, and return its counts."""
+    """Make or complete the embeddings table, and return its counts."""
     layout = Layout(config.data)
     model_url = find_model(layout, config.model)
     embedder = load_embedder(model_url, config.onnx)
@@ -180,7 +180,7 @@ def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
     """Return the parts of these splits of a faces table.
 
     Raises:
-        UserError: the table is not there or not finished, or has no photo in these splits.
+        UserError: the table does not exist or is not finished, or has no photo in these splits.
     """
     success = table.read_success(faces_url)
     wanted = tuple(f"split={split}/" for split in splits)
@@ -215,7 +215,7 @@ def photos_source(
         UserError: as `read_manifest` does; or no photo is in these splits.
     """
     if identities_url is not None and not storage.exists(identities_url):
-        raise UserError(f"--identities {identities_url} is not there: correct the path, or leave the flag out")
+        raise UserError(f"--identities {identities_url} does not exist: correct the path, or leave the flag out")
     beside = storage.join(photos_url.rstrip("/").rpartition("/")[0], "identities.txt")
     manifest = read_manifest(
         photos_url,
@@ -223,7 +223,7 @@ def photos_source(
         split_seed=split_seed,
         columns=ParquetColumns(),
         identities_required=False,
-        min_listed_share=ANY_LISTED,  # the list may be that of more photos than these
+        min_listed_share=ANY_LISTED,  # the list may cover more photos than these
     )
     in_splits = np.isin(manifest.photos["split"].to_numpy(), list(splits))
     if not in_splits.any():
@@ -243,10 +243,10 @@ def embed_source(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Make the embeddings of a source in the folder `output`, or go on with them, and return the counts.
+    """Make or complete the embeddings of a source in the folder `output`, and return the counts.
 
     Raises:
-        UserError: the folder holds something else; with `strict`, faces that the model does not fit.
+        UserError: the folder holds something else; with `strict`, faces with other settings than the model's.
         JobError: a failure of the storage, or embeddings that are not finite.
     """
     started = time.monotonic()
@@ -273,7 +273,7 @@ def embed_source(
     todo = [(item, rows) for item, names, rows in items if not present.keys() >= set(names)]
     num_todo = sum(rows for _, rows in todo)
     if num_todo < num_all:
-        logger.info("going on: %d of %d rows are done", num_all - num_todo, num_all)
+        logger.info("resuming: %d of %d rows are done", num_all - num_todo, num_all)
     num_processed, seconds = 0, 0.0
     if todo:
         with cluster.connected():
@@ -304,25 +304,25 @@ def embed_source(
 
 
 def _check_cluster() -> None:
-    """Raise where no cluster is to be had."""
+    """Raise if there is no cluster."""
     with cluster.connected():
         pass
 
 
 def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
-    """Return in what the faces of a source differ from those the model was trained on, see `check_fingerprint`."""
+    """Return how the faces of a source differ from the model's training faces, see `check_fingerprint`."""
     made = source.fingerprint if isinstance(source, FacesSource) else fingerprint(source.settings)
     next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
     return check_fingerprint(made, embedder, strict=strict, next_step=next_step)
 
 
 def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
-    """Return where the photos are and how their faces are made; None for faces that are cut out already."""
+    """Return where the photos are and how to make their faces; None for a faces table."""
     return (source.url, source.settings) if isinstance(source, PhotosSource) else None
 
 
 def model_name(model_url: str) -> str:
-    """Return what a model is called: its run's folder, else its own folder or file."""
+    """Return the name of a model: that of its run, else of its own folder or file."""
     names = model_url.rstrip("/").split("/")
     return names[-2] if names[-1] in ("model", "model.onnx") and len(names) > 1 else names[-1].removesuffix(".onnx")
 
@@ -339,12 +339,12 @@ class EmbedWorker:
         model: dict[str, Any],
         use_gpu: bool,
     ) -> None:
-        torch.set_num_threads(1)  # a worker has one CPU, and other numbers of threads would give other last digits
+        torch.set_num_threads(1)  # a worker has one CPU, and the number of threads changes the last digits
         self._embedder = load_embedder(*model_source, device="cuda" if use_gpu else "cpu")
         if self._embedder.digest != model["digest"]:
             raise UserError(
-                f"the model {storage.redacted(self._embedder.url)} is another one than when this job began: start it "
-                "again once the training of that model has ended"
+                f"the model {storage.redacted(self._embedder.url)} changed since this job began: run it again when the "
+                "training of that model has ended"
             )
         self._output = output
         self._schema = embeddings_table.schema(model["embedding_dim"], json.dumps(fingerprint), json.dumps(model))
@@ -371,7 +371,7 @@ class EmbedWorker:
         return num_rows
 
     def _rows(self, item: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
-        """Yield the file, the rows of a faces table that go into it, and the number of photos they stand for."""
+        """Yield each file, its rows of a faces table, and their number of photos."""
         if self._reader is None:
             rows = storage.read_parquet(item["faces"], _FACES_COLUMNS).to_pylist()
             yield item["name"], rows, len(rows)
@@ -381,10 +381,10 @@ class EmbedWorker:
 
 
 def embed_faces(embedder: Embedder, faces: Sequence[Mapping[str, Any]], made: Alignment) -> np.ndarray:
-    """Return embeddings_ND, float32, of aligned rows of a faces table whose crops were `made` so, a batch at a time.
+    """Return embeddings_ND, float32, of aligned rows of a faces table with the fingerprint `made`, batch by batch.
 
     Raises:
-        UserError: a crop that is no picture; an embedding that is not finite.
+        UserError: a crop cannot be decoded; an embedding is not finite.
     """
     embeddings_ND = np.empty((len(faces), embedder.embedding_dim), np.float32)
     for start in range(0, len(faces), BATCH_SIZE):

@@ -18,7 +18,7 @@ from lib.faces.table import SCHEMA as FACES_SCHEMA
 from lib.parts import read_success
 
 MODEL_KEY = b"conv-facenet.model"
-"""Key in the Parquet schema's metadata under which the model stands as JSON: digest, embedding_dim, template."""
+"""Key in the Parquet metadata for the model as JSON: digest, embedding_dim, template."""
 
 
 def schema(embedding_dim: int, fingerprint_json: str, model_json: str) -> pa.Schema:
@@ -42,7 +42,7 @@ class Embeddings:
     embeddings_ND: np.ndarray
     """float32, zeros where `failed_N`."""
     failed_N: np.ndarray
-    """Whether a row has no embedding; its status says why."""
+    """Whether a row has no embedding; its status is the reason."""
     model: dict[str, Any]
     fingerprint: dict[str, Any]
 
@@ -54,7 +54,8 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
     """Return the rows of a finished embeddings folder, or of these files of it.
 
     Raises:
-        UserError: there is none, it is not finished, it is no embeddings table, or an embedding is not finite.
+        UserError: the folder does not exist, is not finished, is no embeddings table, or has an embedding that is not
+            finite.
     """
     read_success(url, what="embeddings", job="jobs/embed.py")
     if file_names is None:
@@ -67,7 +68,7 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
     for name, (other, _) in zip(file_names, abouts, strict=True):
         if other["embedding_dim"] != model["embedding_dim"]:
             raise UserError(
-                f"{storage.join(url, name)} is by another model than {file_names[0]}: run jobs/embed.py again"
+                f"{storage.join(url, name)} was made by another model than {file_names[0]}: run jobs/embed.py again"
             )
     splits = [
         name.split("/")[0].removeprefix("split=")
@@ -95,7 +96,7 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
 
 
 def _about(url: str, found: pa.Schema) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the metadata of a file tell of the model and of the faces, once all columns are there."""
+    """Check the columns of a file; return model and faces from its metadata."""
     metadata = found.metadata or {}
     try:
         model, fingerprint = json.loads(metadata[MODEL_KEY]), json.loads(metadata[FINGERPRINT_KEY])
@@ -104,7 +105,10 @@ def _about(url: str, found: pa.Schema) -> tuple[dict[str, Any], dict[str, Any]]:
     except (KeyError, TypeError, ValueError):
         is_ours = False
     if not is_ours:
-        raise UserError(f"{url} is no embeddings table, its columns are {', '.join(found.names)}")
+        raise UserError(
+            f"{url} is no embeddings table, its columns are {', '.join(found.names)}: "
+            "name a folder that jobs/embed.py made"
+        )
     return model, fingerprint
 
 

@@ -1,4 +1,4 @@
-"""A model folder becomes one ONNX file that takes faces as they are, checked against the model on real faces.
+"""The export job: writes a model as one ONNX file for uint8 faces, checked against the model on real faces.
 
 Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
 """
@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 
 OPSET = 18
 MAX_DIFFERENCE = 1e-3
-"""Largest difference of any number of an embedding from the model's own."""
+"""Largest difference from the model in any value of an embedding."""
 
 NUM_CROPS = 64
-"""Real faces that the file is checked and timed on."""
+"""Number of real faces that check and time the file."""
 TIMED_ROUNDS = 5
 
 
@@ -58,11 +58,11 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if self.output is not None and not self.output.endswith(".onnx"):
-            raise UserError(f"--output is {self.output!r}: the name of the file ends in .onnx")
+            raise UserError(f"--output is {self.output!r}: the file name must end in .onnx")
 
 
 class _WholeModel(nn.Module):
-    """The model with all that comes before it: uint8 RGB faces in, embeddings out."""
+    """The model with its normalisation: takes uint8 RGB faces, returns embeddings."""
 
     mean_C: torch.Tensor
     std_C: torch.Tensor
@@ -78,7 +78,7 @@ class _WholeModel(nn.Module):
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write the ONNX file once it gives what the model gives, and return the difference and the speeds."""
+    """Write the ONNX file if it agrees with the model; return the difference and the speeds."""
     layout = Layout(config.data)
     model_url = find_model(layout, config.model)
     if model_url.endswith(".onnx"):
@@ -94,7 +94,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         return {**result, "dry_run": True}
 
     storage.check_writable(output.rpartition("/")[0])
-    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every tensor that it merges
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it logs every tensor that it merges
     content = onnx_bytes(model, load_embedder(model_url).digest)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.onnx"
@@ -104,7 +104,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if not difference <= MAX_DIFFERENCE:  # NaN too
         raise JobError(
             f"the ONNX file gives embeddings that differ by {difference:.2g} from the model's, more than "
-            f"{MAX_DIFFERENCE:g}: nothing was written; tell us the backbone {model.spec.backbone!r}"
+            f"{MAX_DIFFERENCE:g}: nothing was written; please report the backbone {model.spec.backbone!r}"
         )
     storage.write_bytes(output, content)
     rates = {
@@ -118,8 +118,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
 def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
     """Return the model as an ONNX file: input `faces`, uint8 [N, S, S, 3] RGB; output `embeddings`, float32 [N, D].
 
-    N is any number. Normalisation is inside. The metadata hold the threshold (Euclidean distance), the fingerprint of
-    the faces it wants and `digest`, by which a gallery of the model is a gallery of the file too.
+    N is any number. Normalisation is inside. The metadata hold the threshold (a Euclidean distance), the fingerprint of
+    the faces, and `digest`, which makes a gallery of the model a gallery of the file too.
 
     Raises:
         JobError: torch cannot export this backbone.
@@ -129,7 +129,7 @@ def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
     example = torch.zeros(2, spec.image_size, spec.image_size, 3, dtype=torch.uint8)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of what is to be deprecated within torch
+            warnings.simplefilter("ignore")  # deprecations within torch
             program = torch.onnx.export(
                 whole,
                 (example,),
@@ -165,7 +165,7 @@ def real_crops(faces_url: str, num: int) -> np.ndarray:
     """Return up to `num` aligned faces [N, H, W, 3], uint8 RGB, of a faces table; those of the split test first.
 
     Raises:
-        UserError: there is no such table, or no photo in it is aligned.
+        UserError: the table does not exist, or has no aligned photo.
     """
     source = faces_source(faces_url, table.SPLITS)
     crops: list[np.ndarray] = []
@@ -180,14 +180,14 @@ def real_crops(faces_url: str, num: int) -> np.ndarray:
 
 
 def largest_difference(model: EmbeddingModel, exported: OnnxModel, crops_NHWC: np.ndarray) -> float:
-    """Return the largest difference between any two numbers of the embeddings, over batches of one and of all."""
+    """Return the largest difference between values of the embeddings, over batches of one and of all."""
     whole_ND = embed(model, crops_NHWC)
     pairs = [(whole_ND, exported.embed(crops_NHWC)), (whole_ND[:1], exported.embed(crops_NHWC[:1]))]
     return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
 
 
 def _rate(run: Callable[[], object], num: int) -> float:
-    run()  # what is done once is not counted
+    run()  # warm-up, not counted
     seconds = []
     for _ in range(TIMED_ROUNDS):
         start = time.perf_counter()

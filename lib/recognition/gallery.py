@@ -1,8 +1,8 @@
-"""Who is it? The nearest faces of a gallery.
+"""Identification: the nearest faces of a gallery.
 
-Exact search needs no index, and costs the same for each probe and each gallery face. A graph (HNSW, Malkov and Yashunin
-2018) answers a probe ten times sooner in a gallery of 100,000, but building it costs as much as some ten or twenty
-thousand exact probes, whatever the size: docs/measurements.md.
+Exact search needs no index; its cost grows with probes x gallery faces. A graph (HNSW, Malkov and Yashunin 2018)
+answers a probe ten times faster in a gallery of 100,000, but building it costs as much as some ten or twenty thousand
+exact probes, whatever the size: docs/measurements.md.
 
 Shapes: B probes, G gallery faces, K matches, D embedding dimension.
 """
@@ -16,10 +16,10 @@ from lib import nearest as exact
 from lib.errors import UserError
 
 APPROXIMATE_GALLERY, APPROXIMATE_PROBES = 2_000_000, 20_000
-"""From so many gallery faces and probes on, `auto` builds the graph."""
+"""Number of gallery faces and of probes from which `auto` builds the graph."""
 
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 16, 60, 128
-"""Links a face, and faces looked at when one is added and when one is looked for."""
+"""Links per face, and faces visited when a face is added and when one is searched."""
 
 Search = Literal["auto", "exact", "approximate"]
 
@@ -29,17 +29,17 @@ def nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the indices [B, K] and Euclidean distances [B, K] of the nearest gallery faces, the nearest first.
 
-    K is `num`, or the size of a smaller gallery. Equally near ones stand in the order of the gallery. `approximate` may
-    miss a few of them; the distances of those it finds are exact. `auto` is exact where the graph would not pay.
+    K is `num`, or the size of a smaller gallery. Ties are in the order of the gallery. `approximate` may miss a few;
+    the distances it returns are exact. `auto` is exact unless the graph is faster.
 
     Raises:
-        UserError: an empty gallery, or vectors of another length than the gallery's.
+        UserError: the gallery is empty, or the vectors have different lengths.
     """
     if not len(gallery_GD):
         raise UserError("the gallery is empty: embed photos with faces into it with jobs/embed.py")
     if probes_BD.shape[1] != gallery_GD.shape[1]:
         raise UserError(
-            f"the probes have {probes_BD.shape[1]} numbers and the gallery {gallery_GD.shape[1]}: "
+            f"probes have {probes_BD.shape[1]} dimensions and the gallery {gallery_GD.shape[1]}: "
             "embed both with one model"
         )
     num = min(num, len(gallery_GD))
@@ -58,7 +58,7 @@ def _graph_search(probes_BD: NDArray[np.float32], gallery_GD: NDArray[np.float32
     index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, max(HNSW_SEARCH, 2 * num)
     index.add(gallery_GD)
     index_BK = index.search(np.ascontiguousarray(probes_BD), num)[1]
-    # A graph may fall apart where many faces are alike: a probe that found too few is compared with all.
+    # A graph can be disconnected when many faces are alike. A probe with too few matches is compared with all faces.
     short_B = (index_BK < 0).any(axis=1)
     index_BK[short_B] = exact.nearest(probes_BD[short_B], gallery_GD, num)[0]
     return index_BK

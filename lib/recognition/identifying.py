@@ -1,4 +1,4 @@
-"""Photos and a gallery in; who is in them, or that nobody knows, out.
+"""The identify job: says who is in photos, by a gallery of known people.
 
 Shapes: B probes, G gallery faces, K matches.
 """
@@ -53,8 +53,8 @@ MATCHES_SCHEMA = pa.schema(
         *(pa.field(name, pa.float32()) for name in ("x0", "y0", "x1", "y1")),
     ]
 )
-"""A row for each match of each face; a photo without a face has one row, whose status says why. `decision` is of the
-face: the identity of its nearest match, or `unknown` where that is beyond the threshold. The box is in pixels."""
+"""One row per match of each face; a photo without a face has one row with its status. `decision` is the identity of the
+face's nearest match, or `unknown` if that is beyond the threshold. The box is in pixels."""
 
 _TILE, _SHEET_ROWS, _LABEL = 120, 40, 36
 _PLAIN, _WITHIN, _BEYOND = "black", "#0b5cad", "#777777"
@@ -107,7 +107,7 @@ class IdentifyConfig:
 
 
 def identify(config: IdentifyConfig) -> dict[str, Any]:
-    """Find the nearest gallery faces of every face in the photos, and write who they are."""
+    """Find the nearest gallery faces of every face in the photos, and write the matches."""
     started = time.monotonic()
     layout = Layout(config.data)
     model_url = find_model(layout, config.model)
@@ -128,7 +128,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
 
     storage.check_writable(output)
     folder = storage.join(output, "embeddings")
-    # What lies there is ours, of earlier photos.
+    # These files are from earlier photos.
     embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
     probes = read_embeddings(folder)
     found = np.flatnonzero(~probes.failed_N)
@@ -172,7 +172,7 @@ def known_faces(url: str, embedder: Embedder) -> Embeddings:
     """Return the faces of an embeddings table that have an embedding and an identity.
 
     Raises:
-        UserError: there is no such table, another model made it, or none of its faces has an identity.
+        UserError: the table does not exist, another model made it, or none of its faces has an identity.
     """
     made = read_embeddings(url)
     if made.model["digest"] != embedder.digest:
@@ -229,15 +229,15 @@ def _matches(
 def _gallery_crops(config: IdentifyConfig, names: Sequence[str]) -> dict[str, bytes]:
     faces_url = Layout(config.data).faces(config.faces)
     if config.faces is None and not storage.exists(storage.join(faces_url, table.SUCCESS_NAME)):
-        logger.info("no pictures of the gallery in the contact sheet: %s is no faces table (--faces)", faces_url)
+        logger.info("the contact sheet has no gallery pictures: %s is no faces table (--faces)", faces_url)
         return {}
     return read_crops(faces_source(faces_url, table.SPLITS), names)
 
 
 def contact_sheet(title: str, rows: Sequence[Sequence[tuple[bytes | None, str, str, str]]]) -> bytes:
-    """Return a JPEG: the title, then a row for each face: itself first, then its matches, each with two lines under it.
+    """Return a JPEG: the title, then one row per face: the face, then its matches, each with two lines of text.
 
-    A tile is the encoded crop, None where there is no picture, the two lines, and the colour of the second.
+    A tile is the encoded crop (None without a picture), the two lines, and the colour of the second.
     """
     width = _TILE * max((len(tiles) for tiles in rows), default=1)
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=11)
@@ -252,7 +252,7 @@ def contact_sheet(title: str, rows: Sequence[Sequence[tuple[bytes | None, str, s
             if crop is not None:
                 pixels = cv2.resize(decoded_crop(crop), (_TILE - 4, _TILE - 4), interpolation=cv2.INTER_AREA)
                 sheet.paste(Image.fromarray(pixels), (x + 2, y + 2))
-            # The end of a path says more than its beginning.
+            # Keep the end of a path, which says more than its beginning.
             draw.text((x + 3, y + _TILE), name[-18:], fill=_PLAIN, font=font)
             draw.text((x + 3, y + _TILE + 16), text[-18:], fill=color, font=font)
     return to_jpeg(np.ascontiguousarray(np.asarray(sheet)[:, :, ::-1]), quality=88)

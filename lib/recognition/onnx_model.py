@@ -1,6 +1,6 @@
-"""Any ONNX file that takes an aligned face and gives one vector, as an `Embedder`.
+"""Any ONNX file that takes an aligned face and returns one vector, as an `Embedder`.
 
-Nothing of the file is run but its graph: data outside of it is refused, and there are no operators but ONNX Runtime's.
+Only the graph of the file runs: external data is refused, and only ONNX Runtime's own operators exist.
 
 Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
 """
@@ -29,14 +29,14 @@ from lib.storage import read_bytes, redacted
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "conv-facenet"
-"""Key in the file's metadata under which a model of this project stands as JSON: see `lib.recognition.exporting`."""
+"""Key in the file's metadata for a model of this project as JSON, see `lib.recognition.exporting`."""
 
 ARCFACE_SIZE = 112
 
 GPU_PROVIDER = "CUDAExecutionProvider"
 
 _DTYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
-"""Inputs of other types than float32 that get the same numbers."""
+"""Input types besides float32 that get the same values."""
 
 _REFUSED = (
     ort_errors.Fail,
@@ -99,7 +99,7 @@ class OnnxModel:
         else:
             self.template = ARCFACE
         if not (self._session.get_inputs() and self._session.get_outputs()):
-            raise UserError(f"{url!r} has no input or no output: a model that takes one picture is needed")
+            raise UserError(f"{url!r} has no input or no output: give a model that takes one picture")
         self._input = self._session.get_inputs()[0]
         self._output = self._vector_output()
         first = self._input.shape[0] if self._input.shape else None
@@ -116,12 +116,12 @@ class OnnxModel:
         embeddings_ND = np.concatenate(vectors).reshape(len(images), -1).astype(np.float32)
         if self._about or not self._wanted.normalize:
             return embeddings_ND
-        # A vector of zeros stays one: NaN would be told of as the model's own.
+        # A zero vector stays zero: NaN would look like an error of the model.
         return embeddings_ND / np.maximum(np.linalg.norm(embeddings_ND, axis=1, keepdims=True), 1e-12)
 
     def _images(self, crops_NHWC: np.ndarray) -> np.ndarray:
         if self._about:
-            return crops_NHWC  # normalisation and layout stand in the graph
+            return crops_NHWC  # normalisation and layout are in the graph
         wanted = self._wanted
         ordered_NHWC = crops_NHWC[..., ::-1] if wanted.color == "bgr" else crops_NHWC
         mean_C, std_C = np.array(wanted.mean, np.float32), np.array(wanted.std, np.float32)
@@ -131,7 +131,7 @@ class OnnxModel:
         return np.ascontiguousarray(images, self._dtype)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        """Return the output for so many images; a file of a fixed batch gets empty ones to fill it, dropped again."""
+        """Return the output for these images; a file with a fixed batch is padded with empty images."""
         missing = max(0, (self._batch_size or 0) - len(images))
         batch = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
         try:
@@ -144,7 +144,7 @@ class OnnxModel:
             ) from error
 
     def _remedy(self) -> str:
-        """Return what to do about a file that does not take faces as they are given."""
+        """Return the next step for a file that does not take faces as they are given."""
         if self._about:
             return "make the file again with jobs/export.py"
         if self._input.type not in (*_DTYPES, "tensor(float)"):
@@ -155,7 +155,7 @@ class OnnxModel:
         return "correct --input-size" if self._wanted.input_size else "give the right one by --input-size"
 
     def _vector_output(self) -> str:
-        """Return the first output that is a vector for each face: some files give its norm, one number, before it."""
+        """Return the first output with one vector per face; some files return its norm, one number, before it."""
         outputs = self._session.get_outputs()
         for each in outputs:
             if not (each.shape and (len(each.shape) < 2 or each.shape[1:] == [1])):
@@ -192,20 +192,20 @@ class OnnxModel:
         return "a model that takes squares is needed"
 
     def _probe(self) -> int:
-        """Return the length of an embedding, which the file need not tell."""
+        """Return the length of an embedding, which the file may not state."""
         output = self._run(self._images(np.zeros((1, self._size, self._size, 3), np.uint8)))
         if output.ndim < 2 or output.shape[0] != 1 or output.size < 2 or output.dtype.kind != "f":
             others = ", ".join(each.name for each in self._session.get_outputs() if each.name != self._output)
             raise UserError(
                 f"{self.url!r} gives {output.dtype} of shape {list(output.shape)} for one face in its output "
-                f"{self._output!r}: a vector is needed"
+                f"{self._output!r}: one vector per face is needed"
                 + (f"; save a copy without the other outputs ({others}), or with the vector first" if others else "")
             )
         return int(output.size)
 
 
 def runtime_knows_gpus() -> bool:
-    """Return whether the ONNX Runtime that is installed can run models on GPUs."""
+    """Return whether the installed ONNX Runtime can run models on GPUs."""
     return GPU_PROVIDER in onnxruntime.get_available_providers()
 
 
@@ -217,7 +217,7 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
     check_memory(url, model)
     if _first_operators(model) in (("Sub", "Mul"), ("Sub", "Div")):
         logger.warning(
-            "%s begins with %s of its input, as files do that normalise it themselves: if so, --mean 0 0 0 --std 1 1 1",
+            "%s begins with %s of its input, so it may normalise it itself: then use --mean 0 0 0 --std 1 1 1",
             url,
             " and ".join(_first_operators(model)),
         )
@@ -236,11 +236,11 @@ def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSess
         if runtime_knows_gpus():
             providers.insert(0, GPU_PROVIDER)
         else:  # FaceRecognizer.load(…, device="cuda") takes any model
-            logger.warning("%s runs on the CPU: this ONNX Runtime knows no GPU", redacted(url))
+            logger.warning("%s runs on the CPU: this ONNX Runtime has no GPU support", redacted(url))
     try:
-        # Without its own second try, which says on standard output that it tries.
+        # Without ONNX Runtime's own retry, which prints to standard output.
         session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
-        # Names that are no UTF-8 come to light when they are asked for.
+        # Names that are not UTF-8 show up when they are read.
         ends = [(each.name, each.shape, each.type) for each in (*session.get_inputs(), *session.get_outputs())]
         about = session.get_modelmeta().custom_metadata_map
     except _REFUSED as error:

@@ -49,7 +49,7 @@ def faces(faces_url: str) -> list[dict]:
 def test_a_worker_refuses_another_model_than_the_job_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lib.recognition.embedding.load_embedder", lambda *_, **__: Recorder(EYES))
     about = {"digest": "1", "embedding_dim": 3, "template": EYES}
-    with pytest.raises(UserError, match="a model is another one than when this job began"):
+    with pytest.raises(UserError, match="a model changed since this job began"):
         EmbedWorker(("a model", None), "out", None, {}, about, False)
     EmbedWorker(("a model", None), "out", None, {}, {**about, "digest": "0"}, False)
 

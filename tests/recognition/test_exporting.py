@@ -100,7 +100,7 @@ def test_bad_input_is_refused_in_one_line(model_url: str, faces_url: str, tmp_pa
             export(ExportConfig(**{"model": model_url, "faces": faces_url, "dry_run": True, **settings}))  # type: ignore[arg-type]
         return str(caught.value)
 
-    assert "the name of the file ends in .onnx" in refused(output=str(tmp_path / "m.pt"))
+    assert "the file name must end in .onnx" in refused(output=str(tmp_path / "m.pt"))
     assert "no model at" in refused(model=str(tmp_path))
     assert "is an ONNX file already" in refused(model=str(tmp_path / "a.onnx"))
     assert "no finished faces at" in refused(faces=str(tmp_path))

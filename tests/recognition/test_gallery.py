@@ -57,7 +57,7 @@ def test_no_probes_have_no_matches() -> None:
 def test_what_cannot_be_searched_is_told() -> None:
     with pytest.raises(UserError, match="the gallery is empty"):
         nearest(np.ones((1, 4), np.float32), np.empty((0, 4), np.float32), 1)
-    with pytest.raises(UserError, match="the probes have 4 numbers and the gallery 5"):
+    with pytest.raises(UserError, match="probes have 4 dimensions and the gallery 5"):
         nearest(np.ones((1, 4), np.float32), np.ones((1, 5), np.float32), 1)
 
 

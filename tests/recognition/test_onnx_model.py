@@ -191,7 +191,7 @@ def test_where_onnx_runtime_knows_no_gpu_a_model_runs_on_the_cpu_and_says_so(
     on_cpu = OnnxModel(url, OnnxInput()).embed(crops())
     caplog.clear()
     np.testing.assert_array_equal(OnnxModel(url, OnnxInput(), device="cuda").embed(crops()), on_cpu)
-    assert "runs on the CPU: this ONNX Runtime knows no GPU" in caplog.text
+    assert "runs on the CPU: this ONNX Runtime has no GPU support" in caplog.text
 
 
 def own_file(path: Path, **changes: object) -> str:
