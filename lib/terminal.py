@@ -118,6 +118,8 @@ class Terminal(StreamWithoutSecrets):
     def close(self) -> None:
         """Take the last line that is renewed away. What the process says from now on is no word of the job."""
         self.show("")
+        with contextlib.suppress(BrokenPipeError):  # of a reader such as head
+            self.result.flush()
         if self._watcher is not None:
             os.write(self._watcher, b"ended\n")
             os.close(self._watcher)

@@ -251,7 +251,7 @@ def test_a_job_whose_ray_dies_ends_soon_in_one_line_and_goes_on(
 
 
 DONE_JOB = """
-import atexit, os, signal, sys, time
+import atexit, logging, os, signal, time
 from dataclasses import dataclass
 from lib import cluster, ray_watch
 from lib.config import run_job
@@ -263,7 +263,7 @@ class Config:
 def job(config):
     if config.ray:
         with cluster.connected():
-            print("leaving", file=sys.stderr, flush=True)
+            logging.getLogger("lib").info("leaving")
     else:
         atexit.register(time.sleep, 60)
         with ray_watch.limited_leave():
@@ -290,7 +290,7 @@ def test_a_job_that_is_signalled_once_its_work_is_done_ends_within_seconds(flags
     try:
         if flags:
             assert job.stderr is not None
-            assert any(line == "leaving\n" for line in job.stderr)
+            assert any(line.endswith("leaving\n") for line in job.stderr)
             os.killpg(job.pid, signal.SIGTERM)
         done = finish(job, timeout_s=15)
     finally:

@@ -116,7 +116,8 @@ RUN_JOB = "import runpy, sys; sys.argv = [{job!r}, {flag!r}]; runpy.run_path({jo
 )
 def test_training_does_not_import_torch_where_nothing_is_computed(code: str) -> None:
     """It takes seconds, and a job is several processes."""
-    watched = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    say = r"os.write(ours, b'%r\n' % ('torch' in sys.modules))"  # what is printed is no result of a job
+    watched = f"import atexit, os, sys; ours = os.dup(1); atexit.register(lambda: {say}); {code}"
     done = subprocess.run(
         [sys.executable, "-c", watched], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False
     )
