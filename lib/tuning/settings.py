@@ -129,9 +129,9 @@ class SweepConfig:
         if self.heads and base["embedding_dim"] != standard["embedding_dim"]:
             raise UserError("--heads and --embedding-dim are both given: the last width of a head is the embedding's")
         if len(swept["candidates"]) > 1 and base["batch"] != "triplets":
-            raise UserError("--candidate-counts are of --batch triplets alone: add that, or leave them out")
+            raise UserError("--candidate-counts needs --batch triplets: add that, or leave --candidate-counts out")
         if len(swept["margin"]) > 1 and base["batch"] != "triplets" and base["loss"] != "semihard":
-            raise UserError("--margins are of --loss semihard or --batch triplets: add one of them, or leave them out")
+            raise UserError("--margins needs --loss semihard or --batch triplets: add one of them, or leave it out")
         return swept
 
 
