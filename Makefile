@@ -16,7 +16,11 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 
 IMAGE ?= conv-facenet:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: demo test test-slurm test-image check lock docs bench image clean
+# Test files side by side: while the jobs of one file wait, those of another compute. One thread each is enough then.
+TEST_PROCESSES ?= 3
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-slow test-all test-slurm test-image check lock docs bench image clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.created:
@@ -52,8 +56,15 @@ else
 	@$(BIN)/python jobs/evaluate.py --data "$(DEMO_DATA)" --model "$(DEMO_DATA)/runs/demo"
 endif
 
+# Each behaviour once, in minutes. TESTS names some files or folders: then all that is in them runs.
 test: $(VENV)/.development
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(PYTEST) $(or $(TESTS),-m "not slow and not slurm and not image")
+
+# What takes longer: killed processes, lost nodes, full disks, interrupted sweeps, clusters that want a token.
+test-slow: $(VENV)/.development
+	@$(PYTEST) -m "slow and not slurm and not image"
+
+test-all: test test-slow test-slurm test-image
 
 # Tests the launchers on a real Slurm cluster. Needs root to start one, and installs Slurm if it is missing.
 test-slurm: $(VENV)/.development

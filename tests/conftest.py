@@ -1,10 +1,12 @@
 """What the tests of several rooms share: a real S3 server, a fresh bucket on it, and the real photos."""
 
+import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pyarrow.parquet as pq
 import pytest
 import s3fs
@@ -15,14 +17,24 @@ from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.recognition.model import EmbeddingModel, ModelSpec, save_model
 from lib.sample.sample import SampleConfig, make_sample
-from tests.job_runner import run_job
+from tests.job_runner import RayHead, connected, ray_head, run_job
 from tests.s3_server import S3Server
+
+# How long an example takes says nothing on a machine that others use too.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs a GPU where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files whose tests run jobs first: they take longest, and processes side by side then end together."""
+    with_jobs = {item.path for item in items if {"head", "faces_url"} & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in with_jobs)
 
 
 @pytest.fixture(scope="session")
@@ -65,11 +77,49 @@ def real_photos() -> Path:
 
 
 @pytest.fixture(scope="session")
-def sample_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def head(s3_server: S3Server) -> Iterator[RayHead]:
+    """Start the Ray cluster of 2 logical CPUs on which the tests of this process run their jobs.
+
+    Its nodes know the keys of the buckets. What tests the start of a cluster, or kills parts of it, starts its own.
+    """
+    with ray_head(num_cpus=2, extra=s3_server.environment()) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def connected_head(head: RayHead) -> Iterator[RayHead]:
+    """Connect this process to that cluster: what jobs call runs there, without the start of a process for each."""
+    with connected(head):
+        yield head
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return what makes a folder by name, once for all processes that test side by side."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = shared / name, shared / f"{name}.finished"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not finished.exists():
+                make(folder)
+                finished.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def sample_data(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """Return a data folder of drawn people, with a path that has spaces and letters beyond ASCII."""
-    folder = tmp_path_factory.mktemp("drawn people é")
-    make_sample(SampleConfig(data=str(folder), identities=14, photos_per_identity=8, seed=7))
-    return folder
+
+    def draw(folder: Path) -> None:
+        make_sample(SampleConfig(data=str(folder), identities=14, photos_per_identity=8, seed=7))
+
+    return made_once("drawn people é", draw)
 
 
 @pytest.fixture(scope="session")
@@ -106,10 +156,14 @@ def aligned(faces_rows: list[dict]) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def faces_url(sample_data: Path) -> str:
+def faces_url(
+    made_once: Callable[[str, Callable[[Path], object]], Path], sample_data: Path, request: pytest.FixtureRequest
+) -> str:
     """Return the faces table that preprocess makes of the drawn people."""
-    url = sample_data / "faces"
-    if not (url / "_SUCCESS").exists():
-        done = run_job("preprocess.py", "--data", str(sample_data))
+
+    def preprocess(folder: Path) -> None:
+        head: RayHead = request.getfixturevalue("head")  # only where the table is made
+        done = run_job("preprocess.py", "--data", str(sample_data), "--faces", str(folder), extra=head.environment)
         assert done.status == 0, done.errors
-    return str(url)
+
+    return str(made_once("faces é", preprocess))

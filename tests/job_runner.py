@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,22 @@ def run_here(script: str, *arguments: str, extra: Mapping[str, str] | None = Non
 def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str] | None = None) -> Iterator[RayHead]:
     """Run a Ray cluster of its own, on free ports, for the duration; with a dashboard jobs can be submitted to it.
 
-    A submitted job needs the cluster's token; `environment` of the result holds it.
+    A submitted job needs the cluster's token; `environment` of the result holds it. Ray gives its start 30 s, which a
+    machine under load may not keep: it is tried three times.
     """
+    with ExitStack() as stack:
+        for tries_left in (2, 1, 0):
+            try:
+                head = stack.enter_context(_started_head(num_cpus, dashboard, extra))
+                break
+            except AssertionError:
+                if not tries_left:
+                    raise
+        yield head
+
+
+@contextmanager
+def _started_head(num_cpus: int, dashboard: bool, extra: Mapping[str, str] | None) -> Iterator[RayHead]:
     gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
     cluster_environment = {"RAY_ADDRESS": f"127.0.0.1:{gcs_port}", **(extra or {})}
     if dashboard:
@@ -164,7 +178,10 @@ def ray_head(*, num_cpus: int, dashboard: bool = False, extra: Mapping[str, str]
                 start_new_session=True,
             )
         try:
-            wait_until(lambda: "Ray runtime started" in (folder / "log.txt").read_text(), process)
+            try:
+                wait_until(lambda: "Ray runtime started" in (folder / "log.txt").read_text(), process)
+            except AssertionError as error:
+                raise AssertionError((folder / "log.txt").read_text()) from error
             yield RayHead(cluster_environment, folder, process.pid)
         finally:
             kill_session(process.pid)

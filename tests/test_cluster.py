@@ -18,7 +18,7 @@ import pytest
 
 from lib import local_ray, remote_ray
 from lib.errors import UserError
-from tests.job_runner import ROOT, environment, finish, kill_session, session_processes, start_job, wait_until
+from tests.job_runner import ROOT, environment, finish, kill_session, run_here, session_processes, start_job, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -71,10 +71,12 @@ def watched(sample_data: Path) -> Iterator[Watched]:
         yield Watched(json.loads(done.stdout.splitlines()[-1]), home, current, temporary)
 
 
+@pytest.mark.slow
 def test_no_job_looks_a_name_up(watched: Watched) -> None:
     assert watched.seen["lookups"] == [], watched.seen
 
 
+@pytest.mark.slow
 def test_no_job_leaves_a_file_where_it_was_not_told_to(watched: Watched) -> None:
     kept_at_home = {path.parent for path in watched.home.rglob("*") if path.is_file()}
     assert kept_at_home <= {watched.home / ".cache" / "matplotlib"}
@@ -83,11 +85,13 @@ def test_no_job_leaves_a_file_where_it_was_not_told_to(watched: Watched) -> None
     assert [path for path in watched.temporary.iterdir() if not path.name.startswith(known)] == []
 
 
+@pytest.mark.slow
 def test_a_local_run_can_be_reached_from_this_machine_alone(watched: Watched) -> None:
     assert watched.seen["listens_on"]
     assert set(watched.seen["listens_on"]) <= LOOPBACK
 
 
+@pytest.mark.slow
 def test_a_local_run_has_a_token_and_a_folder_of_its_own(watched: Watched) -> None:
     assert watched.seen["folder_mode"] == "0o700"
     assert watched.seen["token_is_ours"]
@@ -163,6 +167,17 @@ def test_an_address_without_a_cluster_is_refused_by_its_reason(address: str, rea
         remote_ray.check_head_listens(address)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "nonsense"])
+def test_a_job_whose_cluster_does_not_answer_says_so_in_one_line(
+    address: str, sample_data: Path, tmp_path: Path
+) -> None:
+    flags = ["--data", str(sample_data), "--faces", str(tmp_path / "faces")]
+    refused = run_here("preprocess.py", *flags, extra={"RAY_ADDRESS": address})
+    assert refused.status == 2
+    assert f"RAY_ADDRESS is '{address}'" in refused.last_error
+    assert "Traceback" not in refused.errors
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-server\r\n", b""])
 def test_another_server_than_ray_is_told_from_a_head(answer: bytes) -> None:
     def serve(listener: socket.socket) -> None:
@@ -216,6 +231,7 @@ def _kill_once_it_works(job: subprocess.Popen[str], faces: Path, daemon: str) ->
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("daemon", "status", "line"),
     [
@@ -236,7 +252,7 @@ def test_a_job_whose_ray_dies_ends_soon_in_one_line_and_goes_on(
     job = start_job("preprocess.py", "--data", str(tmp_path))
     try:
         _kill_once_it_works(job, faces, daemon)
-        done = finish(job, timeout_s=15)
+        done = finish(job, timeout_s=60)
     finally:
         kill_session(job.pid)
     assert done.status == status
@@ -275,7 +291,13 @@ run_job(Config, job, description="")
 """
 
 
-@pytest.mark.parametrize("flags", [["--ray"], []], ids=["its Ray is gone", "Ray is just being left"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--ray"], marks=pytest.mark.slow, id="its Ray is gone"),
+        pytest.param([], id="Ray is just being left"),
+    ],
+)
 def test_a_job_that_is_signalled_once_its_work_is_done_ends_within_seconds(flags: list[str]) -> None:
     """Ray's exit handlers would look for its dead head for a minute, at full load of a CPU."""
     job = subprocess.Popen(
@@ -292,7 +314,7 @@ def test_a_job_that_is_signalled_once_its_work_is_done_ends_within_seconds(flags
             assert job.stderr is not None
             assert any(line.endswith("leaving\n") for line in job.stderr)
             os.killpg(job.pid, signal.SIGTERM)
-        done = finish(job, timeout_s=15)
+        done = finish(job, timeout_s=40)
     finally:
         kill_session(job.pid)
     assert done.status == 75, done.errors

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,9 @@ from lib.recognition.embedding import EmbedConfig, embed_job
 from lib.recognition.embeddings_table import MODEL_KEY, read_embeddings
 from lib.recognition.model import embed, load_model, save_model
 from lib.recognition.recognizer import decoded_crop
-from tests.job_runner import RayHead, connected, kill_session, ray_head, run_job, start_job, wait_until
-from tests.s3_server import S3Server
+from tests.job_runner import RayHead, kill_session, run_here, run_job, start_job, wait_until
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: S3Server) -> Iterator[RayHead]:
-    """Start a cluster of 2 logical CPUs whose nodes know the bucket's keys; this process is connected to it."""
-    with ray_head(num_cpus=2, extra=s3_server.environment()) as head, connected(head):
-        yield head
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -42,12 +33,12 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    head: RayHead, model_url: str, faces_url: str, tmp_path_factory: pytest.TempPathFactory
+    connected_head: RayHead, model_url: str, faces_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict]:
     """Return the embeddings of the drawn people, and what the job said."""
     output = tmp_path_factory.mktemp("embeddings é") / "all"
     flags = ["--model", model_url, "--faces", faces_url, "--output", str(output)]
-    done = run_job("embed.py", *flags, extra=head.environment)
+    done = run_job("embed.py", *flags, extra=connected_head.environment)
     assert done.status == 0, done.errors
     return output, done.result
 
@@ -88,12 +79,13 @@ def test_the_metadata_tells_the_model_and_the_fingerprint(undisturbed: tuple[Pat
     assert success["model"] == {"url": model_url, **model}
 
 
+@pytest.mark.slow
 def test_photos_killed_and_started_again_give_the_embeddings_of_their_faces(
-    head: RayHead, undisturbed: tuple[Path, dict], sample_data: Path, model_url: str, tmp_path: Path
+    connected_head: RayHead, undisturbed: tuple[Path, dict], sample_data: Path, model_url: str, tmp_path: Path
 ) -> None:
     photos, output = str(sample_data / "photos"), tmp_path / "e"
     arguments = ["--model", model_url, "--photos", photos, "--output", str(output)]
-    with start_job("embed.py", *arguments, extra=head.environment) as job:
+    with start_job("embed.py", *arguments, extra=connected_head.environment) as job:
         try:
             wait_until(lambda: any(output.glob("split=*/part-*.parquet")), job)
         finally:
@@ -110,7 +102,7 @@ def test_photos_killed_and_started_again_give_the_embeddings_of_their_faces(
 
 
 def test_embeddings_go_to_the_folder_of_the_run_and_only_the_splits_asked_for(
-    head: RayHead, model_url: str, faces_url: str, tmp_path: Path
+    connected_head: RayHead, model_url: str, faces_url: str, tmp_path: Path
 ) -> None:
     save_model(load_model(model_url), str(tmp_path / "runs" / "first" / "model"))
     result = embed_job(EmbedConfig(data=str(tmp_path), faces=faces_url, splits=("val",)))
@@ -120,7 +112,7 @@ def test_embeddings_go_to_the_folder_of_the_run_and_only_the_splits_asked_for(
 
 
 def test_a_bucket_holds_model_faces_and_embeddings(
-    head: RayHead, s3_bucket: str, undisturbed: tuple[Path, dict], model_url: str, faces_url: str
+    connected_head: RayHead, s3_bucket: str, undisturbed: tuple[Path, dict], model_url: str, faces_url: str
 ) -> None:
     for folder, name in ((model_url, "runs/ü 1/model"), (faces_url, "faces")):
         for info in storage.list_files(folder, skip_prefixes=(".",)):
@@ -131,7 +123,7 @@ def test_a_bucket_holds_model_faces_and_embeddings(
 
 
 def test_other_settings_are_refused_unless_they_may_overwrite(
-    head: RayHead, undisturbed: tuple[Path, dict], model_url: str, faces_url: str, tmp_path: Path
+    connected_head: RayHead, undisturbed: tuple[Path, dict], model_url: str, faces_url: str, tmp_path: Path
 ) -> None:
     shutil.copytree(undisturbed[0], tmp_path / "e")
     torch.manual_seed(1)
@@ -162,7 +154,7 @@ def test_faces_of_another_fingerprint_are_warned_of_or_refused(
 
 
 def test_a_model_that_gives_nan_ends_the_job_in_one_line(
-    head: RayHead, model_url: str, faces_url: str, tmp_path: Path
+    connected_head: RayHead, model_url: str, faces_url: str, tmp_path: Path
 ) -> None:
     model = load_model(model_url)
     torch.nn.init.constant_(model.head[0].weight, 3e38)  # finite itself, but no product with it is
@@ -172,9 +164,11 @@ def test_a_model_that_gives_nan_ends_the_job_in_one_line(
     assert not (tmp_path / "e" / "_SUCCESS").exists()
 
 
-def test_what_cannot_start_says_so_in_one_line(head: RayHead, model_url: str, faces_url: str, tmp_path: Path) -> None:
+def test_what_cannot_start_says_so_in_one_line(
+    connected_head: RayHead, model_url: str, faces_url: str, tmp_path: Path
+) -> None:
     flags = ["--model", model_url, "--faces", faces_url, "--output", str(tmp_path / "e"), "--gpus", "1"]
-    refused = run_job("embed.py", *flags, extra=head.environment)
+    refused = run_here("embed.py", *flags)
     assert refused.status == 2, refused.errors
     assert "--gpus is 1, but the cluster has 0" in refused.last_error
     assert "Traceback" not in refused.errors

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,12 @@ from lib.evaluation.metrics import verification_figures
 from lib.evaluation.pair_files import read_pairs
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.model import load_model, save_model
-from tests.job_runner import Finished, RayHead, connected, ray_head, run_job
+from tests.job_runner import Finished, RayHead, run_job
 from tests.recognition.test_onnx_model import onnx_file
-from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(600)
 
 SHARED_FIGURES = ("accuracy", "accuracy_std", "auc", "eer", "num_pairs")
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: S3Server) -> Iterator[RayHead]:
-    """Start a cluster of 2 logical CPUs whose nodes know the bucket's keys; this process is connected to it."""
-    with ray_head(num_cpus=2, extra=s3_server.environment()) as head, connected(head):
-        yield head
 
 
 def made_run(model_url: str, folder: Path) -> Path:
@@ -56,7 +47,11 @@ def run(model_url: str, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(
-    head: RayHead, model_url: str, faces_url: str, faces_rows: list[dict], tmp_path_factory: pytest.TempPathFactory
+    connected_head: RayHead,
+    model_url: str,
+    faces_url: str,
+    faces_rows: list[dict],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, EvaluateConfig, Finished]:
     """Return a run, what was evaluated of it, and what the job said."""
     data = tmp_path_factory.mktemp("evaluated é")
@@ -64,7 +59,7 @@ def evaluated(
     groups = [f"{row['photo']},{'odd' if int(row['identity']) % 2 else 'even'}" for row in faces_rows]
     (data / "slices.csv").write_text("\n".join(["photo,attribute", *groups]))
     flags = ["--faces", faces_url, "--split", "all", "--num-pairs", "300", "--slices", str(data / "slices.csv")]
-    done = run_job("evaluate.py", "--data", str(data), *flags, extra=head.environment)
+    done = run_job("evaluate.py", "--data", str(data), *flags, extra=connected_head.environment)
     assert done.status == 0, done.errors
     return run, EvaluateConfig(data=str(data), faces=faces_url, split="all", num_pairs=300), done
 
@@ -144,7 +139,7 @@ def test_a_model_that_cannot_be_written_to_is_measured_all_the_same(
 
 
 def test_two_models_are_measured_on_given_pairs_of_raw_photos_in_a_bucket(
-    head: RayHead, s3_bucket: str, run: Path, sample_data: Path, faces_rows: list[dict], tmp_path: Path
+    connected_head: RayHead, s3_bucket: str, run: Path, sample_data: Path, faces_rows: list[dict], tmp_path: Path
 ) -> None:
     there = [row for row in faces_rows if row["status"] == "aligned"][:30]
     there += [row for row in faces_rows if row["status"] in ("no_face", "corrupt")][:4]
@@ -191,7 +186,9 @@ def test_two_models_are_measured_on_given_pairs_of_raw_photos_in_a_bucket(
 
 
 @pytest.mark.real_photos
-def test_lfw_is_evaluated_by_its_own_pairs(head: RayHead, run: Path, real_photos: Path, tmp_path: Path) -> None:
+def test_lfw_is_evaluated_by_its_own_pairs(
+    connected_head: RayHead, run: Path, real_photos: Path, tmp_path: Path
+) -> None:
     lines = (real_photos / "lfw" / "pairs.txt").read_text().splitlines()
     num_each = int(lines[0].split()[1])
     taken = [line for fold in range(2) for kind in range(2) for line in lines[1 + (2 * fold + kind) * num_each :][:25]]

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -19,20 +18,15 @@ from lib.errors import UserError
 from lib.recognition.embedding import EmbedConfig, embed_job
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.identifying import IdentifyConfig, identify
-from tests.job_runner import RayHead, connected, ray_head, run_job
+from tests.job_runner import RayHead, run_job
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    """Start a cluster of 2 logical CPUs; this process is connected to it."""
-    with ray_head(num_cpus=2) as head, connected(head):
-        yield head
-
-
-@pytest.fixture(scope="module")
-def gallery_url(head: RayHead, model_url: str, faces_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def gallery_url(
+    connected_head: RayHead, model_url: str, faces_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """Return the embeddings of the people of the split train: those of the others are strangers."""
     output = str(tmp_path_factory.mktemp("gallery é") / "train")
     embed_job(EmbedConfig(model=model_url, faces=faces_url, splits=("train",), output=output))
@@ -56,7 +50,7 @@ def photos(sample_data: Path, aligned: list[dict], tmp_path_factory: pytest.Temp
 
 
 def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_for(
-    head: RayHead,
+    connected_head: RayHead,
     model_url: str,
     gallery_url: str,
     faces_url: str,
@@ -65,9 +59,8 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     tmp_path: Path,
 ) -> None:
     flags = ["--model", model_url, "--gallery", gallery_url, "--photos", str(photos), "--faces", faces_url]
-    done = run_job(
-        "identify.py", *flags, "--threshold", "0.0001", "--output", str(tmp_path / "out é"), extra=head.environment
-    )
+    flags += ["--threshold", "0.0001", "--output", str(tmp_path / "out é")]
+    done = run_job("identify.py", *flags, extra=connected_head.environment)
     assert done.status == 0, done.errors
     rows = pq.read_table(tmp_path / "out é" / "matches.parquet").to_pylist()
     people = {row["photo"]: row["identity"] for row in aligned}

@@ -1,13 +1,12 @@
 """What is in an output folder decides: go on, nothing to do, or refuse; and only what is ours is ever removed."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lib import cluster, parts, storage
+from lib import parts, storage
 from lib.errors import JobError, UserError
 from lib.parts import (
     PLAN_NAME,
@@ -100,14 +99,6 @@ class AlwaysDies:
         return summary(lambda _: 1, item)
 
 
-@pytest.fixture(scope="module")
-def ray_of_its_own() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        with cluster.connected():
-            yield
-
-
 @pytest.mark.parametrize(
     ("worker", "line"),
     [
@@ -115,7 +106,7 @@ def ray_of_its_own() -> Iterator[None]:
         (AlwaysDies, "workers died 2 times over one part"),
     ],
 )
-@pytest.mark.usefixtures("ray_of_its_own")
+@pytest.mark.usefixtures("connected_head")
 def test_what_ends_the_workers_is_one_line(worker: type, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "TRIES_OF_A_PART", 2)
     with pytest.raises(JobError, match=line):

@@ -12,7 +12,7 @@ from lib.flags import parsed
 from lib.pipeline import PipelineConfig, pipeline_defaults
 from lib.recognition.model import load_model
 from lib.training.settings import TrainConfig
-from tests.job_runner import kill_session, run_here, run_job, start_job, wait_until
+from tests.job_runner import RayHead, kill_session, run_here, run_job, start_job, wait_until
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -30,19 +30,21 @@ TINY += [
 TINY += ["--evaluate.split", "all"]  # the drawn people are few
 
 
-def test_it_goes_on_after_a_kill_and_ends_with_the_figures_of_the_report(
-    sample_data: Path, faces_url: str, tmp_path: Path
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_it_ends_with_the_figures_of_the_report_after_a_kill_too(
+    head: RayHead, sample_data: Path, faces_url: str, tmp_path: Path, killed: bool
 ) -> None:
     flags = ["--data", str(tmp_path), "--preprocess.photos", str(sample_data / "photos"), *TINY]
     flags += ["--preprocess.identities", str(sample_data / "identities.txt"), "--preprocess.faces", faces_url]
     flags += ["--train.run.cache-dir", str(tmp_path / "the cache")]
     run = tmp_path / "runs" / "a run é"
-    with start_job("pipeline.py", *flags) as job:
-        try:
-            wait_until(lambda: (run / "history.parquet").exists(), job, 200)
-        finally:
-            kill_session(job.pid)
-    done = run_job("pipeline.py", *flags)
+    if killed:
+        with start_job("pipeline.py", *flags, extra=head.environment) as job:
+            try:
+                wait_until(lambda: (run / "history.parquet").exists(), job, 200)
+            finally:
+                kill_session(job.pid)
+    done = run_job("pipeline.py", *flags, extra=head.environment)
     assert done.status == 0, done.errors
     assert len(done.output.splitlines()) == 1
     result = done.result

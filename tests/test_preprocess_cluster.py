@@ -23,7 +23,7 @@ from tests.job_runner import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 COPIES = 2
 
@@ -116,7 +116,7 @@ def test_a_job_without_the_token_of_the_cluster_says_so(
 ) -> None:
     extra = {"RAY_ADDRESS": head.environment["RAY_ADDRESS"], "HOME": str(tmp_path), **variables}
     flags = ["--data", str(sample_data), "--faces", str(tmp_path / "faces")]
-    refused = run_job("preprocess.py", *flags, extra=extra, timeout_s=30)
+    refused = run_job("preprocess.py", *flags, extra=extra, timeout_s=100)
     assert refused.status == 2
     assert "this cluster wants another token: set RAY_AUTH_MODE=token" in refused.last_error
     assert "Traceback" not in refused.errors

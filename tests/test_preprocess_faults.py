@@ -24,7 +24,7 @@ from tests.job_runner import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 COPIES = 2
 WORKER = "ray::MapWorker"
@@ -47,13 +47,6 @@ def data(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(data: Path) -> list[str]:
     folder = data / "photos"
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    """Start a cluster of 4 logical CPUs, whatever the machine has."""
-    with ray_head(num_cpus=4) as head:
-        yield head
 
 
 @pytest.fixture(scope="module")

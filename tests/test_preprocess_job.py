@@ -17,7 +17,7 @@ from PIL import Image
 
 from lib.faces import table
 from lib.faces.splits import split_of
-from tests.job_runner import ROOT, Finished, environment, run_here, run_job
+from tests.job_runner import ROOT, Finished, RayHead, environment, run_here
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -170,7 +170,9 @@ def test_a_limit_that_decides_what_is_refused_is_part_of_the_plan(data: Path, fi
     assert "max_megapixels: 100.0 there, 0.1 now" in refused.last_error
 
 
-def test_what_is_missing_is_done_again_and_comes_out_the_same(data: Path, first_run: Finished) -> None:
+def test_what_is_missing_is_done_again_and_comes_out_the_same(
+    connected_head: RayHead, data: Path, first_run: Finished
+) -> None:
     """What a kill at any moment leaves is some of the parts and no `_SUCCESS`."""
     faces = data / "faces"
     parts = sorted(faces.glob("split=*/part-*.parquet"))
@@ -180,7 +182,7 @@ def test_what_is_missing_is_done_again_and_comes_out_the_same(data: Path, first_
         path.unlink()
     (faces / "_SUCCESS").unlink()
     (parts[1].parent / f".{0:032x}.tmp").write_bytes(b"half a file")
-    again = run_job("preprocess.py", "--data", str(data))
+    again = run_here("preprocess.py", "--data", str(data))
     assert again.status == 0, again.errors
     assert again.result["photos_processed"] == num_lost
     assert {path: path.read_bytes() for path in lost} == lost
@@ -188,7 +190,9 @@ def test_what_is_missing_is_done_again_and_comes_out_the_same(data: Path, first_
     assert not list(faces.rglob(".*")), "leftovers of a killed writer are swept"
 
 
-def test_overwrite_starts_anew_and_takes_parquet_input(data: Path, sample_data: Path, tmp_path: Path) -> None:
+def test_overwrite_starts_anew_and_takes_parquet_input(
+    connected_head: RayHead, data: Path, first_run: Finished, sample_data: Path, tmp_path: Path
+) -> None:
     rows = []
     for line in (sample_data / "identities.txt").read_text().splitlines()[:40]:
         name, identity = line.rsplit(" ", 1)
@@ -199,10 +203,10 @@ def test_overwrite_starts_anew_and_takes_parquet_input(data: Path, sample_data: 
     pq.write_table(pa.Table.from_pylist(rows[25:]), tmp_path / "shards" / "b.parquet")
     faces = tmp_path / "faces"
     flags = ["--photos", str(tmp_path / "shards"), "--identity-column", "who", "--faces", str(faces)]
-    first = run_job("preprocess.py", *flags, "--min-score", "0.95")
+    first = run_here("preprocess.py", *flags, "--min-score", "0.95")
     assert first.status == 0, first.errors
     assert first.result["rows"] == 40
-    second = run_job("preprocess.py", *flags, "--overwrite")
+    second = run_here("preprocess.py", *flags, "--overwrite")
     assert second.status == 0, second.errors
     assert second.result["photos_processed"] == 40
     names = [row["photo"] for row in rows]
@@ -215,14 +219,14 @@ def test_overwrite_starts_anew_and_takes_parquet_input(data: Path, sample_data: 
     assert ours == theirs
 
 
-def test_all_faces_of_photos_without_identities(sample_data: Path, tmp_path: Path) -> None:
+def test_all_faces_of_photos_without_identities(connected_head: RayHead, sample_data: Path, tmp_path: Path) -> None:
     pair_names = {
         row["photo"] for row in pq.read_table(sample_data / "landmarks.parquet").to_pylist() if row["kind"] == "two"
     }
     (tmp_path / "photos").mkdir()
     for name in pair_names:
         os.link(sample_data / "photos" / name, tmp_path / "photos" / name)
-    done = run_job("preprocess.py", "--data", str(tmp_path), "--faces-policy", "all")
+    done = run_here("preprocess.py", "--data", str(tmp_path), "--faces-policy", "all")
     assert done.status == 0, done.errors
     faces = read_faces(tmp_path / "faces")
     assert done.result["photos"] == len(pair_names)
@@ -292,15 +296,6 @@ def test_faces_among_the_photos_are_refused(tmp_path: Path, folder: str) -> None
     assert refused.status == 2
     assert "lies in --photos" in refused.last_error
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a b.jpg"]
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "nonsense"])
-def test_a_ray_address_where_nobody_answers_is_told_soon(tmp_path: Path, address: str) -> None:
-    _photo_folder(tmp_path, "a b.jpg 1\n")
-    refused = run_job("preprocess.py", "--data", str(tmp_path), extra={"RAY_ADDRESS": address}, timeout_s=60)
-    assert refused.status == 2
-    assert f"RAY_ADDRESS is '{address}'" in refused.last_error
-    assert "Traceback" not in refused.errors
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

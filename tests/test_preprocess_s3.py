@@ -2,26 +2,19 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import s3fs
 
 from lib import storage
 from lib.faces import table
-from tests.job_runner import RayHead, finish, ray_head, run_job, start_job, wait_until
+from tests.job_runner import RayHead, finish, run_here, run_job, start_job, wait_until
 from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: S3Server) -> Iterator[RayHead]:
-    """Start a cluster whose nodes know the bucket's keys, as the driver does."""
-    with ray_head(num_cpus=2, extra=s3_server.environment()) as head:
-        yield head
 
 
 @pytest.fixture
@@ -59,12 +52,13 @@ def test_a_bucket_is_read_and_written_and_a_second_run_does_nothing(head: RayHea
     sheet = np.frombuffer(storage.read_bytes(f"{data}/faces/contact_sheet.jpg"), np.uint8)
     assert cv2.imdecode(sheet, cv2.IMREAD_COLOR) is not None
 
-    again = run_job("preprocess.py", extra={"DATA_URL": data})
+    again = run_here("preprocess.py", extra={"DATA_URL": data})
     assert again.status == 0, again.errors
     assert again.result["photos_processed"] == 0
     assert again.result["aligned"] == done.result["aligned"]
 
 
+@pytest.mark.slow
 def test_after_kill_9_the_same_command_does_what_is_missing(head: RayHead, data: str) -> None:
     with start_job("preprocess.py", "--data", data, extra=head.environment) as job:
         wait_until(lambda: bool(parts(data)), job)
@@ -78,6 +72,7 @@ def test_after_kill_9_the_same_command_does_what_is_missing(head: RayHead, data:
     assert rows(data) == photos(data)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_and_comes_back_costs_no_photo(head: RayHead, data: str, s3_server: S3Server) -> None:
     names = photos(data)
     with start_job("preprocess.py", "--data", data, extra=head.environment) as job:
@@ -103,34 +98,30 @@ def test_a_server_that_goes_and_comes_back_costs_no_photo(head: RayHead, data: s
     ],
     ids=["wrong secret", "unknown key", "read-only user"],
 )
-def test_who_may_not_is_told_so_in_one_line_without_the_secret(
-    s3_server: S3Server, data: str, changed: dict[str, str], said: str
-) -> None:
-    refused = run_job("preprocess.py", "--data", data, extra={**s3_server.environment(), **changed})
+def test_who_may_not_is_told_so_in_one_line_without_the_secret(data: str, changed: dict[str, str], said: str) -> None:
+    s3fs.S3FileSystem.clear_instance_cache()  # it holds the right ones
+    refused = run_here("preprocess.py", "--data", data, extra=changed)
     assert refused.status == 2, refused.errors
     assert refused.last_error.startswith("error: ")
     assert said in refused.last_error
     assert "Traceback" not in refused.errors
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         assert changed.get(name, "ci-secret") not in refused.errors
+    s3fs.S3FileSystem.clear_instance_cache()
     assert parts(data) == []
 
 
-def test_a_bucket_that_is_not_there_is_named(s3_server: S3Server) -> None:
-    refused = run_job("preprocess.py", "--data", "s3://no-such-bucket/data", extra=s3_server.environment())
+def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
+    refused = run_here("preprocess.py", "--data", "s3://no-such-bucket/data")
     assert refused.status == 2, refused.errors
     assert refused.last_error.startswith("error: ")
     assert "no-such-bucket" in refused.last_error
     assert "Traceback" not in refused.errors
 
 
-def test_local_photos_go_to_a_bucket_of_another_name(s3_server: S3Server, s3_bucket: str, sample_data: Path) -> None:
+def test_local_photos_go_to_a_bucket_of_another_name(s3_bucket: str, sample_data: Path) -> None:
     """The plan alone is looked at: no cluster is started."""
-    planned = run_job(
-        "preprocess.py",
-        *("--data", str(sample_data), "--faces", f"{s3_bucket}/faces", "--dry-run"),
-        extra=s3_server.environment(),
-    )
+    planned = run_here("preprocess.py", "--data", str(sample_data), "--faces", f"{s3_bucket}/faces", "--dry-run")
     assert planned.status == 0, planned.errors
     assert planned.result["faces"] == f"{s3_bucket}/faces"
     assert list(storage.list_files(s3_bucket)) == []

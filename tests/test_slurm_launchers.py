@@ -1,6 +1,5 @@
 """The launchers without Slurm: what they ask it for, and that the command they end in is one the job understands."""
 
-import json
 import os
 import re
 import subprocess
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.job_runner import ROOT, environment
+from tests.job_runner import ROOT, environment, run_here
 
 JOBS = ["preprocess", "train", "embed", "evaluate"]
 
@@ -51,11 +50,12 @@ def test_the_command_of_a_launcher_is_one_the_job_understands(
     }
     launcher = (ROOT / "slurm" / f"{job}.sh").read_text()
     assert launcher.count("exec slurm/ray-cluster.sh ") == 1
-    without_ray = launcher.replace("exec slurm/ray-cluster.sh ", "exec python ")
-    done = bash("-c", without_ray, f"{job}.sh", *flags[job], "--dry-run", SLURM_JOB_NUM_NODES="2")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert (result["job"], result["dry_run"]) == (job, True)
+    printed = launcher.replace("exec slurm/ray-cluster.sh ", "printf '%s\\n' ")
+    told = bash("-c", printed, f"{job}.sh", *flags[job], "--dry-run", SLURM_JOB_NUM_NODES="2")
+    script, *arguments = told.stdout.splitlines()
+    done = run_here(Path(script).name, *arguments)
+    assert done.status == 0, done.errors
+    assert (done.result["job"], done.result["dry_run"]) == (job, True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,7 +3,7 @@
 import csv
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lib.training.job import train
 from lib.training.settings import TrainConfig
 from lib.tuning.run_comparison import read_run
 from lib.tuning.winner import winner_settings
-from tests.job_runner import Finished, RayHead, finish, kill_session, ray_head, run_here, run_job, start_job, wait_until
+from tests.job_runner import Finished, RayHead, finish, kill_session, run_here, run_job, start_job, wait_until
 from tests.training.learnable_faces import write_faces
 
 pytestmark = pytest.mark.timeout(400)
@@ -54,12 +54,6 @@ class Swept:
     finished_before: dict[Path, int]
     """Files of the trials that were finished when the kill came, with the time of their last change."""
     done: Finished
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with ray_head(num_cpus=4) as head:
-        yield head
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +107,7 @@ def swept(head: RayHead, data: Path) -> Swept:
     return Swept(folder, stopped, half_done, compared.result, killed, finished_before, done)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_everything_and_says_how_to_go_on(swept: Swept) -> None:
     assert swept.stopped.status == STOPPED, swept.stopped.errors
     assert "the same command goes on from there" in swept.stopped.last_error
@@ -120,6 +115,7 @@ def test_a_signal_saves_everything_and_says_how_to_go_on(swept: Swept) -> None:
     assert "Traceback" not in swept.stopped.errors
 
 
+@pytest.mark.slow
 def test_finished_trials_are_left_alone_and_half_done_ones_go_on(swept: Swept) -> None:
     assert swept.half_done
     assert swept.finished_before
@@ -133,6 +129,7 @@ def test_finished_trials_are_left_alone_and_half_done_ones_go_on(swept: Swept) -
         assert epochs == list(range(1, len(epochs) + 1))
 
 
+@pytest.mark.slow
 def test_each_trial_is_a_run_and_what_became_of_it_is_told(swept: Swept) -> None:
     result = swept.done.result
     assert len(swept.done.output.splitlines()) == 1
@@ -149,6 +146,7 @@ def test_each_trial_is_a_run_and_what_became_of_it_is_told(swept: Swept) -> None
     assert f"{FAILING} failed: the loss is not finite" in swept.done.errors
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_run_that_the_training_job_makes_of_its_settings(swept: Swept, data: Path) -> None:
     settings = SWEEP[SWEEP.index("--no-normalize") : SWEEP.index("--checkpoint-minutes")]
     place = ["--data", str(swept.folder), "--faces", str(data / "faces"), "--name", swept.done.result["winner"]]
@@ -157,6 +155,7 @@ def test_a_trial_is_the_run_that_the_training_job_makes_of_its_settings(swept: S
     assert train(config)["accuracy"] == swept.done.result["accuracy"]  # finished: nothing was trained
 
 
+@pytest.mark.slow
 def test_the_hopeless_trial_is_stopped_early_and_could_go_on(swept: Swept) -> None:
     hopeless = read_run(str(swept.folder / "runs" / HOPELESS))
     assert hopeless.state == "stopped"
@@ -167,6 +166,7 @@ def test_the_hopeless_trial_is_stopped_early_and_could_go_on(swept: Swept) -> No
     assert progress.epoch == len(hopeless.rows) + 1
 
 
+@pytest.mark.slow
 def test_the_history_has_all_epochs_of_all_trials_in_every_format(swept: Swept) -> None:
     table = pq.read_table(swept.folder / "history.parquet")
     assert table.column_names[:8] == [
@@ -186,12 +186,14 @@ def test_the_history_has_all_epochs_of_all_trials_in_every_format(swept: Swept) 
     assert openpyxl.load_workbook(swept.folder / "history.xlsx").active.max_row == len(rows) + 1
 
 
+@pytest.mark.slow
 def test_runs_that_still_go_on_are_compared_too(swept: Swept) -> None:
     assert swept.between["runs"] == 4
     assert swept.between["unfinished"] >= len(swept.half_done)
     assert "going on, or interrupted" in Path(swept.between["report"]).read_text()
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_winner_and_why_others_ended(swept: Swept) -> None:
     page = (swept.folder / "report.html").read_text()
     assert f"{swept.done.result['winner']}: {100 * swept.done.result['accuracy']:.2f} %" in page
@@ -199,6 +201,7 @@ def test_the_page_shows_the_winner_and_why_others_ended(swept: Swept) -> None:
     assert "was not in the best 1/2" in page
 
 
+@pytest.mark.slow
 def test_training_takes_the_winners_settings_unless_told_otherwise(swept: Swept, data: Path) -> None:
     won = swept.done.result["winner_settings"]["lr"]
     told = ["--data", str(data), "--from-sweep", str(swept.folder), "--embedding-dim", "8", "--dry-run"]
@@ -209,6 +212,7 @@ def test_training_takes_the_winners_settings_unless_told_otherwise(swept: Swept,
     assert winner_settings(str(swept.folder))["init"] == "none"
 
 
+@pytest.mark.slow
 def test_no_winner_is_taken_from_what_is_no_sweep_or_not_finished(swept: Swept, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no sweep"):
         winner_settings(str(data / "runs"))
@@ -217,11 +221,27 @@ def test_no_winner_is_taken_from_what_is_no_sweep_or_not_finished(swept: Swept, 
         winner_settings(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_other_settings_is_refused_naming_them(swept: Swept, data: Path) -> None:
     refused = run_here("sweep.py", *flags(data, "--margin", "0.4"))
     assert refused.status == 2
     assert "margins: [0.2] there, [0.4] now" in refused.last_error
     assert "Traceback" not in refused.errors
+
+
+def test_a_small_sweep_ends_with_its_winner_and_tells_what_failed(connected_head: RayHead, data: Path) -> None:
+    settings = ["--lrs", "2e-3,1e30", "--no-normalize", "--warmup-share", "0", "--epochs", "1", "--at-once", "2", *TINY]
+    place = ["--data", str(data), "--cache-dir", str(data / "the cache"), "--name", "small"]
+    flags = [*place, *settings, "--triplets-per-epoch", "480"]
+    done = run_here("sweep.py", *flags)
+    assert done.status == 0, done.errors
+    assert (done.result["trials"], done.result["finished"], done.result["failed"]) == (2, 1, 1)
+    assert done.result["winner_settings"]["lr"] == 2e-3
+    assert read_run(done.result["winner_url"]).state == "finished"
+    page = (data / "sweeps" / "small" / "report.html").read_text()
+    assert f"{done.result['winner']}: {100 * done.result['accuracy']:.2f} %" in page
+    assert "the loss is not finite" in page
+    assert run_here("sweep.py", *flags).result["trials_run"] == 0
 
 
 def test_unknown_backbones_are_all_named_before_anything_starts(data: Path) -> None:

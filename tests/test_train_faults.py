@@ -18,7 +18,7 @@ from tests.job_runner import (
     finish,
     kill_session,
     mounted,
-    ray_head,
+    run_here,
     run_job,
     session_processes,
     start_job,
@@ -27,19 +27,13 @@ from tests.job_runner import (
 from tests.test_train_job import TIMES, TINY
 from tests.training.learnable_faces import write_faces
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 WORKER = "ray::RayTrainWorker"
 SHARD = "ray::Shard"
 EPOCHS = 8
 ANCHORS = 960
 STOPPED = 75
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[RayHead]:
-    with ray_head(num_cpus=4) as head:
-        yield head
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +86,30 @@ def undisturbed(head: RayHead, faces: str, tmp_path_factory: pytest.TempPathFact
 
 
 def test_the_same_command_goes_on_as_if_nothing_had_happened(
-    head: RayHead, faces: str, undisturbed: list[dict[str, Any]], tmp_path: Path
+    connected_head: RayHead, faces: str, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Stopped by each signal and killed in the middle of epochs, the whole history is that of a run without it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL):
+    """Killed and stopped by each signal in the middle of epochs, with a checkpoint damaged, it has the same history.
+
+    A second run of its name is refused meanwhile.
+    """
+    head = connected_head
+    for number in (signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM):
         with half_done(tmp_path, faces, "--deterministic", extra=head.environment) as job:
+            if number == signal.SIGUSR1:
+                refused = run_here("train.py", *flags(tmp_path, faces, "--deterministic"))
+                assert refused.status == 2, refused.errors
+                assert "is training on this cluster already" in refused.last_error
             os.kill(job.pid, number)
             left = finish(job, 100)
         assert left.status == (-number if number == signal.SIGKILL else STOPPED), left.errors
         assert "Traceback" not in left.errors
         assert ("the same command goes on" in left.last_error) == (left.status == STOPPED)
     assert len(rows(tmp_path)) < EPOCHS
+    newest = max((tmp_path / "runs" / "default" / "checkpoints").glob("epoch-*"))
+    newest.write_bytes(newest.read_bytes()[:100_000])
     done = run_job("train.py", *flags(tmp_path, faces, "--deterministic"), extra=head.environment)
     assert done.status == 0, done.errors
+    assert "is damaged" in done.errors
     assert "going on from the checkpoint of epoch" in done.errors
     assert same_but_times(rows(tmp_path)) == undisturbed
 
@@ -113,7 +118,7 @@ def test_a_signal_to_all_processes_of_a_local_run_stops_it_within_seconds(faces:
     """Ray's daemons die of it too, so nothing more can be saved; still the launcher has to hear of a stop."""
     with half_done(tmp_path, faces, extra={}) as job:
         os.killpg(job.pid, signal.SIGTERM)
-        left = finish(job, 20)
+        left = finish(job, 40)
     assert left.status == STOPPED, left.errors
     assert left.last_error.startswith("stopped: asked by a signal")
 
@@ -140,7 +145,7 @@ def test_a_killed_shard_of_the_store_comes_back_and_is_filled_again(head: RayHea
     assert done.status == 0, done.errors
     history = rows(tmp_path)
     assert [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
-    assert max(row["store_num_filled"] for row in history[1:]) > 0 or history[-1]["store_filled_share"] == 1.0
+    assert max(row["store_num_filled"] for row in history[1:]) > 0
     assert history[-1]["store_filled_share"] == 1.0
 
 
@@ -160,24 +165,3 @@ def test_a_full_disk_is_told_after_several_tries_and_a_larger_one_goes_on(
         assert done.status == 0, done.errors
         assert [row["epoch"] for row in rows(disk)] == list(range(1, EPOCHS + 1))
         load_model(done.result["model"])
-
-
-def test_a_second_run_of_the_same_name_is_refused_while_the_first_trains(
-    head: RayHead, faces: str, tmp_path: Path
-) -> None:
-    with half_done(tmp_path, faces, extra=head.environment):
-        refused = run_job("train.py", *flags(tmp_path, faces), extra=head.environment, timeout_s=60)
-    assert refused.status == 2
-    assert "is training on this cluster already" in refused.last_error
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(head: RayHead, faces: str, tmp_path: Path) -> None:
-    with half_done(tmp_path, faces, extra=head.environment) as job:
-        os.kill(job.pid, signal.SIGTERM)
-        assert finish(job, 60).status == STOPPED
-    newest = max((tmp_path / "runs" / "default" / "checkpoints").glob("epoch-*"))
-    newest.write_bytes(newest.read_bytes()[:100_000])
-    done = run_job("train.py", *flags(tmp_path, faces), extra=head.environment)
-    assert done.status == 0, done.errors
-    assert "is damaged" in done.errors
-    assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, EPOCHS + 1))

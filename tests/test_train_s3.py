@@ -1,14 +1,14 @@
 """`jobs/train.py` from and to a bucket of a real S3 server, which goes away in the middle and comes back."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import s3fs
 
 from lib import storage
 from lib.recognition.model import load_model
-from tests.job_runner import RayHead, finish, kill_session, ray_head, run_job, start_job, wait_until
+from tests.job_runner import RayHead, finish, kill_session, run_here, run_job, start_job, wait_until
 from tests.s3_server import S3Server
 from tests.test_train_job import TINY
 from tests.training.learnable_faces import write_faces
@@ -16,13 +16,6 @@ from tests.training.learnable_faces import write_faces
 pytestmark = pytest.mark.timeout(300)
 
 EPOCHS = 4
-
-
-@pytest.fixture(scope="module")
-def head(s3_server: S3Server) -> Iterator[RayHead]:
-    """Start a cluster whose workers know the server."""
-    with ray_head(num_cpus=4, extra=s3_server.environment()) as head:
-        yield head
 
 
 @pytest.fixture
@@ -42,6 +35,7 @@ def epochs(data: str) -> list[int]:
     return storage.read_parquet(url)["epoch"].to_pylist() if storage.exists(url) else []
 
 
+@pytest.mark.slow
 def test_a_run_lives_in_a_bucket(head: RayHead, data: str, tmp_path: Any) -> None:
     done = run_job("train.py", *flags(data, tmp_path), extra=head.environment)
     assert done.status == 0, done.errors
@@ -50,9 +44,10 @@ def test_a_run_lives_in_a_bucket(head: RayHead, data: str, tmp_path: Any) -> Non
     names = {info.path for info in storage.list_files(f"{data}/runs/default")}
     assert {"config.json", "history.csv", "history.xlsx", "usage.parquet"} <= names
     assert any(name.startswith("tensorboard/events") for name in names)
-    assert run_job("train.py", *flags(data, tmp_path)).result["epochs"] == EPOCHS
+    assert run_here("train.py", *flags(data, tmp_path)).result["epochs"] == EPOCHS
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_and_comes_back_costs_no_epoch(
     head: RayHead, data: str, tmp_path: Any, s3_server: S3Server
 ) -> None:
@@ -70,7 +65,8 @@ def test_a_server_that_goes_and_comes_back_costs_no_epoch(
 
 
 def test_a_wrong_secret_is_refused_in_one_line_without_the_secret(data: str, tmp_path: Any) -> None:
-    refused = run_job("train.py", *flags(data, tmp_path), extra={"AWS_SECRET_ACCESS_KEY": "a-wrong-secret"})
+    s3fs.S3FileSystem.clear_instance_cache()  # it holds the right one
+    refused = run_here("train.py", *flags(data, tmp_path), extra={"AWS_SECRET_ACCESS_KEY": "a-wrong-secret"})
     assert refused.status == 2
     assert "a-wrong-secret" not in refused.errors
     assert "Traceback" not in refused.errors

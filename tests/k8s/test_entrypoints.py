@@ -130,6 +130,7 @@ def demands(head: RayHead) -> str:
     return "\n".join(line for line in done.stdout.splitlines() if line.strip().startswith("{"))
 
 
+@pytest.mark.slow
 def test_both_jobs_run_from_photos_to_the_report_and_ask_for_their_workers(
     settings: dict[str, str], volume: Path
 ) -> None:

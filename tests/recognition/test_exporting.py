@@ -18,14 +18,14 @@ from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, 
 from lib.recognition.onnx_model import METADATA_KEY
 from lib.recognition.recognizer import FaceRecognizer
 from lib.storage import write_json, write_parquet
-from tests.job_runner import run_job
+from tests.job_runner import run_here
 
 
 @pytest.fixture(scope="module")
 def exported(model_url: str, faces_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     """Return the file that the job makes, and what it says."""
     output = str(tmp_path_factory.mktemp("out é") / "model 1.onnx")
-    done = run_job("export.py", "--model", model_url, "--faces", faces_url, "--output", output)
+    done = run_here("export.py", "--model", model_url, "--faces", faces_url, "--output", output)
     assert done.status == 0, done.errors
     return output, done.result
 

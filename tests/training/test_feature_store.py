@@ -13,7 +13,7 @@ from lib.errors import JobError, UserError
 from lib.training import feature_store, mining
 from lib.training.feature_store import NEVER, FeatureStore, Shard
 from lib.training.mining import NO_ROW, Negatives
-from tests.job_runner import wait_until
+from tests.job_runner import RayHead, wait_until
 from tests.training.whole_search import nearest_negatives, semihard_negatives
 
 NUM_PHOTOS = 600
@@ -21,12 +21,7 @@ DIM = 16
 RUN = "a run's name with ünïcode/slash"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("connected_head")
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def make_store() -> Iterator[Callable[..., FeatureStore]]:
 
 
 @pytest.fixture(scope="module")
-def shared_store(_ray: None) -> FeatureStore:
+def shared_store(connected_head: RayHead) -> FeatureStore:
     return FeatureStore.create(RUN, labels(), dim=DIM, num_shards=3)
 
 
@@ -220,7 +215,7 @@ def test_training_goes_on_with_the_others_while_a_shard_is_dead(make_store: Call
 
 
 def test_shards_start_on_a_cluster_whose_every_cpu_is_taken(make_store: Callable[..., FeatureStore]) -> None:
-    @ray.remote(num_cpus=4)
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
     class Worker:
         def ready(self) -> bool:
             return True
