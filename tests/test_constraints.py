@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,9 @@ CONSTRAINTS = pins(ROOT / "constraints.txt")
 
 
 def test_every_installed_package_has_its_version() -> None:
-    installed = {normal(each.name): each.version.partition("+")[0] for each in metadata.distributions()}
+    # Not all of sys.path: Ray brings packages of its own, which pip does not know.
+    found = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    installed = {normal(each.name): each.version.partition("+")[0] for each in found}
     of_the_environment = {"pip", "setuptools", "wheel"}
     assert {name: installed[name] for name in installed.keys() - of_the_environment} == {
         name: CONSTRAINTS[name] for name in installed.keys() - of_the_environment

@@ -364,7 +364,7 @@ def test_a_damaged_parquet_file_is_named_in_one_line(tmp_path, table, damage):
         storage.read_parquet(str(path))
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENAMETOOLONG, errno.ESTALE])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
 def test_other_failures_of_a_disk_fail_the_job_in_one_line(number):
     with (
         pytest.raises(JobError, match=rf"cannot read '/data/x': {os.strerror(number)}"),

@@ -232,8 +232,7 @@ def test_a_sweep_of_other_settings_is_refused_naming_them(swept: Swept, data: Pa
 def test_a_small_sweep_ends_with_its_winner_and_tells_what_failed(connected_head: RayHead, data: Path) -> None:
     settings = ["--lrs", "2e-3,1e30", "--no-normalize", "--warmup-share", "0", "--epochs", "1", "--at-once", "2", *TINY]
     place = ["--data", str(data), "--cache-dir", str(data / "the cache"), "--name", "small"]
-    flags = [*place, *settings, "--triplets-per-epoch", "480"]
-    done = run_here("sweep.py", *flags)
+    done = run_here("sweep.py", *place, *settings, "--triplets-per-epoch", "480")
     assert done.status == 0, done.errors
     assert (done.result["trials"], done.result["finished"], done.result["failed"]) == (2, 1, 1)
     assert done.result["winner_settings"]["lr"] == 2e-3
@@ -241,7 +240,6 @@ def test_a_small_sweep_ends_with_its_winner_and_tells_what_failed(connected_head
     page = (data / "sweeps" / "small" / "report.html").read_text()
     assert f"{done.result['winner']}: {100 * done.result['accuracy']:.2f} %" in page
     assert "the loss is not finite" in page
-    assert run_here("sweep.py", *flags).result["trials_run"] == 0
 
 
 def test_unknown_backbones_are_all_named_before_anything_starts(data: Path) -> None:

@@ -158,10 +158,11 @@ def test_two_deterministic_runs_have_the_same_history(head: RayHead, data: Path)
     assert "hard negatives from now on" in first[switched - 2]["notes"]
 
 
-def test_faces_that_lack_something_are_trained_on_and_the_lack_is_told(connected_head: RayHead, tmp_path: Path) -> None:
+def test_faces_that_lack_something_are_trained_on_and_the_lack_is_told(head: RayHead, tmp_path: Path) -> None:
     """A crop that cannot be decoded is skipped; without validation people the last model is kept."""
     write_faces(tmp_path / "faces", people={"train": 6}, broken=("person 3/“2”.jpg",))
-    done = run_here("train.py", *flags(tmp_path, "no val", "--epochs", "1", "--triplets-per-epoch", "192"))
+    arguments = flags(tmp_path, "no val", "--epochs", "1", "--triplets-per-epoch", "192")
+    done = run_job("train.py", *arguments, extra=head.environment)
     assert done.status == 0, done.errors
     assert history(tmp_path, "no val")[-1]["num_corrupt_crops"] == 1
     assert "person 3/“2”.jpg" in done.errors
