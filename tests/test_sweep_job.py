@@ -110,7 +110,7 @@ def swept(head: RayHead, data: Path) -> Swept:
 @pytest.mark.slow
 def test_a_signal_saves_everything_and_says_how_to_go_on(swept: Swept) -> None:
     assert swept.stopped.status == STOPPED, swept.stopped.errors
-    assert "the same command goes on from there" in swept.stopped.last_error
+    assert "the same command continues" in swept.stopped.last_error
     assert "2 at once" in swept.stopped.errors
     assert "Traceback" not in swept.stopped.errors
 

@@ -24,7 +24,7 @@ def trained_on_two_nodes(
 ) -> Iterator[tuple[subprocess.Popen[str], Callable[[], None]]]:
     """Run a job whose workers train on two nodes; yield it, and what takes one of the nodes away."""
     write_faces(folder / "faces")
-    history = folder / "runs" / "default" / "history.parquet"
+    checkpoints = folder / "runs" / "default" / "checkpoints"
     cluster = ray.cluster_utils.Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
@@ -41,7 +41,8 @@ def trained_on_two_nodes(
         ]
         with start_job("train.py", *arguments, extra={"RAY_ADDRESS": cluster.address, **(extra or {})}) as job:
             try:
-                wait_until(lambda: both_work() and history.exists(), job)
+                # The checkpoint comes after the row: without it the epoch is done again, by the workers that are left.
+                wait_until(lambda: both_work() and any(checkpoints.glob("epoch-000002-*")), job)
                 yield job, lambda: cluster.remove_node(other, allow_graceful=False)
             finally:
                 kill_session(job.pid)
