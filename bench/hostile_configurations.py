@@ -34,8 +34,13 @@ from lib import storage
 HUNG_SECONDS = 60.0
 _START_SECONDS = 300.0
 
-_NOT_TRIED = {"--wait-minutes", "--until-done", "--dry-run", "--help"}
-"""Flags that wait as they are asked to, and those that every command has."""
+_NOT_TRIED = {"--wait-minutes", "--until-done", "--dry-run", "--no-dry-run", "--help"}
+"""Flags that wait as they are asked to, and those that would do more than check."""
+
+_SMALL = (
+    *("--backbone", "test_resnet", "--image-size", "64", "--epochs", "1"),
+    *("--triplets-per-epoch", "32", "--batch-size", "32"),
+)
 
 _ODD = (
     *(
@@ -63,18 +68,18 @@ _ODD = (
 _COMMANDS = (
     ("preprocess.py", ()),
     ("preprocess.py", ("--overwrite",)),
-    ("train.py", ("--name", "one")),
-    ("train.py", ("--name", "new", "--backbone", "test_resnet", "--image-size", "64")),
+    ("train.py", ("--name", "one", *_SMALL)),
+    ("train.py", ("--name", "new", *_SMALL)),
     ("train.py", ("--name", "new", "--init", "{world}/runs/one/model", "--backbone", "test_resnet")),
     ("embed.py", ()),
     ("embed.py", ("--photos", "{world}/photos", "--output", "{world}/embeddings/other")),
     ("evaluate.py", ()),
-    ("evaluate.py", ("--pairs", "{world}/pairs.txt", "--photos", "{world}/photos")),
-    ("identify.py", ("{world}/photos/00000_000.jpg",)),
+    ("evaluate.py", ("--pairs", "{world}/pairs.csv", "--photos", "{world}/photos")),
+    ("identify.py", ("--photos", "{world}/photos")),
     ("export.py", ()),
     ("compare.py", ()),
     ("sweep.py", ("--name", "new", "--backbones", "test_resnet", "--epochs", "1")),
-    ("pipeline.py", ("--name", "new", "--backbone", "test_resnet")),
+    ("pipeline.py", ("--train.name", "new", "--train.backbone", "test_resnet")),
     ("sample.py", ()),
 )
 _JSON_VALUES: tuple[Any, ...] = (None, True, 0, -1, 1e308, "x", "", [], {}, [[]], {"a": None}, "nan")
@@ -83,19 +88,32 @@ _JSON_VALUES: tuple[Any, ...] = (None, True, 0, -1, 1e308, "x", "", [], {}, [[]]
 def make_world(folder: Path) -> None:
     """Make everything that jobs read, by the jobs."""
     data = ("--data", str(folder))
-    run_job("sample.py", *data, "--identities", "12", "--photos-per-identity", "4")
+    run_job("sample.py", *data, "--identities", "80", "--photos-per-identity", "4")
     run_job("preprocess.py", *data)
-    small = ("--backbone", "test_resnet", "--image-size", "64", "--epochs", "1", "--triplets-per-epoch", "32")
-    run_job("train.py", *data, "--name", "one", *small, "--batch-size", "32", "--workers", "1")
+    run_job("train.py", *data, "--name", "one", *_SMALL, "--workers", "1")
     run_job("embed.py", *data)
-    (folder / "pairs.txt").write_text("00000_000.jpg 00000_001.jpg 1\n00001_000.jpg 00002_001.jpg 0\n")
+    same = [f"{who:05}_000.jpg,{who:05}_001.jpg,1" for who in range(8)]
+    others = [f"{who:05}_000.jpg,{who + 1:05}_001.jpg,0" for who in range(0, 8, 2)]
+    (folder / "pairs.csv").write_text("\n".join(["photo_a,photo_b,same", *same, *others]))
+    for script, base in _COMMANDS:
+        status, _, errors = run_here(script, *arguments_of(base, folder))
+        assert status == 0, f"{script} {base} fails already: {errors}"
+
+
+def arguments_of(base: tuple[str, ...], world: Path) -> list[str]:
+    """Return the arguments of a command before anything odd."""
+    return ["--data", str(world), *(each.format(world=world) for each in base), "--dry-run"]
 
 
 def flags_of(script: str) -> list[str]:
     """Return the flags that a job's help names."""
     status, output, errors = run_here(script, "--help")
     assert status == 0, errors
-    return sorted(set(re.findall(r"--[a-z][a-z-]+", output)) - _NOT_TRIED)
+    return sorted(
+        flag
+        for flag in set(re.findall(r"--[a-z][a-z.-]+", output))
+        if f"--{flag.strip('-').split('.')[-1]}" not in _NOT_TRIED
+    )
 
 
 def run_here(script: str, *arguments: str) -> tuple[int, str, str]:
@@ -173,8 +191,7 @@ def configuration(world: Path, seed: int, number: int, flags: dict[str, list[str
     """Damage the world, or choose odd flags; return the job, its arguments and what was done."""
     rng = random.Random(f"{seed} {number}")
     script, base = rng.choice(_COMMANDS)
-    place = "--output" if script == "sample.py" else "--data"
-    arguments = [place, str(world), *(each.format(world=world) for each in base), "--dry-run"]
+    arguments = arguments_of(base, world)
     if rng.random() < 0.5:
         files = sorted(p for p in world.rglob("*") if p.is_file() and "photos" not in p.relative_to(world).parts[:1])
         path = rng.choice(files)

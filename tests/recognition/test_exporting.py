@@ -84,6 +84,15 @@ def test_backbones_of_other_kinds_are_exported(tmp_path: Path, backbone: str) ->
     np.testing.assert_allclose(file.embed(crops_NHWC), embed(model, crops_NHWC), atol=1e-3)
 
 
+def test_slow_models_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+    assert exporting._rate(lambda: rounds.append(1), 64) > 0
+    assert len(rounds) == exporting.TIMED_ROUNDS
+    monkeypatch.setattr(exporting, "TIMED_SECONDS", 1e-9)
+    exporting._rate(lambda: rounds.append(1), 64)
+    assert len(rounds) == exporting.TIMED_ROUNDS + 1
+
+
 def test_a_file_that_differs_is_not_written(
     model_url: str, faces_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

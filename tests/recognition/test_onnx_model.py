@@ -274,6 +274,21 @@ def test_a_fixed_batch_is_filled_and_run_as_often_as_needed(tmp_path: Path, num:
     np.testing.assert_array_equal(fixed.embed(crops(num)), free.embed(crops(num)))
 
 
+def test_many_faces_are_run_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OnnxModel(onnx_file(tmp_path / "a.onnx"), OnnxInput())
+    sizes = []
+    run = OnnxModel._run
+
+    def counting(self: OnnxModel, images: np.ndarray) -> np.ndarray:
+        sizes.append(len(images))
+        return run(self, images)
+
+    monkeypatch.setattr(OnnxModel, "_run", counting)
+    together = model.embed(crops(20))
+    assert sizes == [8, 8, 4]
+    np.testing.assert_array_equal(together[9:10], model.embed(crops(20)[9:10]))
+
+
 def test_the_vector_is_taken_where_the_norm_comes_first(tmp_path: Path) -> None:
     model = OnnxModel(foreign_file(tmp_path / "a.onnx", PLAIN, outputs=("norm", "vector")), OnnxInput())
     plain = OnnxModel(foreign_file(tmp_path / "b.onnx", PLAIN), OnnxInput())
