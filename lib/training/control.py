@@ -9,7 +9,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.errors import JobError, UserError
+from lib.recognition.spec import ModelSpec
 from lib.training.feature_store import NAMESPACE
+from lib.training.settings import TrainConfig
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,17 @@ class News:
     """How well it does, such as the loss."""
     failure: tuple[str, str] | None = None
     """Kind of error (`user` or `job`) and its message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """What the driver tells every worker."""
+
+    config: TrainConfig
+    spec: ModelSpec
+    num_shards: int
+    """Of the feature store; 0 where no policy needs one."""
+    use_gpu: bool
 
 
 class Control:

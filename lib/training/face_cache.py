@@ -170,6 +170,9 @@ def _build(faces_url: str, splits: Sequence[str], path: Path, photos_limit: int)
         everybody = read_identities(faces_url, splits)
         kept = limited_identities(everybody, photos_limit)
         num_bytes_needed = num_bytes_needed * min(photos_limit, len(everybody)) // max(len(everybody), 1)
+    others = [other.name for other in path.parent.glob(f"faces-{'-'.join(splits)}-*.arrow") if other != path]
+    if others:
+        logger.info("%s also holds caches of other faces: %s", path.parent, ", ".join(others))
     # Asked before the copy, because a disk found full at its end costs the user the time of all of it.
     if shutil.disk_usage(path.parent).free < num_bytes_needed:
         raise _disk_full(path.parent, num_bytes_needed)

@@ -25,11 +25,11 @@ from lib.recognition.spec import ModelSpec
 from lib.terminal import terminal
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress
-from lib.training.control import News, create_control, failure_error
+from lib.training.control import News, WorkerJob, create_control, failure_error
 from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
-from lib.training.settings import TrainConfig, WorkerJob
+from lib.training.settings import TrainConfig
 from lib.training.triplets import PhotoIndex
 
 logger = logging.getLogger(__name__)

@@ -23,13 +23,13 @@ from lib.errors import JobError, JobStopped, UserError
 from lib.terminal import send_log_to_driver
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan
-from lib.training.control import StopRequests, connect_control
+from lib.training.control import StopRequests, WorkerJob, connect_control
 from lib.training.feature_store import FeatureStore
 from lib.training.objective import SUM_NAMES, EpochSums
 from lib.training.passes import StoreUpkeep
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.schedule import learning_rate
-from lib.training.settings import TrainConfig, WorkerJob
+from lib.training.settings import TrainConfig
 from lib.training.state import TrainingState
 from lib.training.step import TrainingStep
 from lib.training.suspects import SuspectLog

@@ -26,7 +26,6 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from lib.imports import quick_imports
-from lib.training.settings import WorkerJob
 
 LOOK_EVERY_S = 0.25
 """How often the controller looks whether the workers have ended, or one has died. Ray Train's 2 s end each run late."""
@@ -115,7 +114,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 
         from lib.training.loop import work
 
-    job: WorkerJob = pickle.loads(settings["job"])  # noqa: S301 - of our own driver
+    job = pickle.loads(settings["job"])  # noqa: S301 - of our own driver
     work(job, ray.train.torch.get_device() if job.use_gpu else torch.device("cpu"))
 
 

@@ -10,7 +10,7 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
 from lib.flags import check_values
 from lib.layout import Layout
-from lib.recognition.spec import INIT_NAMES, ModelSpec
+from lib.recognition.spec import INIT_NAMES
 from lib.training.augmentation import Level
 
 BatchKind = Literal["triplets", "identities"]
@@ -382,17 +382,6 @@ GROUP_OF: Mapping[str, str] = {
     for setting in fields(group.default)
 }
 """The group of each setting that is in one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerJob:
-    """What the driver tells every worker."""
-
-    config: TrainConfig
-    spec: ModelSpec
-    num_shards: int
-    """Of the feature store; 0 where no policy needs one."""
-    use_gpu: bool
 
 
 def _is_name(name: str) -> bool:

@@ -27,10 +27,10 @@ from lib.device import free_memory, worker_device
 from lib.errors import JobError, JobStopped, UserError
 from lib.recognition.model import ModelSpec
 from lib.terminal import send_log_to_driver
-from lib.training.control import connect_control, create_control, failure_error
+from lib.training.control import WorkerJob, connect_control, create_control, failure_error
 from lib.training.history import read_rows
 from lib.training.job import LEAVE_LIMIT_S, WATCH_EVERY_S, create_store, train
-from lib.training.loop import WorkerJob, work
+from lib.training.loop import work
 from lib.training.record import OUTCOME_NAME, figure_of, write_outcome
 from lib.training.settings import TrainConfig
 from lib.tuning.settings import Trial

@@ -14,7 +14,7 @@ from lib.training import feature_store, mining
 from lib.training.feature_store import NEVER, FeatureStore, Shard
 from lib.training.mining import NO_ROW, Negatives
 from tests.job_runner import RayHead, wait_until
-from tests.training.whole_search import nearest_negatives, semihard_negatives
+from tests.training.whole_search import mined_negatives
 
 NUM_PHOTOS = 600
 DIM = 16
@@ -98,10 +98,10 @@ def test_answers_of_three_shards_are_those_of_the_plain_functions(store: Feature
     exact = store.search(queries, own, policy="exact", seed=9, **common)
 
     arrays = (features(), labels())
-    assert_equal(hard.result(), nearest_negatives(queries, own, *arrays, rng=np.random.default_rng(7), **common))
+    assert_equal(hard.result(), mined_negatives(queries, own, *arrays, rng=np.random.default_rng(7), **common))
     assert_equal(
         semihard.result(),
-        semihard_negatives(queries, positives, own, *arrays, rng=np.random.default_rng(8), **common),
+        mined_negatives(queries, own, *arrays, positives_BD=positives, rng=np.random.default_rng(8), **common),
     )
     assert_equal(exact.result(), mining.exact_negatives(queries, own, *arrays, ceiling=ceiling))
     if ceiling is not None:

@@ -19,7 +19,7 @@ from lib.training.mining import (
     own_pairs,
     random_negatives,
 )
-from tests.training.whole_search import nearest_negatives, semihard_negatives
+from tests.training.whole_search import mined_negatives
 
 
 class World:
@@ -164,14 +164,11 @@ def test_mined_negatives_agree_with_brute_force_on_the_same_candidates(
         "ceiling": ceiling,
         "filled_N": filled,
     }
-    if semihard:
-        found = semihard_negatives(
-            world.queries, world.positives, world.query_labels, world.features, world.labels, **common
-        )
-        expected = world.brute_force(allowed_BN, positives_BD=world.positives, ceiling=ceiling)
-    else:
-        found = nearest_negatives(world.queries, world.query_labels, world.features, world.labels, **common)
-        expected = world.brute_force(allowed_BN, ceiling=ceiling)
+    positives = world.positives if semihard else None
+    found = mined_negatives(
+        world.queries, world.query_labels, world.features, world.labels, positives_BD=positives, **common
+    )
+    expected = world.brute_force(allowed_BN, positives_BD=positives, ceiling=ceiling)
     assert found.rows.tolist() == expected
     for anchor, row in enumerate(expected):
         squared = ((world.queries[anchor] - world.features[row]) ** 2).sum() if row != NO_ROW else np.inf

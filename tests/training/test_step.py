@@ -15,8 +15,9 @@ from lib.errors import JobError, UserError
 from lib.recognition.model import ModelSpec
 from lib.training.batches import StoredVectors, TrainingBatch
 from lib.training.beginning import begin
+from lib.training.control import WorkerJob
 from lib.training.loading import BatchLoader, LoadTask
-from lib.training.loop import Worker, WorkerJob
+from lib.training.loop import Worker
 from lib.training.objective import EpochSums
 from lib.training.settings import TrainConfig
 from lib.training.trial_runs import _run, repeated_blocks

@@ -1,45 +1,26 @@
 """Draws candidates and searches them in one call, as the feature store does over its shards."""
 
-import numpy as np
+from typing import Any
 
-from lib.training.mining import Bools, Floats, Ints, Negatives, draw_candidates, search, semihard_bounds
+from lib.training.mining import Floats, Ints, Negatives, draw_candidates, search, semihard_bounds
 
 
-def nearest_negatives(
+def mined_negatives(
     queries_BD: Floats,
     labels_B: Ints,
     features_ND: Floats,
     labels_N: Ints,
     *,
-    num_candidates: int,
-    rng: np.random.Generator,
+    positives_BD: Floats | None = None,
     ceiling: float | None = None,
-    filled_N: Bools | None = None,
+    **drawing: Any,
 ) -> Negatives:
-    """Return for each anchor the nearest of `num_candidates` random photos of other identities, the hard negative."""
-    pool = draw_candidates(labels_B, labels_N, num_candidates=num_candidates, rng=rng, filled_N=filled_N)
-    return search(queries_BD, features_ND.take(pool.rows, axis=0), pool.rows, pool.blocked, ceiling=ceiling)
+    """Return for each anchor the nearest of random photos of other identities: the hard negative.
 
-
-def semihard_negatives(
-    queries_BD: Floats,
-    positives_BD: Floats,
-    labels_B: Ints,
-    features_ND: Floats,
-    labels_N: Ints,
-    *,
-    num_candidates: int,
-    rng: np.random.Generator,
-    ceiling: float | None = None,
-    filled_N: Bools | None = None,
-) -> Negatives:
-    """Return the nearest of `num_candidates` random photos of others that is farther from the anchor than its positive.
-
-    Where none is farther, the farthest of them all stands in.
+    With positives it is the semi-hard one: the nearest that is farther from the anchor than its positive, or the
+    farthest of all where none is. `drawing` goes to `draw_candidates`.
     """
-    pool = draw_candidates(labels_B, labels_N, num_candidates=num_candidates, rng=rng, filled_N=filled_N)
+    pool = draw_candidates(labels_B, labels_N, **drawing)
+    bounds_B = None if positives_BD is None else semihard_bounds(queries_BD, positives_BD)
     candidates_PD = features_ND.take(pool.rows, axis=0)
-    beyond_squared_B = semihard_bounds(queries_BD, positives_BD)
-    return search(
-        queries_BD, candidates_PD, pool.rows, pool.blocked, beyond_squared_B=beyond_squared_B, ceiling=ceiling
-    )
+    return search(queries_BD, candidates_PD, pool.rows, pool.blocked, beyond_squared_B=bounds_B, ceiling=ceiling)
