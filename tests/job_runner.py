@@ -126,10 +126,13 @@ def run_here(script: str, *arguments: str, extra: Mapping[str, str] | None = Non
         redirect_stdout(output),
         redirect_stderr(errors),
     ):
+        level = logging.getLogger().level
         try:
             runpy.run_path(str(ROOT / "jobs" / script), run_name="__main__")
         except SystemExit as end:
             status = int(end.code or 0)
+        finally:
+            logging.getLogger().setLevel(level)
     return Finished(status, output.getvalue(), errors.getvalue())
 
 
@@ -166,7 +169,8 @@ def _started_head(num_cpus: int, dashboard: bool, extra: Mapping[str, str] | Non
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 [
-                    *(SCRIPTS / "ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
+                    *_ray_start(folder),
+                    *("--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"),
                     *("--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--ray-client-server-port={client_port}"),
                     *(f"--include-dashboard={dashboard}", f"--dashboard-port={dashboard_port}"),
                     *(f"--dashboard-agent-listen-port={agent_port}", f"--temp-dir={folder}"),
@@ -186,6 +190,14 @@ def _started_head(num_cpus: int, dashboard: bool, extra: Mapping[str, str] | Non
         finally:
             kill_session(process.pid)
             process.wait()
+
+
+def _ray_start(folder: Path) -> list[str]:
+    """Return the command that starts a node, by way of a link: Ray hands the path of Python to a shell as it is."""
+    link = folder / "venv"
+    if not link.is_symlink():
+        link.symlink_to(SCRIPTS.parent)
+    return [str(link / "bin" / "python"), "-m", "ray.scripts.scripts", "start"]
 
 
 @contextmanager
@@ -208,7 +220,8 @@ def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[None]:
     with (head.folder / "node.txt").open("wb") as log:
         process = subprocess.Popen(
             [
-                *(SCRIPTS / "ray", "start", f"--address={head.environment['RAY_ADDRESS']}", f"--num-cpus={num_cpus}"),
+                *_ray_start(head.folder),
+                *(f"--address={head.environment['RAY_ADDRESS']}", f"--num-cpus={num_cpus}"),
                 *("--block", f"--dashboard-agent-listen-port={agent_port}", f"--object-store-memory={200 * 2**20}"),
             ],
             env=environment(head.environment),
