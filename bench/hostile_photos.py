@@ -24,7 +24,7 @@ from PIL import Image
 
 from bench.inputs import ROOT, job_environment
 from lib.faces.extraction import ExtractionSettings, FaceExtractor
-from lib.sample.sample import SamplePlan, draw_photo
+from lib.sample.sample_job import SamplePlan, draw_photo
 
 MAX_SECONDS, MAX_MEGABYTES, HUNG_SECONDS = 5.0, 500.0, 120.0
 

@@ -26,10 +26,10 @@ from bench.inputs import drawn, run_job
 from lib.recognition.model import EmbeddingModel
 from lib.training import loop, ray_train
 from lib.training.batches import ASK_AHEAD, LOAD_AHEAD
-from lib.training.job import train
 from lib.training.losses import batch_triplet_loss, triplet_margin_loss
 from lib.training.settings import TrainConfig
 from lib.training.step import TrainingStep
+from lib.training.train_job import train
 
 BATCH_SIZE = 96
 NUM_STEPS = 6

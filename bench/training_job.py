@@ -28,10 +28,10 @@ from lib.faces import table
 from lib.recognition.model import EmbeddingModel, ModelSpec, normalized_images
 from lib.training import loop, ray_train
 from lib.training.history import read_rows
-from lib.training.job import train
 from lib.training.losses import batch_softmax_loss
 from lib.training.settings import TrainConfig
 from lib.training.step import TrainingStep
+from lib.training.train_job import train
 
 STAMPS_NAME = "stamps.json"
 NUM_WARM, NUM_TIMED = 10, 40

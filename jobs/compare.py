@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.tuning.run_comparison import CompareConfig, compare
+    from lib.tuning.compare_job import CompareConfig, compare
 
 if __name__ == "__main__":
     run_job(CompareConfig, compare, description=__doc__ or "", look_at="{report}")

@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.recognition.embedding import EmbedConfig, embed_job
+    from lib.recognition.embed_job import EmbedConfig, embed_job
 
 if __name__ == "__main__":
     run_job(EmbedConfig, embed_job, description=__doc__ or "", look_at="{embeddings}")

@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.evaluation.evaluating import EvaluateConfig, evaluate
+    from lib.evaluation.evaluate_job import EvaluateConfig, evaluate
 
 if __name__ == "__main__":
     run_job(EvaluateConfig, evaluate, description=__doc__ or "", look_at="{report}")

@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.recognition.exporting import ExportConfig, export
+    from lib.recognition.export_job import ExportConfig, export
 
 if __name__ == "__main__":
     run_job(ExportConfig, export, description=__doc__ or "", look_at="{onnx}")

@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.recognition.identifying import IdentifyConfig, identify
+    from lib.recognition.identify_job import IdentifyConfig, identify
 
 if __name__ == "__main__":
     run_job(IdentifyConfig, identify, description=__doc__ or "", look_at="{csv}")

@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.pipeline import PipelineConfig, pipeline, pipeline_defaults
+    from lib.pipeline_job import PipelineConfig, pipeline, pipeline_defaults
 
 if __name__ == "__main__":
     run_job(PipelineConfig, pipeline, description=__doc__ or "", defaults=pipeline_defaults, look_at="{report}")

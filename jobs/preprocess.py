@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.faces.preprocessing import PreprocessConfig, preprocess
+    from lib.faces.preprocess_job import PreprocessConfig, preprocess
 
 if __name__ == "__main__":
     run_job(PreprocessConfig, preprocess, description=__doc__ or "", look_at="{faces}/contact_sheet.jpg")

@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.sample.sample import SampleConfig, make_sample
+    from lib.sample.sample_job import SampleConfig, make_sample
 
 if __name__ == "__main__":
     run_job(SampleConfig, make_sample, description=__doc__ or "", look_at="{data}/photos")

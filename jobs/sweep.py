@@ -10,7 +10,7 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.tuning.sweep import SweepConfig, sweep
+    from lib.tuning.sweep_job import SweepConfig, sweep
 
 if __name__ == "__main__":
     run_job(SweepConfig, sweep, description=__doc__ or "", look_at="{report}")

@@ -10,8 +10,8 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.training.job import train
     from lib.training.settings import TrainConfig
+    from lib.training.train_job import train
     from lib.tuning.winner import train_defaults
 
 if __name__ == "__main__":

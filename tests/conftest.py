@@ -16,7 +16,7 @@ from lib import storage
 from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.recognition.model import EmbeddingModel, ModelSpec, save_model
-from lib.sample.sample import SampleConfig, make_sample
+from lib.sample.sample_job import SampleConfig, make_sample
 from tests.job_runner import RayHead, connected, ray_head, run_job
 from tests.s3_server import S3Server
 

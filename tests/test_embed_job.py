@@ -17,7 +17,7 @@ from lib import storage
 from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.faces.table import FINGERPRINT_KEY
-from lib.recognition.embedding import EmbedConfig, embed_job
+from lib.recognition.embed_job import EmbedConfig, embed_job
 from lib.recognition.embeddings_table import MODEL_KEY, read_embeddings
 from lib.recognition.model import embed, load_model, save_model
 from lib.recognition.recognizer import decoded_crop

@@ -16,7 +16,7 @@ import pytest
 
 from lib import storage
 from lib.errors import UserError
-from lib.evaluation.evaluating import EvaluateConfig, evaluate
+from lib.evaluation.evaluate_job import EvaluateConfig, evaluate
 from lib.evaluation.metrics import verification_figures
 from lib.evaluation.pair_files import read_pairs
 from lib.recognition.embeddings_table import read_embeddings

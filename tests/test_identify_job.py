@@ -15,9 +15,9 @@ from PIL import Image
 
 from lib import storage
 from lib.errors import UserError
-from lib.recognition.embedding import EmbedConfig, embed_job
+from lib.recognition.embed_job import EmbedConfig, embed_job
 from lib.recognition.embeddings_table import read_embeddings
-from lib.recognition.identifying import IdentifyConfig, identify
+from lib.recognition.identify_job import IdentifyConfig, identify
 from tests.job_runner import RayHead, run_job
 
 pytestmark = pytest.mark.timeout(600)

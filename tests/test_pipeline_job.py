@@ -6,10 +6,10 @@ import pytest
 
 from lib.config import default_data_url
 from lib.errors import UserError
-from lib.evaluation.evaluating import EvaluateConfig
-from lib.faces.preprocessing import PreprocessConfig
+from lib.evaluation.evaluate_job import EvaluateConfig
+from lib.faces.preprocess_job import PreprocessConfig
 from lib.flags import parsed
-from lib.pipeline import PipelineConfig, pipeline_defaults
+from lib.pipeline_job import PipelineConfig, pipeline_defaults
 from lib.recognition.model import load_model
 from lib.training.settings import TrainConfig
 from tests.job_runner import RayHead, kill_session, run_here, run_job, start_job, wait_until

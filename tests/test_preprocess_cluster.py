@@ -80,7 +80,7 @@ def test_a_submitted_job_uploads_the_code_alone_and_makes_the_table(
 
     packages = head.folder.glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*")
     (uploaded,) = {package.resolve() for package in packages if package.is_dir()}
-    assert (uploaded / "lib" / "faces" / "preprocessing.py").is_file()
+    assert (uploaded / "lib" / "faces" / "preprocess_job.py").is_file()
     assert not list(uploaded.rglob("large.*"))
     assert sum(path.stat().st_size for path in uploaded.rglob("*") if path.is_file()) < 2 * 2**20
     assert not any((uploaded / name).exists() for name in (".venv", "data", "runs"))

@@ -19,7 +19,7 @@ from lib.recognition.model import ModelSpec
 from lib.training.face_cache import read_identities
 from lib.training.history import read_rows
 from lib.training.record import read_outcome
-from lib.tuning.run_comparison import read_run, trial_urls
+from lib.tuning.compare_job import read_run, trial_urls
 from lib.tuning.winner import train_defaults
 
 PLAN = {"job": "x", "fingerprint": {"id": "1"}}

@@ -19,7 +19,7 @@ MODULES = {module_of(path): path for path in (ROOT / "lib").rglob("*.py")}
 
 def room_of(module: str) -> str:
     parts = module.split(".")
-    if module == "lib.pipeline":
+    if module == "lib.pipeline_job":
         return "pipeline"
     return parts[1] if len(parts) > 2 or f"{module}.__init__" in MODULES or (ROOT / "lib" / parts[-1]).is_dir() else ""
 

@@ -15,9 +15,9 @@ import pytest
 from lib.errors import UserError
 from lib.flags import parsed
 from lib.training import checkpoints
-from lib.training.job import train
 from lib.training.settings import TrainConfig
-from lib.tuning.run_comparison import read_run
+from lib.training.train_job import train
+from lib.tuning.compare_job import read_run
 from lib.tuning.winner import winner_settings
 from tests.job_runner import Finished, RayHead, finish, kill_session, run_here, run_job, start_job, wait_until
 from tests.training.learnable_faces import write_faces

@@ -57,12 +57,12 @@ def listeners() -> set[str]:
 def run_jobs(data: str, seen: dict[str, Any]) -> None:
     """Run five jobs on one local cluster."""
     from lib import cluster
-    from lib.evaluation.evaluating import EvaluateConfig, evaluate
-    from lib.faces.preprocessing import PreprocessConfig, preprocess
-    from lib.recognition.embedding import EmbedConfig, embed_job
-    from lib.recognition.exporting import ExportConfig, export
-    from lib.training.job import train
+    from lib.evaluation.evaluate_job import EvaluateConfig, evaluate
+    from lib.faces.preprocess_job import PreprocessConfig, preprocess
+    from lib.recognition.embed_job import EmbedConfig, embed_job
+    from lib.recognition.export_job import ExportConfig, export
     from lib.training.settings import TrainConfig
+    from lib.training.train_job import train
 
     addresses: set[str] = set()
     ended = threading.Event()

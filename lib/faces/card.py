@@ -24,9 +24,6 @@ BYTES_KEY = b"conv-facenet.photo-bytes"
 MADE_ON_KEY = b"conv-facenet.made-on"
 """Key there: the device and the arithmetic of the detector, such as `cuda float16`."""
 
-MADE_ON_KEY = b"conv-facenet.made-on"
-"""Key there: the device and the arithmetic of the detector, such as `cuda float16`."""
-
 CARD_NAME, README_NAME, SHEET_NAME = "card.json", "README.md", "contact_sheet.jpg"
 NAMES = (CARD_NAME, README_NAME, SHEET_NAME)
 

@@ -10,7 +10,7 @@ from lib.faces import table
 from lib.faces.extraction import FaceExtractor
 from lib.faces.manifest import Manifest, ParquetColumns
 from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
-from lib.recognition.embedding import PhotosSource, Source
+from lib.recognition.embed_job import PhotosSource, Source
 
 
 def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:

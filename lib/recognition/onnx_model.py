@@ -29,7 +29,7 @@ from lib.storage import read_bytes, redacted
 logger = logging.getLogger(__name__)
 
 METADATA_KEY = "conv-facenet"
-"""Key in the file's metadata for a model of this project as JSON, see `lib.recognition.exporting`."""
+"""Key in the file's metadata for a model of this project as JSON, see `lib.recognition.export_job`."""
 
 ARCFACE_SIZE = 112
 

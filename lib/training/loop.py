@@ -24,9 +24,9 @@ from lib.terminal import send_log_to_driver
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan
 from lib.training.control import StopRequests, WorkerJob, connect_control
+from lib.training.embedding_passes import StoreUpkeep
 from lib.training.feature_store import FeatureStore
 from lib.training.objective import SUM_NAMES, EpochSums
-from lib.training.passes import StoreUpkeep
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.schedule import learning_rate
 from lib.training.settings import TrainConfig

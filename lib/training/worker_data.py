@@ -8,8 +8,8 @@ import torch
 
 from lib import device as devices
 from lib.training.decoders import Decoders
+from lib.training.embedding_passes import EmbeddingPass
 from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
-from lib.training.passes import EmbeddingPass
 from lib.training.settings import TrainConfig
 
 MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16

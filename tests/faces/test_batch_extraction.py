@@ -22,7 +22,7 @@ from lib.faces.detection import Detections, Outputs, RetinaFace, load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.images import Photo
 from lib.faces.retinaface import load_network
-from lib.sample.sample import SamplePlan, draw_photo
+from lib.sample.sample_job import SamplePlan, draw_photo
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

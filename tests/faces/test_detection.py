@@ -30,7 +30,7 @@ from lib.faces.detection import (
     sha256,
 )
 from lib.faces.images import Photo
-from lib.sample.sample import SamplePlan, draw_photo
+from lib.sample.sample_job import SamplePlan, draw_photo
 
 SURE = 0.9
 

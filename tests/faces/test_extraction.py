@@ -22,7 +22,7 @@ from lib.faces.extraction import (
 from lib.faces.images import Photo
 from lib.faces.search import most_prominent
 from lib.faces.table import faces_table
-from lib.sample.sample import SamplePlan, draw_photo
+from lib.sample.sample_job import SamplePlan, draw_photo
 
 PLAN = SamplePlan(identities=50, photos_per_identity=3, seed=1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lib.sample.sample import SampleConfig, make_sample
+from lib.sample.sample_job import SampleConfig, make_sample
 from tests.job_runner import ROOT, SCRIPTS, RayHead, environment, finish, kill_session, ray_head, ray_node
 from tests.k8s.checks import Document, config_of, load_folder, pods
 

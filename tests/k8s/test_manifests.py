@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lib.evaluation.evaluating import EvaluateConfig
-from lib.faces.preprocessing import PreprocessConfig
+from lib.evaluation.evaluate_job import EvaluateConfig
+from lib.faces.preprocess_job import PreprocessConfig
 from lib.flags import parsed
-from lib.sample.sample import SampleConfig
+from lib.sample.sample_job import SampleConfig
 from lib.training.settings import TrainConfig
 from tests.job_runner import SCRIPTS
 from tests.k8s.checks import CLUSTER_WIDE, FOLDER, Document, config_of, load, load_folder, pods, problems

@@ -11,9 +11,9 @@ import torch
 
 from lib.errors import JobError, UserError
 from lib.faces.table import SCHEMA
-from lib.recognition import exporting
+from lib.recognition import export_job
 from lib.recognition.embedder import TorchEmbedder, load_embedder
-from lib.recognition.exporting import ExportConfig, export, onnx_bytes, real_crops
+from lib.recognition.export_job import ExportConfig, export, onnx_bytes, real_crops
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
 from lib.recognition.onnx_model import METADATA_KEY
 from lib.recognition.recognizer import FaceRecognizer
@@ -45,7 +45,7 @@ def test_onnx_runtime_alone_gives_the_embeddings(
     exported: tuple[str, dict], model_url: str, faces_url: str, num: int
 ) -> None:
     model = load_model(model_url)
-    crops_NHWC = exporting.resized_crops(real_crops(faces_url, num), model.spec.image_size)
+    crops_NHWC = export_job.resized_crops(real_crops(faces_url, num), model.spec.image_size)
     session = onnxruntime.InferenceSession(exported[0], providers=["CPUExecutionProvider"])
     (embeddings_ND,) = session.run(["embeddings"], {"faces": crops_NHWC})
     np.testing.assert_allclose(embeddings_ND, embed(model, crops_NHWC), atol=1e-4)
@@ -86,17 +86,17 @@ def test_backbones_of_other_kinds_are_exported(tmp_path: Path, backbone: str) ->
 
 def test_slow_models_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds: list[int] = []
-    assert exporting._rate(lambda: rounds.append(1), 64) > 0
-    assert len(rounds) == exporting.TIMED_ROUNDS
-    monkeypatch.setattr(exporting, "TIMED_SECONDS", 1e-9)
-    exporting._rate(lambda: rounds.append(1), 64)
-    assert len(rounds) == exporting.TIMED_ROUNDS + 1
+    assert export_job._rate(lambda: rounds.append(1), 64) > 0
+    assert len(rounds) == export_job.TIMED_ROUNDS
+    monkeypatch.setattr(export_job, "TIMED_SECONDS", 1e-9)
+    export_job._rate(lambda: rounds.append(1), 64)
+    assert len(rounds) == export_job.TIMED_ROUNDS + 1
 
 
 def test_a_file_that_differs_is_not_written(
     model_url: str, faces_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "MAX_DIFFERENCE", -1.0)
+    monkeypatch.setattr(export_job, "MAX_DIFFERENCE", -1.0)
     output = tmp_path / "model.onnx"
     with pytest.raises(JobError, match=r"differ by .* from the model's"):
         export(ExportConfig(model=model_url, faces=faces_url, output=str(output)))

@@ -17,7 +17,7 @@ from lib.errors import UserError
 from lib.sample.drawing import Pen, curve, mirrored
 from lib.sample.people import Moment, Person
 from lib.sample.portrait import draw_person
-from lib.sample.sample import KINDS, SampleConfig, SamplePlan, draw_photo, make_sample
+from lib.sample.sample_job import KINDS, SampleConfig, SamplePlan, draw_photo, make_sample
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -169,7 +169,7 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order() -> None:
 def test_several_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"identities": 3, "photos_per_identity": 4, "seed": 2}
     make_sample(SampleConfig(data=str(tmp_path / "alone"), **settings))
-    monkeypatch.setattr("lib.sample.sample._PHOTOS_A_PROCESS", 4)
+    monkeypatch.setattr("lib.sample.sample_job._PHOTOS_A_PROCESS", 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     make_sample(SampleConfig(data=str(tmp_path / "together"), **settings))
     assert snapshot(tmp_path / "alone") == snapshot(tmp_path / "together")
@@ -221,7 +221,7 @@ def test_an_interrupted_sample_is_finished(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return draw_photo(plan, photo)
 
-    monkeypatch.setattr("lib.sample.sample.draw_photo", stop_at_seven)
+    monkeypatch.setattr("lib.sample.sample_job.draw_photo", stop_at_seven)
     with pytest.raises(KeyboardInterrupt):
         make_sample(config)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib import storage
-from lib.sample.sample import SampleConfig, make_sample
+from lib.sample.sample_job import SampleConfig, make_sample
 from lib.training import checkpoints
 from tests.job_runner import wait_until
 from tests.s3_server import S3Server

@@ -13,13 +13,13 @@ from lib import storage
 from lib.errors import UserError
 from lib.recognition.model import ModelSpec
 from lib.training import checkpoints
-from lib.training.beginning import begin
 from lib.training.control import WorkerJob
-from lib.training.job import CONFIG_NAME, _settle
+from lib.training.first_checkpoint import begin
 from lib.training.loop import Worker
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
+from lib.training.train_job import CONFIG_NAME, _settle
 from lib.training.validation import Figures
 from tests.training.learnable_faces import write_faces
 

@@ -14,8 +14,8 @@ from lib import device as devices
 from lib.errors import JobError, UserError
 from lib.recognition.model import ModelSpec
 from lib.training.batches import StoredVectors, TrainingBatch
-from lib.training.beginning import begin
 from lib.training.control import WorkerJob
+from lib.training.first_checkpoint import begin
 from lib.training.loading import BatchLoader, LoadTask
 from lib.training.loop import Worker
 from lib.training.objective import EpochSums

@@ -11,7 +11,7 @@ from lib.csv_text import csv_bytes
 from lib.evaluation import plots
 from lib.evaluation.curves import roc_curve
 from lib.evaluation.findings import DUPLICATE, WRONG_LABEL, Finding, Suspect, suspects, worst_pairs
-from lib.evaluation.measuring import Measured, Photos
+from lib.evaluation.model_metrics import Measured, Photos
 from lib.evaluation.pairs import Pairs
 from lib.evaluation.report import (
     DASH,
@@ -27,7 +27,7 @@ from lib.evaluation.report import (
 )
 from lib.faces.alignment import EYES
 from lib.recognition.crops import read_crops
-from lib.recognition.embedding import PhotosSource
+from lib.recognition.embed_job import PhotosSource
 
 NUM_SHOWN = 24
 """Pairs of each kind of error, and suspects of each kind, that the report shows; suspects.csv holds all of those."""

@@ -21,8 +21,8 @@ from lib.evaluation.metrics import (
     verification_report,
 )
 from lib.evaluation.pairs import Pairs, original_pairs
+from lib.recognition.embed_job import Source
 from lib.recognition.embedder import Embedder
-from lib.recognition.embedding import Source
 from lib.recognition.embeddings_table import Embeddings
 
 logger = logging.getLogger(__name__)

@@ -19,16 +19,15 @@ from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
-from lib.evaluation.measuring import Measured, Photos, measure, photos_of
 from lib.evaluation.metrics import check_folds, kfold_accuracy
+from lib.evaluation.model_metrics import Measured, Photos, measure, photos_of
 from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs, made_pairs
-from lib.evaluation.presenting import present
+from lib.evaluation.report_content import present
 from lib.faces import table
 from lib.faces.manifest import Manifest
 from lib.layout import Layout
-from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
-from lib.recognition.embedding import (
+from lib.recognition.embed_job import (
     FacesSource,
     PhotosSource,
     Source,
@@ -37,7 +36,8 @@ from lib.recognition.embedding import (
     faces_source,
     photos_source,
 )
-from lib.recognition.embedding import model_name as name_of
+from lib.recognition.embed_job import model_name as name_of
+from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.model import keep_threshold, was_evaluated
 from lib.recognition.onnx_model import OnnxInput

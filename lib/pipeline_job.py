@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 from lib import cluster, storage
 from lib.config import default_data_url
 from lib.errors import UserError
-from lib.evaluation.evaluating import KEPT_FIGURES, EvaluateConfig, evaluate
-from lib.faces.preprocessing import PreprocessConfig, preprocess
+from lib.evaluation.evaluate_job import KEPT_FIGURES, EvaluateConfig, evaluate
+from lib.faces.preprocess_job import PreprocessConfig, preprocess
 from lib.layout import Layout
 from lib.parts import SUCCESS_NAME
 from lib.recognition.model import SPEC_NAME
 from lib.training.history import MODEL_FOLDER
-from lib.training.job import train
 from lib.training.settings import GROUP_OF, TrainConfig
+from lib.training.train_job import train
 from lib.tuning.winner import train_defaults
 
 logger = logging.getLogger(__name__)

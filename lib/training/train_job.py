@@ -84,7 +84,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         return {"job": "train", "dry_run": True, "run": config.run_url, **counts, "settings": plan}
     if progress is None:
         with quick_imports():
-            from lib.training.beginning import begin
+            from lib.training.first_checkpoint import begin
 
         spec = begin(config, plan, spec)
     else:
