@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from lib import parts
 from lib.errors import UserError
+from lib.faces import quality
 from lib.parts import SUCCESS_NAME as SUCCESS_NAME
 
 SPLITS = ("train", "val", "test")
@@ -35,11 +36,16 @@ SCHEMA = pa.schema(
         pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("crop", pa.binary()),
         pa.field("reason", pa.string()),
+        *quality.COLUMNS,
     ]
 )
 """Boxes are x0 y0 x1 y1 and landmarks x y of left eye, right eye, nose, mouth left, mouth right (as seen when the face
 is upright), in pixels of the upright photo. `crop` is a square RGB JPEG, null unless the status is `aligned`. `reason`
-says in words why a photo could not be read, or why a face is implausible; tables made earlier lack it."""
+says in words why a photo could not be read, or why a face is implausible. `lib.faces.quality` describes the columns
+after it. Older tables lack `reason` and those."""
+
+REQUIRED = [column for column in SCHEMA if column.name not in ("reason", *(each.name for each in quality.COLUMNS))]
+"""The columns that every faces table has, of any version."""
 
 
 def columns(*names: str) -> list[pa.Field]:
@@ -48,9 +54,12 @@ def columns(*names: str) -> list[pa.Field]:
 
 
 def faces_table(rows: list[dict[str, Any]], fingerprint_json: str) -> pa.Table:
-    """Return the rows (keys as in `SCHEMA`, absent ones null) as a table whose metadata carries the fingerprint."""
+    """Return the rows (keys as in `SCHEMA`, absent ones null) as a table whose metadata carries the fingerprint.
+
+    The measures of quality are added.
+    """
     schema = SCHEMA.with_metadata({FINGERPRINT_KEY: fingerprint_json.encode()})
-    return pa.Table.from_pylist(rows, schema=schema)
+    return pa.Table.from_pylist([quality.with_quality(row) for row in rows], schema=schema)
 
 
 def read_success(faces_url: str) -> dict[str, Any]:

@@ -41,8 +41,6 @@ from lib.recognition.recognizer import decoded_crop
 
 logger = logging.getLogger(__name__)
 
-_FACES_COLUMNS = [column for column in table.SCHEMA if column.name != "reason"]
-
 BATCH_SIZE = 64
 """Faces per forward pass. Not a flag, because the last digits of an embedding depend on it."""
 
@@ -189,7 +187,7 @@ def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
         raise UserError(f"{faces_url} has no photo in split {', '.join(splits)}: name others by --splits")
     num_rows = []
     for name in names:
-        with storage.open_parquet(storage.join(faces_url, name), _FACES_COLUMNS) as file:
+        with storage.open_parquet(storage.join(faces_url, name), table.REQUIRED) as file:
             num_rows.append(file.metadata.num_rows)
     return FacesSource(
         url=faces_url,
@@ -373,7 +371,7 @@ class EmbedWorker:
     def _rows(self, item: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
         """Yield each file, its rows of a faces table, and their number of photos."""
         if self._reader is None:
-            rows = storage.read_parquet(item["faces"], _FACES_COLUMNS).to_pylist()
+            rows = storage.read_parquet(item["faces"], table.REQUIRED).to_pylist()
             yield item["name"], rows, len(rows)
             return
         for split, made in self._reader.rows(item).items():
