@@ -80,7 +80,7 @@ _COMMANDS = (
     ("compare.py", ()),
     ("sweep.py", ("--name", "new", "--backbones", "test_resnet", "--epochs", "1")),
     ("pipeline.py", ("--train.name", "new", "--train.backbone", "test_resnet")),
-    ("sample.py", ()),
+    ("sample.py", ("--identities", "80", "--photos-per-identity", "4")),
 )
 _JSON_VALUES: tuple[Any, ...] = (None, True, 0, -1, 1e308, "x", "", [], {}, [[]], {"a": None}, "nan")
 
@@ -92,9 +92,8 @@ def make_world(folder: Path) -> None:
     run_job("preprocess.py", *data)
     run_job("train.py", *data, "--name", "one", *_SMALL, "--workers", "1")
     run_job("embed.py", *data)
-    same = [f"{who:05}_000.jpg,{who:05}_001.jpg,1" for who in range(8)]
-    others = [f"{who:05}_000.jpg,{who + 1:05}_001.jpg,0" for who in range(0, 8, 2)]
-    (folder / "pairs.csv").write_text("\n".join(["photo_a,photo_b,same", *same, *others]))
+    pairs = [f"{who:05}_000.jpg,{who + 1 - is_same:05}_001.jpg,{is_same}" for who in range(40) for is_same in (1, 0)]
+    (folder / "pairs.csv").write_text("\n".join(["photo_a,photo_b,same", *pairs]))
     for script, base in _COMMANDS:
         status, _, errors = run_here(script, *arguments_of(base, folder))
         assert status == 0, f"{script} {base} fails already: {errors}"

@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs on: the one it was submitted to, or one of its own on this machine."""
+"""The Ray cluster that a job runs on: the one it was submitted to, or its own on this machine."""
 
 import contextlib
 import logging
@@ -19,22 +19,22 @@ logger = logging.getLogger(__name__)
 WAIT_EVERY_S = 1.0
 
 Gpus = Literal["auto"] | int
-"""GPUs that a job computes on: all of the cluster, or so many; 0 computes on the CPUs."""
+"""Number of GPUs that a job computes on. auto: all of the cluster; 0: the CPUs."""
 
 Precision = Literal["auto", "fp32", "bf16"]
-"""Of a model's arithmetic. auto: bf16 on GPUs that have it, fp32 elsewhere."""
+"""Arithmetic of a model. auto: bf16 on GPUs that support it, fp32 elsewhere."""
 Compile = Literal["auto", "on", "off"]
-"""Whether torch.compile builds kernels for a model. auto: on GPUs, where a run is long enough to pay for it."""
+"""Whether torch.compile builds kernels for a model. auto: on GPUs, if the run is long enough to pay for it."""
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect to Ray for the duration: `$RAY_ADDRESS` where it is set, as in a submitted job, else a local cluster.
+    """Connect to Ray for the duration: to `$RAY_ADDRESS` if it is set, as in a submitted job, else to a local cluster.
 
     Raises:
-        UserError: `$RAY_ADDRESS` names no cluster that lets us in; JobError: Ray does not start or answer.
+        UserError: `$RAY_ADDRESS` names no cluster, or one that refuses us. JobError: Ray does not start or answer.
     """
     import ray
 
@@ -44,7 +44,7 @@ def connected() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         address = os.environ.get("RAY_ADDRESS")
         if address and address != "local":
-            # A submitted job's workers find `lib` in the uploaded working directory; others on the shared disk.
+            # Workers of a submitted job find `lib` in the uploaded working directory, others on the shared disk.
             logger.info("joining the Ray cluster at %s", address)
             paths = {} if in_submitted_job() else {"env_vars": {"PYTHONPATH": str(PROJECT_ROOT)}}
             remote_ray.join(address, {**paths, **_quoted_python()})
@@ -52,52 +52,52 @@ def connected() -> Iterator[None]:
             watch = ray_watch.watched(ray_watch.raylet_of_this_driver(), None if address == "auto" else address)
         else:
             logger.info("starting Ray on this machine")
-            # By the environment, which workers inherit: a runtime environment would cost each a process of its own.
+            # Workers inherit the environment. A runtime environment would cost each of them another process.
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
             stack.enter_context(local_ray.started(_quoted_python()))
             watch = ray_watch.watched(local_ray.daemons())
-        raise_on_stop_signals()  # Ray has set a handler of its own, which would end in an abort
+        raise_on_stop_signals()  # Ray has set its own handler, which would abort
         try:
             with watch:
                 yield
         except KeyboardInterrupt:
-            signal_noticed()  # else it would come again while Ray is left
+            signal_noticed()  # otherwise it would be raised again while Ray shuts down
             raise
         finally:
             leave = stack.pop_all()
             with ray_watch.limited_leave():
                 leave.close()
-            raise_on_stop_signals()  # Ray has taken the handler away
+            raise_on_stop_signals()  # Ray has removed the handler
 
 
 def _quoted_python() -> dict[str, str]:
-    """Return the part of a runtime environment without which no worker starts where Python's path has a space in it.
+    """Return the part of a runtime environment that workers need if the path of Python has a space in it.
 
-    Ray hands the path to a shell as it is, for every worker that has an environment of its own.
+    Ray passes the path to a shell unquoted, for every worker with a runtime environment.
     """
     quoted = shlex.quote(sys.executable)
     return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def is_local() -> bool:
-    """Return whether the connected cluster is one that this process has started on this machine."""
+    """Return whether this process has started the connected cluster, on this machine."""
     return bool(local_ray.daemons())
 
 
 def nodes_are_fixed() -> bool:
-    """Return whether a node that is lost will not come back: so it is in a Slurm job, whose launcher says it."""
+    """Return whether a lost node will not come back, as in a Slurm job; the launcher sets `$FIXED_NODES`."""
     return bool(os.environ.get("FIXED_NODES"))
 
 
 def node_resources() -> list[dict[str, float]]:
-    """Return the resources of each node of the connected cluster that is alive."""
+    """Return the resources of each live node of the connected cluster."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def wait_for(kind: str, count: int, *, limit_s: float) -> None:
-    """Ask the cluster's autoscaler for so many CPUs or GPUs and wait until they are there, or until the limit."""
+    """Ask the autoscaler for `count` CPUs or GPUs, and wait until the cluster has them, `limit_s` at most."""
     import ray
     from ray.autoscaler.sdk import request_resources
 
@@ -110,7 +110,7 @@ def wait_for(kind: str, count: int, *, limit_s: float) -> None:
         while ray.cluster_resources().get(kind, 0) < count and time.monotonic() < give_up:
             time.sleep(WAIT_EVERY_S)
     finally:
-        # What is there now stays for a while; what is not asked for any more may go when nobody uses it.
+        # The nodes stay for a while. The autoscaler may remove them once they are idle.
         request_resources(bundles=[])
 
 
@@ -135,10 +135,10 @@ def cpus_a_gpu() -> int:
 
 
 def chosen_gpus(asked: Gpus) -> int:
-    """Return how many GPUs of the connected cluster to use, and tell it: `auto` takes all there are.
+    """Return how many GPUs of the connected cluster to use, and log the choice; `auto` takes all.
 
     Raises:
-        UserError: more are asked for than there are.
+        UserError: the cluster has fewer than were asked for.
     """
     there = num_gpus()
     if asked != "auto" and asked > there:
@@ -152,6 +152,6 @@ def chosen_gpus(asked: Gpus) -> int:
 
 
 def check_gpus(asked: Gpus) -> None:
-    """Raise UserError where a value of `--gpus` makes no sense anywhere."""
+    """Raise UserError if a value of `--gpus` makes no sense on any cluster."""
     if asked != "auto" and asked < 0:
         raise UserError(f"--gpus is {asked}: auto, 0 or more")

@@ -1,4 +1,4 @@
-"""How every job starts and ends: flags become a dataclass, the result one line of JSON, errors exit statuses."""
+"""How every job starts and ends: flags become a dataclass, the result one line of JSON, an error an exit status."""
 
 import atexit
 import contextlib
@@ -23,7 +23,7 @@ Config = TypeVar("Config")
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: a launcher that sees it queues the same command again."""
+"""EX_TEMPFAIL of sysexits.h: a launcher then queues the same command again."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RAISE_EVERY_S = 1.0
@@ -37,7 +37,7 @@ _signals_that_came: list[int] = []
 
 
 def default_data_url() -> str:
-    """Return `$DATA_URL`, or `./data` where it is not set."""
+    """Return `$DATA_URL`, or `./data` if it is not set."""
     return os.environ.get("DATA_URL") or "./data"
 
 
@@ -50,8 +50,8 @@ def absolute_url(url: str, flag: str) -> str:
     """Return `url` as an absolute local path, or unchanged when it names a storage scheme.
 
     Raises:
-        UserError: a relative path inside a submitted Ray job, whose working directory vanishes with the job; a name
-            that is not UTF-8, which no table and no message between machines can hold.
+        UserError: a relative path inside a submitted Ray job, whose working directory vanishes with the job; or a name
+            that is not UTF-8, which neither a table nor a message between machines can hold.
     """
     _check_utf8(url if "://" in url else os.path.abspath(url), flag)  # noqa: PTH100
     if "://" in url:
@@ -75,13 +75,13 @@ def run_job(
 ) -> NoReturn:
     """Parse the flags, run the job, print its result as one line of JSON and exit.
 
-    `defaults` may look at the flags and return the configuration whose values hold where no flag says otherwise.
-    `look_at` is the file that the user opens next, with entries of the result in braces: "{faces}/card.json".
+    `defaults` takes the flags and returns the configuration that they change. `look_at` is the file that the user opens
+    next; braces name entries of the result: "{faces}/card.json".
 
-    Exit status 0 when done, 2 for the user's mistake (one line, no traceback), 1 for a failure, 75 when it was stopped
-    from outside and has saved everything.
+    Exit status: 0 done, 2 the user's mistake (one line, no traceback), 1 a failure, 75 stopped from outside with
+    everything saved.
     """
-    atexit.register(gc.freeze)  # else Python looks through all modules for garbage before it ends: 1.5 s with torch
+    atexit.register(gc.freeze)  # otherwise Python searches all modules for garbage before it ends: 1.5 s with torch
     given = [*sys.argv[1:], os.environ.get("DATA_URL", "")]
     name = Path(sys.argv[0]).stem
     ours = take_over(name if name.isidentifier() else "job", given, verbose=VERBOSE in given)
@@ -89,7 +89,7 @@ def run_job(
     raise_on_stop_signals()
     try:
         config = _parsed(config_type, description, defaults, ours)
-        # The result alone goes to standard output; Ray would print there what its nodes say.
+        # Only the result goes to standard output. Ray would print the lines of its nodes there.
         with contextlib.redirect_stdout(sys.stderr):
             result = job(config)
     except UserError as error:
@@ -126,7 +126,7 @@ def _parsed(
         _check_utf8(flag, "an argument")
     flags = [flag for flag in sys.argv[1:] if flag != VERBOSE]
     if {"-h", "--help"} & set(flags):
-        # The help is wrapped at the terminal's width, which would cut a secret in two that no one then recognises.
+        # The help is wrapped at the terminal's width. A secret that is cut in two would not be recognised.
         os.environ["DATA_URL"] = redacted(os.environ.get("DATA_URL", ""))
     description = f"{description}\n\n{_VERBOSE_HELP}"
     with contextlib.redirect_stdout(ours.result):
@@ -134,7 +134,7 @@ def _parsed(
 
 
 def _next_file(look_at: str, result: Mapping[str, Any]) -> str:
-    """Return the file that a result asks to be looked at, nothing where a dry run or too little made none."""
+    """Return the file to open next; an empty string after a dry run, or if the job made none."""
     names = [name for _, name, _, _ in string.Formatter().parse(look_at) if name]
     is_there = not result.get("dry_run") and all(result.get(name) for name in names)
     return look_at.format_map(result) if is_there else ""
@@ -150,8 +150,8 @@ def _check_utf8(text: str, what: str) -> None:
 def raise_on_stop_signals() -> None:
     """Raise `StopSignal` at SIGTERM and SIGUSR1, as Slurm, Kubernetes and `ray job stop` send before they end a job.
 
-    SIGINT raises KeyboardInterrupt, as ever. Either comes again every second until `signal_noticed` is called, for
-    where Python calls a destructor or a callback of a library an exception is lost.
+    SIGINT raises KeyboardInterrupt, as usual. Both are raised again every second until `signal_noticed` is called,
+    because an exception is lost if it is raised in a destructor or in a callback of a library.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (*STOP_SIGNALS, signal.SIGINT):
@@ -159,20 +159,20 @@ def raise_on_stop_signals() -> None:
 
 
 def signal_noticed() -> None:
-    """Raise no more for the signal that came."""
+    """Stop raising for the signal that came."""
     if threading.current_thread() is threading.main_thread():
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def end_of_a_signal() -> tuple[str, int] | None:
-    """Return the last line and the exit status of a process that was sent a signal to stop, or None where none came."""
+    """Return the last line and the exit status of a process that a signal stops; None if no signal came."""
     if not _signals_that_came:
         return None
     return _INTERRUPTED if _signals_that_came[-1] == signal.SIGINT else _STOPPED
 
 
 def note_signal(number: int) -> None:
-    """Keep in mind that this signal came: whatever ends the process now, it was stopped."""
+    """Record that this signal came: whatever ends the process now, it counts as stopped."""
     _signals_that_came.append(number)
 
 

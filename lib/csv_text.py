@@ -1,4 +1,4 @@
-"""CSV files that people open in spreadsheets, which run as a formula what begins like one."""
+"""CSV files for spreadsheets, which run a text as a formula if it begins like one."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def harmless(value: Any) -> Any:
-    """Return a value as it may stand in a CSV file: a text that a spreadsheet would run gets an apostrophe in front."""
+    """Return a value that is safe in a CSV file: an apostrophe goes before a text that a spreadsheet would run."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value
 
 

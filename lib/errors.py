@@ -10,8 +10,8 @@ class JobError(Exception):
 
 
 class StopSignal(KeyboardInterrupt):
-    """SIGTERM or SIGUSR1 came; no library takes it for an error of its own, as it would an `Exception`. Status 75."""
+    """SIGTERM or SIGUSR1 came. No `Exception`, so that no library handles it as an error of its own. Status 75."""
 
 
 class JobStopped(Exception):  # noqa: N818 - nothing went wrong
-    """Somebody asked the job to stop (SIGTERM, SIGUSR1) and all is saved: the same command goes on. Exit status 75."""
+    """A signal (SIGTERM, SIGUSR1) stopped the job, and all is saved: the same command continues. Exit status 75."""

@@ -1,4 +1,4 @@
-"""Flags become a configuration: tyro reads them, and says in one line what it does not understand."""
+"""Flags become a configuration. tyro reads them; a refusal is one line."""
 
 import contextlib
 import difflib
@@ -26,8 +26,8 @@ def parsed(
 ) -> Config:
     """Return the configuration that these flags give.
 
-    Groups of settings within a configuration give `--help` its sections and leave the flags as they are. In one with
-    `PREFIXED` the flags begin with the names of their groups; `RENAMED_FLAGS` are accepted with a line.
+    Nested dataclasses are the sections of `--help`; flags do not repeat their names, unless the configuration has
+    `PREFIXED`. `RENAMED_FLAGS` maps old flags to new ones; an old one works, with a warning.
 
     Raises:
         UserError: a flag or a value that is not allowed.
@@ -56,7 +56,7 @@ def _renamed(flags: Sequence[str], new_names: Mapping[str, str]) -> list[str]:
 
 
 def check_values(*checks: tuple[str, Any, str, bool]) -> None:
-    """Refuse the first value that is wrong. A check names the flag, its value, what is allowed, and whether it is.
+    """Refuse the first wrong value. A check holds the flag's name, its value, what is allowed, and whether it is right.
 
     Raises:
         UserError: a value is not allowed.
@@ -68,7 +68,7 @@ def check_values(*checks: tuple[str, Any, str, bool]) -> None:
 
 @contextlib.contextmanager
 def _one_line_refusals(config_type: type) -> Iterator[None]:
-    """Raise UserError, which becomes one line, in the place of each box that tyro would draw."""
+    """Raise UserError, which becomes one line, instead of the box that tyro draws."""
     flags = [f"--{name.replace('_', '-')}" for name in _flag_names(config_type)]
 
     def refuse(event: refusals.ParseErrorEvent) -> None:

@@ -1,4 +1,4 @@
-"""The folders below the data URL, where each job finds what another has made, unless a flag names another place."""
+"""The folders below the data URL. A job finds there what another job has made, unless a flag names another place."""
 
 from dataclasses import dataclass
 

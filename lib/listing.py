@@ -1,4 +1,4 @@
-"""Listings sorted by path: of a folder on this machine, its links followed, and of an S3 bucket, page by page."""
+"""Sorted listings: of a local folder, following its links, and of an S3 bucket, page by page."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from lib.storage_errors import explained
 
 
 class FileInfo(NamedTuple):
-    """A file of a listing: its path below the listed URL, and its size in bytes (0 where the storage does not tell)."""
+    """A file of a listing: its path below the listed URL, and its size in bytes (0 if the storage does not say)."""
 
     path: str
     num_bytes: int
@@ -22,11 +22,11 @@ class FileInfo(NamedTuple):
 def local_files(root: str) -> Iterator[FileInfo]:
     """Yield the files below a folder sorted by path, with the names of one folder in memory at a time.
 
-    A link to a folder outside `root` is followed, for data sets are often made of links. One to a folder in `root`,
-    which is listed by its own name, or to a folder around it, is left out.
+    Links to folders outside `root` are followed, because data sets are often made of links. A link to a folder inside
+    `root`, which is listed anyway, or to a parent of `root`, is left out.
     """
     seen: set[tuple[int, int]] = set()
-    # Relative paths. Those of folders end with "/", so that they sort as the paths of the files in them do.
+    # Relative paths. Those of folders end with "/", so that they sort like the paths of the files in them.
     waiting = [""]
     while waiting:
         relative = waiting.pop()
@@ -40,7 +40,7 @@ def local_files(root: str) -> Iterator[FileInfo]:
                         waiting.extend(relative + name for name in sorted(_names(path, root), reverse=True))
                     continue
             except FileNotFoundError:
-                continue  # removed since its folder was read, or a link to nowhere
+                continue  # removed since its folder was read, or a broken link
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
@@ -50,7 +50,7 @@ def local_files(root: str) -> Iterator[FileInfo]:
 
 
 def _names(path: str, root: str) -> Iterator[str]:
-    """Yield the names in a folder, those of folders with "/" at the end."""
+    """Yield the names in a folder; names of folders end with "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
             try:

@@ -1,4 +1,4 @@
-"""Files of this machine: written whole or not at all, and never a pipe or a device."""
+"""Local files: written whole or not at all, and never a pipe or a device."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def refuse_special(url: str) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it; parent folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one disk; hidden, so that no listing takes it for a file.
+    # In the same folder, because a rename is atomic only on one disk. Hidden, so that listings skip it.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("wb") as file:
@@ -43,5 +43,5 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return whether `write_whole` of this user has left the file, when its process was killed."""
+    """Return whether a killed process of this user has left the file in `write_whole`."""
     return bool(_TEMPORARY_NAME.fullmatch(path.name)) and path.lstat().st_uid == os.geteuid()

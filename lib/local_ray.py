@@ -1,8 +1,9 @@
-"""A Ray cluster of one job on this machine alone: on the loopback, with a token and a folder of its own."""
+"""A Ray cluster for one job on this machine: on the loopback, with its own token and its own folder."""
 
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -19,8 +20,10 @@ logger = logging.getLogger(__name__)
 FOLDER_PREFIX = "cf-ray-"
 LONGEST_SOCKET_NAME = len("/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 LONGEST_SOCKET_PATH = 107
-"""Of Linux, in bytes, without the zero that ends it."""
+"""Limit of Linux in bytes, without the final zero."""
 SURELY_LOCKED_S = 60.0
+_RAY_PREFIX = re.compile(r"\[.*?\] \(\w+\) \S+: ")
+"""Time, process and place of the code, before what a daemon logs."""
 _OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -29,7 +32,7 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
     """Run a cluster for the duration. `python` is the part of a runtime environment that names the interpreter.
 
     Raises:
-        UserError: no folder can be made for it; JobError: Ray does not start.
+        UserError: its folder cannot be made. JobError: Ray does not start.
     """
     import ray
 
@@ -39,14 +42,14 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
         try:
             with lean_start():
-                # One below ours: Ray opens its own to everybody.
+                # A folder inside ours, because Ray opens its own folder to everybody.
                 ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
         except Exception as error:
             ray.shutdown()
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = _last_words(folder / "r") or " ".join(str(error).split())[:300] or type(error).__name__
             raise JobError(
-                f"Ray does not start on this machine: {reason} (it needs room in {folder.parent} and /dev/shm; "
-                "RAY_TMPDIR names another folder)"
+                f"Ray does not start on this machine: {reason}: free space in {folder.parent} and /dev/shm, or set "
+                "RAY_TMPDIR to a folder on another disk, and run the same command again; --verbose shows what Ray says"
             ) from error
         try:
             yield
@@ -59,11 +62,20 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
                     os.environ[name] = value
 
 
+def _last_words(folder: Path) -> str:
+    """Return what a daemon of Ray said when it died at the start; Ray itself reports only that it waited in vain."""
+    for daemon in ("gcs_server", "raylet"):
+        with suppress(OSError):
+            for line in (folder / "session_latest" / "logs" / f"{daemon}.err").read_text(errors="replace").splitlines():
+                return f"its {daemon} died: {_RAY_PREFIX.sub('', line)[:300]}"
+    return ""
+
+
 def daemons() -> dict[str, int]:
-    """Return the process ids of those processes of our own cluster without which it is lost, by name."""
+    """Return the process ids of the daemons that our own cluster cannot lose, by name."""
     found = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             pid_and_name, _, rest = status.read_text().rpartition(")")
             pid, _, name = pid_and_name.partition(" (")
             if name in ("gcs_server", "raylet") and int(rest.split()[1]) == os.getpid():
@@ -72,7 +84,7 @@ def daemons() -> dict[str, int]:
 
 
 def _give_token() -> None:
-    """Let this process and its children know a token, which Ray would else write to the user's home for all to read."""
+    """Give this process and its children a token. Ray itself would write one to the home folder, readable by all."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return  # switched off by the user
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -81,7 +93,7 @@ def _give_token() -> None:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Make a folder that only this user can enter, with a path short enough for sockets, and remove it at the end."""
+    """Make a folder that only this user can enter, with a path short enough for sockets; remove it at the end."""
     parent = _parent()
     _remove_leftovers(parent)
     try:
@@ -92,7 +104,7 @@ def private_folder() -> Iterator[Path]:
             f"folder that can be written, with a path of up to {_longest_parent()} bytes"
         ) from error
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it ends
+    fcntl.flock(lock, fcntl.LOCK_EX)  # held until this process ends, even by SIGKILL
     try:
         yield folder
     finally:
@@ -106,10 +118,10 @@ def _longest_parent() -> int:
 
 
 def _parent() -> Path:
-    """Return the folder for temporary files, or /tmp where sockets in it would have too long a name.
+    """Return the folder for temporary files, or /tmp if the paths of sockets in it would be too long.
 
     Raises:
-        UserError: `$RAY_TMPDIR`, which nobody has set but for Ray, is too long or no absolute path.
+        UserError: `$RAY_TMPDIR`, which the user has set for Ray, is too long or no absolute path.
     """
     wanted = os.environ.get("RAY_TMPDIR")
     longest = _longest_parent()
@@ -127,7 +139,7 @@ def _parent() -> Path:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Remove what runs of this user have left that were killed."""
+    """Remove the folders that killed runs of this user have left."""
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         try:
             status = folder.lstat()
@@ -139,7 +151,7 @@ def _remove_leftovers(parent: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            continue  # its run goes on
+            continue  # its run is still alive
         else:
             shutil.rmtree(folder, ignore_errors=True)
         finally:

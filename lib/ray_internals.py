@@ -1,6 +1,6 @@
-"""What Ray keeps private and clusters need. `tests/test_ray_internals.py` tells when a new Ray has changed it.
+"""Ray's private API that clusters need. `tests/test_ray_internals.py` fails when a new Ray has changed it.
 
-What training needs of Ray Train's is in `lib/training/ray_train.py`.
+The private API of Ray Train is in `lib/training/ray_train.py`.
 """
 
 import os
@@ -14,21 +14,21 @@ NODE_LIMIT_S, LOOK_EVERY_S = 30.0, 0.02
 
 @contextmanager
 def lean_start() -> Iterator[None]:
-    """Have `ray.init` listen on the loopback alone, start no process in vain, and see at once that the rest is there.
+    """Make `ray.init` listen on the loopback only, start no needless process, and notice at once that Ray is up.
 
-    Ray has settings for none of it: `include_dashboard=False` still starts the dashboard's process.
+    Ray has no settings for this: `include_dashboard=False` still starts the dashboard's process.
     """
     from ray._private import ray_constants, services, utils
     from ray._private.node import Node
 
     replacements: list[tuple[Any, str, Any]] = [
-        # Ray listens on every network unless it knows no clusters of several machines. Its daemons read the variable.
+        # Ray listens on all networks unless clusters of several machines are disabled. Its daemons read the variable.
         (ray_constants, "ENABLE_RAY_CLUSTER", False),
-        # Ray starts its dashboard even where none is wanted, to ask the metadata hosts of clouds where it runs.
+        # Without a dashboard, Ray still starts its process, which asks the metadata hosts of clouds where it runs.
         (Node, "start_api_server", _start_nothing),
         # The autoscaler: this cluster never grows.
         (Node, "start_monitor", _start_nothing),
-        # Ray's raylet waits for its agent, which without the dashboard's packages takes half the time to start.
+        # The raylet waits for its agent, which starts in half the time without the dashboard's packages.
         (utils, "get_dashboard_dependency_error", ImportError),
         (services, "get_node", _node_as_soon_as_it_is_there),
     ]
@@ -49,7 +49,7 @@ def _start_nothing(*_: object, **__: object) -> None:
 
 
 def _node_as_soon_as_it_is_there(gcs_address: str, node_id: str) -> Any:
-    """Return what Ray's `get_node` does, which looks once a second."""
+    """Return the same as Ray's `get_node`, which looks only once a second."""
     from ray._private.services import _get_gcs_client_options
     from ray._private.state import GlobalState
 
@@ -62,10 +62,9 @@ def _node_as_soon_as_it_is_there(gcs_address: str, node_id: str) -> Any:
 
 
 def read_token_settings() -> None:
-    """Let Ray read the variables of its token again.
+    """Make Ray read the environment variables of its token again.
 
-    Ray reads them when it is imported, which may be long before a job knows its cluster, and has no public way to
-    repeat that.
+    Ray reads them when it is imported, which may be long before a job knows its cluster.
     """
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -76,7 +75,7 @@ def read_token_settings() -> None:
 def check_token(address: str | None) -> None:
     """Ask the head at `address` once whether it accepts our token; without an address, only look for a token.
 
-    `ray.init` would ask for 20 s with a wrong one, and then not say that the token was the reason.
+    With a wrong token `ray.init` would try for 20 s, and not give the token as the reason.
 
     Raises:
         AuthenticationError: there is no token, or the cluster wants another one.

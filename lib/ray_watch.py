@@ -1,4 +1,4 @@
-"""The end of a job whose Ray has died: at once and in one line; Ray would try for a minute and dump its stacks."""
+"""Ends a job whose Ray has died, at once and with one line. Ray itself tries for a minute and dumps its stacks."""
 
 import os
 import select
@@ -17,11 +17,11 @@ from lib.errors import JobError, StopSignal, UserError
 from lib.remote_ray import host_and_port
 from lib.terminal import EXIT_FAILURE, terminal
 
-KNOCK_EVERY_S = 2.0
+CHECK_EVERY_S = 2.0
 ABSENT_LIMIT_S = 10.0
-"""For so long a head may not answer: one that is only slow, or was started again with what it knew, comes back."""
+"""How long a head may be silent. A slow one, or one that was restarted with its state, answers again."""
 SIGNAL_GRACE_S = 1.5
-"""A signal to the whole process group ends Ray's daemons before Python gets to it here."""
+"""A signal to the whole process group ends Ray's daemons before this process handles it."""
 LEAVE_LIMIT_S = 45.0
 SIGNALLED_LEAVE_LIMIT_S = 5.0
 
@@ -30,9 +30,9 @@ _NAMES = {"gcs_server": "Ray's head service (gcs_server)", "raylet": "Ray's rayl
 
 @contextmanager
 def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[None]:
-    """End this process with one line when a daemon dies meanwhile, by its process id, or the head does not answer.
+    """End this process with one line if a daemon dies during the block, or the head no longer answers.
 
-    The threads of Ray in this process can be neither asked nor waited for then. Leaving Ray afterwards has a limit too.
+    Ray's threads in this process cannot be stopped then. `daemons` maps names to process ids.
     """
     leaving = threading.Event()
     place = host_and_port(address) if address else None
@@ -47,9 +47,9 @@ def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[
 
 @contextmanager
 def limited_leave() -> Iterator[None]:
-    """End this process with one line where the block, which leaves Ray, takes too long or is stopped by a signal.
+    """End this process with one line if the block, which shuts Ray down, takes too long or is interrupted by a signal.
 
-    Ray's exit handlers would go on with what the signal broke off, and look for daemons that have died of it too.
+    Ray's exit handlers would repeat what the signal interrupted, and wait for daemons that died of the same signal.
     """
     done = threading.Event()
     error = sys.exception()
@@ -72,7 +72,7 @@ def limited_leave() -> Iterator[None]:
 
 
 def raylet_of_this_driver() -> dict[str, int]:
-    """Return the process id of the raylet that this process is connected to, where it runs on the same machine."""
+    """Return the process id of the raylet that this process is connected to, if it runs on this machine."""
     import ray
 
     own = ray.get_runtime_context().get_node_id()
@@ -80,7 +80,7 @@ def raylet_of_this_driver() -> dict[str, int]:
     if not path or not Path(path).exists():
         return {}
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(KNOCK_EVERY_S)
+        probe.settimeout(CHECK_EVERY_S)
         try:
             probe.connect(path)
         except OSError:
@@ -94,25 +94,25 @@ def _watch(daemons: dict[str, int], place: tuple[str, int] | None, leaving: thre
     dead = select.poll()
     names = {}
     for name, pid in daemons.items():
-        with suppress(OSError):  # of another process namespace, say
+        with suppress(OSError):  # such as a process in another namespace
             descriptor = os.pidfd_open(pid)
             names[descriptor] = name
             dead.register(descriptor, select.POLLIN)
     seen = time.monotonic()
-    next_knock = seen + KNOCK_EVERY_S
+    next_check = seen + CHECK_EVERY_S
     try:
         while True:
-            # Before Ray is left they live, whatever error may be on its way here because they do not.
+            # Checked before `leaving`: a dead daemon also raises an error in the main thread, which then leaves Ray.
             for descriptor, _ in dead.poll(200):
                 _end(f"{_NAMES[names[descriptor]]} has died: killed, or out of memory")
             if leaving.is_set():
                 return
-            if place is not None and time.monotonic() >= next_knock:
+            if place is not None and time.monotonic() >= next_check:
                 if _answers(place):
                     seen = time.monotonic()
                 elif time.monotonic() - seen > ABSENT_LIMIT_S and not leaving.is_set():
-                    _end(f"the Ray cluster at {place[0]}:{place[1]} answers no more")
-                next_knock = time.monotonic() + KNOCK_EVERY_S
+                    _end(f"the Ray cluster at {place[0]}:{place[1]} no longer answers")
+                next_check = time.monotonic() + CHECK_EVERY_S
     finally:
         for descriptor in names:
             os.close(descriptor)
@@ -120,14 +120,14 @@ def _watch(daemons: dict[str, int], place: tuple[str, int] | None, leaving: thre
 
 def _answers(place: tuple[str, int]) -> bool:
     try:
-        socket.create_connection(place, timeout=KNOCK_EVERY_S).close()
+        socket.create_connection(place, timeout=CHECK_EVERY_S).close()
     except OSError:
         return False
     return True
 
 
 def _end(reason: str) -> NoReturn:
-    """Say why in one line and end, without the exit handlers of Ray. Its own daemons end with this process."""
+    """Print the reason in one line and end, without Ray's exit handlers. Ray's own daemons end with this process."""
     ours = terminal()
     ours.mute_others()
     deadline = time.monotonic() + SIGNAL_GRACE_S

@@ -1,4 +1,4 @@
-"""Passwords, keys and signatures of URLs are left out of all that a job says."""
+"""Removes passwords, keys and signatures of URLs from everything that a job prints."""
 
 import re
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ def redacted(text: str) -> str:
     if "://" not in text:
         return text
     without_password = re.sub(r"://\S*:\S*@|(?<=http)://[^\s/?#]+@|(?<=https)://[^\s/?#]+@", "://***@", text)
-    # What stands behind a URL in a sentence or in JSON stays.
+    # Punctuation after the URL, in a sentence or in JSON, stays.
     return re.sub(r"""(://[^?\s]*)\?\S*=\S*?(?=[\\"'`),.:;\]}>]*(?:\s|$))""", r"\1?***", without_password)
 
 
 def shown(url: str) -> str:
-    """Return a URL as it stands in messages: quoted, on one line, without secrets."""
+    """Return a URL for a message: quoted, on one line, without secrets."""
     return repr(redacted(url))
 
 
 class StreamWithoutSecrets:
-    """A text stream that lets no password, key or signature of a URL through, whoever prints it.
+    """A text stream that removes passwords, keys and signatures of URLs.
 
-    All that a job says passes here: messages, logs, tracebacks, what Ray repeats of its workers, the result.
+    Everything that a job prints passes through it: messages, logs, tracebacks, lines of Ray's workers, the result.
     """
 
     def __init__(self, stream: TextIO, given: Sequence[str]) -> None:
-        """Write to `stream`; the secrets of the URLs `given` are left out where they stand without their URL, too."""
+        """Write to `stream`; secrets of the URLs in `given` are removed even outside of their URL."""
         self._stream = stream
         self._secrets = [secret for text in given for secret in _secrets_of(text)]
 
@@ -50,7 +50,7 @@ class StreamWithoutSecrets:
 
 
 def _secrets_of(text: str) -> list[str]:
-    """Return what storages repeat of a URL that is secret: user and password, and the query."""
+    """Return the secret parts of a URL that a storage may repeat: user and password, and the query."""
     scheme, mark, rest = text.partition("://")
     if not mark:
         return []

@@ -1,4 +1,4 @@
-"""A Ray cluster that is there already: found, joined, and each way to fail named."""
+"""Joins a running Ray cluster, with one clear error for each way to fail."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
     """Connect to the cluster at `$RAY_ADDRESS`.
 
     Raises:
-        UserError: there is none at this address, or none for us. JobError: it answers, and then does not let us in.
+        UserError: no cluster answers, or it wants another token or version. JobError: it answers, but joining fails.
     """
     import ray
     from ray.exceptions import AuthenticationError
@@ -51,7 +51,7 @@ def join(address: str, runtime_env: Mapping[str, Any]) -> None:
 
 
 def check_head_listens(address: str) -> None:
-    """Raise UserError where no head of a Ray cluster listens: Ray itself would try for minutes."""
+    """Raise UserError if no head of a Ray cluster listens at the address. Ray itself would try for minutes."""
     place = host_and_port(address)
     if place is None:
         return
@@ -78,16 +78,16 @@ def check_head_listens(address: str) -> None:
         ) from error
     if frame[3:4] != bytes([_HTTP2_SETTINGS]):
         raise UserError(
-            f"RAY_ADDRESS is {address!r}, and what listens there is no head of a Ray cluster (8265 is its dashboard): "
+            f"RAY_ADDRESS is {address!r}, and another server than a Ray head listens there (8265 is Ray's dashboard): "
             f"{_ADVICE}"
         )
 
 
 def host_and_port(address: str) -> tuple[str, int] | None:
-    """Return where `address` points, or None for `auto`, which Ray looks up itself.
+    """Return host and port of an address, or None for `auto`, which Ray looks up itself.
 
     Raises:
-        UserError: no address at all.
+        UserError: it is no address.
     """
     if address in ("auto", "local"):
         return None
@@ -98,7 +98,7 @@ def host_and_port(address: str) -> tuple[str, int] | None:
 
 
 def _send_a_token_that_is_there() -> None:
-    """Send the token that `ray start` on this machine would ask for, which Ray does by itself for `auto` alone."""
+    """Send the token of this machine's `ray start`. Ray itself does so only for the address `auto`."""
     if os.environ.get("RAY_AUTH_MODE"):
         return
     home = os.environ.get("HOME")

@@ -1,10 +1,10 @@
 """Files on local disks and in object stores through fsspec: whole writes, bounded retries, errors in one clear line.
 
-A URL is a local path or `scheme://…`. Credentials and endpoints come from the usual environment variables alone
+A URL is a local path or `scheme://…`. Credentials and endpoints come only from the usual environment variables
 (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …), never from a flag.
 
-Every action asks for its file system anew. fsspec keeps one for each process and returns it, so everything here works
-after a fork, in a Ray worker, and after the server was restarted.
+Every action asks fsspec for its file system, which keeps one for each process. So everything works after a fork, in a
+Ray worker, and after the server was restarted.
 """
 
 import io
@@ -39,16 +39,16 @@ Result = TypeVar("Result")
 Action = Callable[[fsspec.AbstractFileSystem, str], Result]
 
 RETRY_SECONDS = 60.0
-"""How long an action on a remote storage is tried again before the job gives up."""
+"""How long an action on a remote storage is retried before the job fails."""
 
 CHECK_RETRY_SECONDS = 5.0
-"""The same for `check_writable`: at the start of a job a silent endpoint is more likely a wrong one."""
+"""The same for `check_writable`: at the start of a job, a silent endpoint is more likely a wrong one."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
 S3_SCHEMES = ("s3", "s3a")
 
-# Each try of ours makes two requests of at most 20 s. Workers already read in parallel, so a file gets one stream: a
+# Each of our tries makes two requests of at most 20 s. Workers read in parallel anyway, so one stream reads a file: a
 # photo then takes one request instead of two.
 S3_OPTIONS = {
     "config_kwargs": {
@@ -59,8 +59,8 @@ S3_OPTIONS = {
     "max_concurrency": 1,
 }
 
-# Never read. It keeps the file systems of its parent alive in a forked process: when one of those is deleted, s3fs
-# closes connections that both processes share, through an event loop whose thread the fork left behind.
+# Never read. In a forked process it keeps the file systems of the parent alive. Otherwise s3fs would close connections
+# that both processes share, through an event loop whose thread does not exist after the fork.
 _KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
 
 
@@ -83,10 +83,10 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     scheme = _scheme(url)
     if scheme == "file":
         return fsspec.filesystem("file"), str(local_path(url))
-    # Only host and user are parsed: names of photos hold what fsspec takes for options and chains of URLs.
+    # Only user and host are parsed: fsspec would find options and chained URLs in the names of photos.
     authority, slash, path = url.partition("://")[2].partition("/")
     try:
-        # Kept listings would hide what other processes write.
+        # Cached listings would hide what other processes write.
         options = S3_OPTIONS if scheme in S3_SCHEMES else {}
         files, root = fsspec.url_to_fs(f"{scheme}://{authority}", use_listings_cache=False, **options)
     except (ValueError, ImportError) as error:
@@ -95,25 +95,25 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             "give a local path, s3://bucket/folder, or a scheme whose fsspec driver is installed"
         ) from error
     except TypeError as error:
-        raise UserError(f"{shown(url)}: the URL does not say all that {scheme!r} needs ({error})") from error
+        raise UserError(f"{shown(url)}: {scheme!r} needs more than the URL says ({error})") from error
     if scheme in S3_SCHEMES:
-        # Otherwise s3fs repeats each timeout five times inside each of our tries.
+        # Otherwise s3fs repeats each timeout five times in each of our tries.
         files.retries = 1
         _KEPT_AFTER_FORK[os.getpid(), scheme] = files
     return files, root.rstrip("/") + slash + path
 
 
 def exists(url: str) -> bool:
-    """Return whether a file or folder is there.
+    """Return whether a file or folder exists.
 
     Raises:
-        UserError, JobError: the storage refuses to tell, or stays away.
+        UserError, JobError: the storage refuses the question, or does not answer.
     """
     if is_local(url):
         with explained(url, "look for"):
             return local_path(url).exists()
     try:
-        # Not `exists`: s3fs answers that a bucket is not there when its endpoint is down.
+        # Not `exists`: s3fs says that a bucket does not exist when its endpoint is down.
         _act(url, "look for", lambda files, path: files.info(path))
     except FileNotFoundError:
         return False
@@ -124,8 +124,8 @@ def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
     """Return the content of a file, or its first `max_bytes` bytes.
 
     Raises:
-        MissingFileError: it is not there.
-        UserError, JobError: it may not be read, or the storage stays away.
+        MissingFileError: it does not exist.
+        UserError, JobError: it may not be read, or the storage does not answer.
     """
     if is_local(url):
         refuse_special(url)
@@ -138,10 +138,10 @@ def write_bytes(url: str, data: bytes) -> None:
     """Write a file whole or not at all; local parent folders are made.
 
     Raises:
-        UserError, JobError: it may not be written, the disk is full, or the storage stays away.
+        UserError, JobError: it may not be written, the disk is full, or the storage does not answer.
     """
     if not is_local(url):
-        # A single put, or a multipart upload that is seen only once it is complete.
+        # A single put, or a multipart upload that becomes visible once it is complete.
         _act(url, "write", lambda files, path: files.pipe_file(path, data))
         return
     with explained(url, "write"):
@@ -149,22 +149,22 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def remove_unfinished(url: str) -> None:
-    """Remove the files below a local folder that a process of this user was killed while it wrote by `write_bytes`.
+    """Remove the temporary files that killed processes of this user have left below a local folder in `write_bytes`.
 
-    Of object stores nothing is seen before it is whole. No other process may be writing there.
+    Object stores show only whole files. No other process may be writing there.
     """
     if is_local(url):
         for info in list_files(url, suffix=".tmp", skip_prefixes=()):
             if is_unfinished(path := local_path(url) / info.path):
-                logger.info("removing %s, which a killed process has left", path)
+                logger.info("removing %s, left by a killed process", path)
                 remove(str(path))
 
 
 def read_json(url: str, wanted: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
-    """Return the object that a JSON file of ours holds, once each of the `wanted` entries is there and of its type.
+    """Return the object in a JSON file of ours, after checking that it has the entries `wanted`, of these types.
 
     Raises:
-        UserError: it is not JSON, or of another shape; and as `read_bytes`.
+        UserError: it is not JSON, or of another shape. Also raises as `read_bytes`.
     """
     next_step = "remove it and run the job that made it again"
     try:
@@ -172,11 +172,11 @@ def read_json(url: str, wanted: Mapping[str, type | tuple[type, ...]] | None = N
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shown(url)} is not JSON ({error}): {next_step}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{shown(url)} holds {type(content).__name__} where an object is wanted: {next_step}")
+        raise UserError(f"{shown(url)} holds {type(content).__name__}, not an object: {next_step}")
     for name, kind in (wanted or {}).items():
         if not isinstance(content.get(name), kind):
-            found = f"is {type(content[name]).__name__}" if name in content else "is not there"
-            raise UserError(f"{shown(url)} is not what a job of ours writes: {name!r} {found}: {next_step}")
+            found = f"is {type(content[name]).__name__}" if name in content else "is missing"
+            raise UserError(f"{shown(url)} is not what a job writes: {name!r} {found}: {next_step}")
     return content
 
 
@@ -187,7 +187,7 @@ def write_json(url: str, content: Any) -> None:
 
 @contextmanager
 def open_parquet(url: str, wanted: Sequence[pa.Field] = (), *, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file as `parquet_files.opened` does; of a remote one, only what is asked for is read."""
+    """Open a Parquet file as `parquet_files.opened` does; of a remote file, only the parts that are used are read."""
     with explained(url, "read"):
         if is_local(url):
             refuse_special(url)
@@ -205,7 +205,7 @@ def open_parquet(url: str, wanted: Sequence[pa.Field] = (), *, buffer_size: int 
 
 def read_parquet(url: str, wanted: Sequence[pa.Field] = ()) -> pa.Table:
     """Return the columns `wanted` of a Parquet file, or all, as a table; raises as `open_parquet`."""
-    # Not pq.read_table: below a folder such as split=train it adds a column that the file does not hold.
+    # Not pq.read_table: in a folder such as split=train it adds a column that the file does not have.
     with open_parquet(url, wanted) as file:
         return file.read(columns=[each.name for each in wanted] or None)
 
@@ -226,16 +226,16 @@ def write_parquet(url: str, table: pa.Table, **options: Any) -> None:
 def list_files(
     url: str, *, suffix: str | tuple[str, ...] = "", skip_prefixes: tuple[str, ...] = (".", "_")
 ) -> Iterator[FileInfo]:
-    """Yield the files below a folder, any depth, sorted by path; a folder that is not there has none.
+    """Yield the files below a folder, at any depth, sorted by path; a missing folder has none.
 
-    Locally one folder's names are held at a time; of S3, paths and sizes, about 50 bytes a file.
+    A local listing holds the names of one folder at a time, one of S3 all paths and sizes, about 50 bytes a file.
 
     Args:
         suffix: endings to take, in lower case; upper-case names match too.
-        skip_prefixes: a file is left out when its name, or that of a folder on the way to it, begins so.
+        skip_prefixes: a file is left out if its name, or that of a folder in its path, begins with one of these.
 
     Raises:
-        UserError, JobError: the folder may not be read, its bucket is not there, or the storage stays away.
+        UserError, JobError: the folder may not be read, its bucket does not exist, or the storage does not answer.
     """
     if is_local(url):
         listing = local_files(str(local_path(url)))
@@ -248,14 +248,14 @@ def list_files(
 
 
 def remove(url: str) -> None:
-    """Remove a file; one that is not there is no error."""
+    """Remove a file; a missing one is no error."""
     with suppress(FileNotFoundError):
-        # Not `rm`: it takes a name such as photo[1].jpg for a pattern.
+        # Not `rm`: it treats a name such as photo[1].jpg as a pattern.
         _act(url, "remove", lambda files, path: files.rm_file(path))
 
 
 def remove_tree(url: str) -> None:
-    """Remove a folder and all below it; one that is not there is no error, and a bucket itself stays."""
+    """Remove a folder and all below it; a missing one is no error, and a bucket itself stays."""
     if not is_local(url):
         for info in list_files(url, skip_prefixes=()):
             remove(join(url, info.path))
@@ -265,10 +265,10 @@ def remove_tree(url: str) -> None:
 
 
 def check_writable(url: str) -> None:
-    """Write and remove a small file in a folder, or in its nearest parent where it is not there yet.
+    """Write and remove a small file in a folder, or in its nearest existing parent.
 
     Raises:
-        UserError: that cannot be done: why, and the next step.
+        UserError: why this fails, and the next step.
     """
     name = f".writable-{uuid.uuid4().hex}"
 
@@ -289,7 +289,7 @@ def _read_range(url: str, start: int, end: int) -> bytes:
     try:
         return _act(url, "read", lambda files, path: files.cat_file(path, start=start, end=end))
     except JobError as error:
-        # No range of an empty file can be had.
+        # An empty file has no valid range.
         if s3_code(error.__cause__) == "InvalidRange":
             return b""
         raise
@@ -314,7 +314,7 @@ def _list_remote(url: str) -> Iterator[FileInfo]:
 def _act(url: str, doing: str, action: Action[Result], *, retry_s: float | None = None) -> Result:
     """Run an action on the file system of a URL and the path in it.
 
-    On a remote one it is tried again while its fault is a passing one, for `retry_s` or `RETRY_SECONDS`.
+    On a remote one, passing faults are retried for `retry_s`, or for `RETRY_SECONDS`.
     """
     last_try = time.monotonic() + (RETRY_SECONDS if retry_s is None else retry_s)
     pause_s = FIRST_PAUSE_S

@@ -1,4 +1,4 @@
-"""What a storage's errors mean: which of them pass by themselves, and one clear line for each of the others."""
+"""What the errors of a storage mean: which ones are worth a retry, and one clear line for the others."""
 
 import errno
 import os
@@ -51,21 +51,21 @@ _S3_MISTAKES = {
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or its bucket is not there: ends a job as `UserError` does, unless caught as `FileNotFoundError`."""
+    """A file or its bucket does not exist. Ends a job as `UserError` does, unless caught as `FileNotFoundError`."""
 
 
 def reason_for(error: BaseException) -> str:
-    """Return what an error says, on one line, without its number and without secrets."""
+    """Return the text of an error on one line, without its number and without secrets."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(redacted(text).split()).rstrip(".") or type(error).__name__
 
 
 @contextmanager
 def explained(url: str, doing: str) -> Iterator[None]:
-    """Turn a storage's error into one line that says what could not be done, why, and the next step.
+    """Turn a storage's error into one line: what could not be done, why, and the next step.
 
     Raises:
-        MissingFileError: the file or its bucket is not there.
+        MissingFileError: the file or its bucket does not exist.
         UserError: the user's mistake, such as a wrong secret or a read-only folder.
         JobError: a failure outside the program, such as a full disk or an endpoint that is gone.
     """
@@ -81,7 +81,7 @@ def explained(url: str, doing: str) -> Iterator[None]:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Return whether the same request may well succeed later: connection lost, timeout, 5xx, slow down."""
+    """Return whether the same request may succeed later: connection lost, timeout, status 5xx, slow down."""
     import aiohttp
     from botocore import exceptions as s3
 
@@ -105,7 +105,7 @@ def _s3_answer(error: BaseException | None) -> dict | None:
 
 
 def _explanation(error: Exception, url: str, what: str) -> UserError | JobError | None:
-    """Return the error to raise in the place of a storage's own, or None for one that is no storage's."""
+    """Return the error to raise instead, or None if the error does not come from a storage."""
     if isinstance(error, OSError) and error.errno and _s3_answer(error) is None:
         return _local_explanation(error, f"{what}: {os.strerror(error.errno)}")
     return _remote_explanation(error, url, what)
@@ -153,7 +153,7 @@ def _remote_explanation(error: Exception, url: str, what: str) -> UserError | Jo
 
 
 def _passing_remedy(error: Exception, setting: str) -> str:
-    """Return what to do about an error that did not pass in time: who answered, if anybody did, tells the cause."""
+    """Return what to do about an error that repeated until the time limit."""
     status = (_s3_answer(error) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if s3_code(error) in PASSING_S3_CODES:
         return "the storage is overloaded: use fewer workers"

@@ -1,6 +1,6 @@
-"""What a user sees: our lines on the terminal, those of Ray and other libraries in a log file of this job.
+"""What a user sees: our lines on the terminal. The lines of Ray and other libraries go to a log file of the job.
 
-Ray's core writes to the file descriptor 2 itself. So the descriptor becomes the log, and a copy of it stays for us.
+Ray's core writes to file descriptor 2 directly. So descriptor 2 becomes the log, and we write to a copy of it.
 """
 
 import contextlib
@@ -21,21 +21,21 @@ from typing import NoReturn, TextIO, cast
 from lib.redaction import StreamWithoutSecrets
 
 SAY_AGAIN_S = 60.0
-"""A line that several workers log within so long is one."""
+"""Several workers log the same line within this time: it is shown once."""
 KEPT_DAYS = 7
-"""Of a log after its last line."""
+"""A log is removed this long after its last line."""
 TAIL_LINES = 20
 TAIL_BYTES = 128 * 1024
 EXIT_FAILURE = 1
 
 MARK = "conv-facenet| "
-"""Stands before a line that one of our workers logs, which Ray hands to the driver; `lib/__init__.py` names it, too."""
+"""Begins each line that one of our workers logs; Ray brings it to the driver. `lib/__init__.py` repeats it."""
 
 _TAIL_TITLE = "the last lines of Ray and other libraries, all of them are in"
 _CLEAR = "\r\x1b[K"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = re.compile(r"(\(.*?\bpid=.*?\) )?(\s|Traceback \(most recent)")
-"""A line of a stack: in the log, where it leaves the lines that are brought along to what was said."""
+"""A line of a stack trace. The log has it; a failure shows the other lines."""
 _IF_KILLED = f"""
 read -r ended && exit 0
 if [ -s "$1" ]; then
@@ -44,19 +44,19 @@ if [ -s "$1" ]; then
 fi
 echo "failed: the process was killed, or a library has crashed"
 """
-"""For the shell that outlives the job: told nothing when its end of the pipe closes, it says what the job cannot."""
+"""Run by a shell that outlives the job. A pipe that closes without a word means that the job was killed."""
 
 
 class Terminal(StreamWithoutSecrets):
-    """Where our lines go, and below them one that is renewed in its place where this is a terminal.
+    """Prints our lines. On a real terminal, a status line stays below them and is updated in place.
 
     Attributes:
-        log: the file that holds the lines of Ray and other libraries, None where they are shown.
+        log: the file with the lines of Ray and other libraries; None if they are shown.
         result: where the result of the job goes.
     """
 
     def __init__(self, stream: TextIO, given: Sequence[str] = (), log: Path | None = None) -> None:
-        """Write to `stream`, without secrets, also those of the URLs `given`."""
+        """Write to `stream`, without secrets. Those of the URLs in `given` are recognised outside of a URL too."""
         super().__init__(stream, given)
         self.log = log
         self.result: TextIO = sys.stdout
@@ -67,7 +67,7 @@ class Terminal(StreamWithoutSecrets):
         self._watcher: int | None = None
 
     def write(self, text: str) -> int:
-        """Write above the line that is renewed."""
+        """Write above the status line."""
         with self._lock:
             if self._is_drawn:
                 self._stream.write(_CLEAR)
@@ -79,7 +79,7 @@ class Terminal(StreamWithoutSecrets):
         return len(text)
 
     def show(self, status: str) -> None:
-        """Renew the line below all others; an empty one goes away."""
+        """Update the status line; an empty string removes it."""
         if not self.is_a_tty or (status == self._status and self._is_drawn):
             return
         with self._lock:
@@ -94,14 +94,14 @@ class Terminal(StreamWithoutSecrets):
         self.write(f"{line}\n")
 
     def fail(self, text: str) -> None:
-        """Say why the job failed, after the last that Ray and other libraries have said."""
+        """Print the last lines of Ray and other libraries, then why the job failed."""
         tail = self._tail()
         if tail:
             self.say("\n".join([f"{_TAIL_TITLE} {self.log}:", *(f"    {line}" for line in tail)]))
         self.say(text)
 
     def mute_others(self) -> None:
-        """Let nobody else write here any more: Ray's threads dump their stacks until the process ends."""
+        """Keep libraries from writing here: Ray's threads dump their stacks until the process ends."""
         if self.log is None:
             with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
                 if self._stream.fileno() == 2:
@@ -116,9 +116,9 @@ class Terminal(StreamWithoutSecrets):
         os._exit(status)
 
     def close(self) -> None:
-        """Take the last line that is renewed away. What the process says from now on is no word of the job."""
+        """Remove the status line and tell the watching shell that the job has ended."""
         self.show("")
-        with contextlib.suppress(BrokenPipeError):  # of a reader such as head
+        with contextlib.suppress(BrokenPipeError):  # the reader, such as head, has closed the pipe
             self.result.flush()
         if self._watcher is not None:
             os.write(self._watcher, b"ended\n")
@@ -128,20 +128,20 @@ class Terminal(StreamWithoutSecrets):
             self.log.unlink()
 
     def watch(self) -> None:
-        """Start what tells the user of a death that this process cannot tell of: SIGKILL, an abort of Ray's core."""
+        """Start the shell that reports a death which this process cannot report: SIGKILL, or an abort in Ray's core."""
         assert self.log is not None
         faulthandler.enable(self._stream, all_threads=False)
-        ours, told = os.pipe()
+        read_end, write_end = os.pipe()
         with contextlib.suppress(OSError):
             subprocess.Popen(
                 ["/bin/sh", "-c", _IF_KILLED, "sh", str(self.log)],
-                stdin=ours,
+                stdin=read_end,
                 stdout=self._stream,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # so that a signal to the job's process group spares it
+                start_new_session=True,  # a signal to the job's process group does not reach it
             )
-        os.close(ours)
-        self._watcher = told
+        os.close(read_end)
+        self._watcher = write_end
 
     def _tail(self) -> list[str]:
         if self.log is None:
@@ -162,34 +162,34 @@ class Terminal(StreamWithoutSecrets):
 
 
 class _Others(StreamWithoutSecrets):
-    """Where libraries write. What our workers have logged is logged here too, once."""
+    """Where libraries write. A line that our workers have logged goes to our log, once."""
 
     def __init__(self, stream: TextIO, given: Sequence[str]) -> None:
         super().__init__(stream, given)
         self._thread = threading.local()
-        self._told: dict[str, float] = {}
+        self._shown_at: dict[str, float] = {}
 
     def write(self, text: str) -> int:
         _, mark, line = text.partition(MARK)
         if mark:
             self._say_once(_COLOUR.sub("", line).rstrip("\n"))
         elif text != "\n" or not getattr(self._thread, "wrote_a_mark", False):
-            with contextlib.suppress(OSError):  # of a full disk: what a library says must not end the job
+            with contextlib.suppress(OSError):  # a full disk: a library's line must not end the job
                 self._stream.write(self._safe(text))
         self._thread.wrote_a_mark = bool(mark) and not text.endswith("\n")
         return len(text)
 
     def _say_once(self, line: str) -> None:
         now = time.monotonic()
-        self._told = {told: at for told, at in self._told.items() if now - at < SAY_AGAIN_S}
-        if line not in self._told:
-            self._told[line] = now
+        self._shown_at = {shown: at for shown, at in self._shown_at.items() if now - at < SAY_AGAIN_S}
+        if line not in self._shown_at:
+            self._shown_at[line] = now
             level, _, message = line.partition(" ")
             logging.getLogger("lib.workers").log(logging.getLevelNamesMapping().get(level, logging.INFO), message)
 
 
 class _OursOrOthers(logging.Handler):
-    """Sends what `lib` logs to the terminal, and what libraries log where they write."""
+    """Sends the log of `lib` to the terminal, and the log of libraries to their file."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_ours = record.name.partition(".")[0] in ("lib", "__main__")
@@ -200,7 +200,7 @@ class _OursOrOthers(logging.Handler):
 
 
 class _ToDriver(logging.Handler):
-    """Marks what `lib` logs in a worker, for `_Others` of the driver."""
+    """Marks what `lib` logs in a worker, so that `_Others` in the driver recognises it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         # Not by print, which Ray Train replaces: it would log the line again.
@@ -212,19 +212,19 @@ _taken_over: list[Terminal] = []
 
 
 def terminal() -> Terminal:
-    """Return where our lines go: standard error, which in a job libraries do not write to."""
+    """Return where our lines go: standard error, which in a job is ours alone."""
     if _taken_over:
         return _taken_over[-1]
     return sys.stderr if isinstance(sys.stderr, Terminal) else Terminal(sys.stderr)
 
 
 def take_over(job: str, given: Sequence[str], *, verbose: bool) -> Terminal:
-    """Keep the terminal for us until the process ends: threads and libraries print until then.
+    """Reserve the terminal for our lines until the process ends, because threads and libraries print until then.
 
-    With `verbose` libraries write there too. Secrets of the URLs among what the user has `given` are never shown.
+    With `verbose` libraries write there too. Secrets in the URLs among the arguments `given` are never shown.
     """
     sys.stdout.flush()
-    if not (_is_descriptor(sys.stderr, 2) and _is_descriptor(sys.stdout, 1)):  # a job within another program
+    if not (_is_descriptor(sys.stderr, 2) and _is_descriptor(sys.stdout, 1)):  # the job runs inside another program
         ours = Terminal(sys.stderr, given)
         sys.stderr = cast(TextIO, ours)
     else:
@@ -245,7 +245,7 @@ def take_over(job: str, given: Sequence[str], *, verbose: bool) -> Terminal:
 
 
 def send_log_to_driver(level: int = logging.INFO) -> None:
-    """Let what `lib` logs from this level on in this worker reach the terminal of the job, by way of Ray."""
+    """Send what `lib` logs in this worker, from this level on, to the terminal of the job, by way of Ray."""
     ours = logging.getLogger("lib")
     if not _taken_over and not any(isinstance(handler, _ToDriver) for handler in ours.handlers):
         ours.addHandler(_ToDriver(level))
@@ -264,7 +264,7 @@ def _copy(stream: TextIO) -> TextIO:
 
 
 def _open_log(job: str) -> tuple[Path, int] | None:
-    """Return a new file that only this user can read and its descriptor; None where there can be none."""
+    """Return a new file that only this user can read, and its descriptor; None if it cannot be made."""
     folder = Path(tempfile.gettempdir()) / f"conv-facenet-{os.geteuid()}" / "logs"
     path = folder / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:

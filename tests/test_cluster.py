@@ -18,7 +18,17 @@ import pytest
 
 from lib import local_ray, remote_ray
 from lib.errors import UserError
-from tests.job_runner import ROOT, environment, finish, kill_session, run_here, session_processes, start_job, wait_until
+from tests.job_runner import (
+    ROOT,
+    environment,
+    finish,
+    kill_session,
+    run_here,
+    run_job,
+    session_processes,
+    start_job,
+    wait_until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -189,7 +199,7 @@ def test_another_server_than_ray_is_told_from_a_head(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        with pytest.raises(UserError, match="what listens there is no head of a Ray cluster"):
+        with pytest.raises(UserError, match="another server than a Ray head listens there"):
             remote_ray.check_head_listens(f"127.0.0.1:{listener.getsockname()[1]}")
         thread.join()
 
@@ -202,6 +212,18 @@ def test_a_user_without_a_home_and_a_name_is_given_both() -> None:
         [*nameless, sys.executable, "-c", code], env=variables, cwd="/", capture_output=True, text=True, check=False
     )
     assert done.stdout == "54321 True\n", done.stderr
+
+
+@pytest.mark.slow
+def test_a_local_ray_that_does_not_start_is_explained_in_one_line(sample_data: Path, tmp_path: Path) -> None:
+    """Ray itself says that it waited in vain for a file; why its head service died stands in a log of it."""
+    flags = ["--data", str(sample_data), "--faces", str(tmp_path / "faces")]
+    done = run_job("preprocess.py", *flags, extra={"RAY_gcs_storage": "nonsense"})
+    assert done.status == 1
+    assert done.last_error.startswith(
+        "failed: Ray does not start on this machine: its gcs_server died: Unsupported GCS storage type: nonsense: free "
+    )
+    assert "Traceback" not in done.errors
 
 
 def test_a_job_takes_its_own_lib_before_another_package_of_that_name(tmp_path: Path) -> None:
