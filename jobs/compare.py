@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compare runs on one page, also runs that are still going."""
+"""Compare runs on one page, even while they train."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Turn faces, or photos, into a Parquet table of embeddings; started again it goes on where it was."""
+"""Turn faces or photos into a Parquet table of embeddings. The same command continues after an interruption."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure how well a model tells people apart: figures, and a report with pictures in one HTML file."""
+"""Measure how well a model tells people apart: metrics, and an HTML report with pictures."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make one ONNX file of a model, checked against it on real faces."""
+"""Export a model as one ONNX file, checked against the model on real faces."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

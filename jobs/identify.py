@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Say who is in photos: the nearest faces of a gallery for every face, and who it is, or that nobody knows."""
+"""Identify the people in photos: the nearest faces of a gallery for each face, or that nobody knows the person."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Turn photos into a Parquet table of aligned faces; started again it goes on where it was."""
+"""Turn photos into a Parquet table of aligned faces. The same command continues after an interruption."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draw photos of people who do not exist, with their identities and landmarks, to try everything on."""
+"""Draw photos of people who do not exist, with their identities and landmarks, to try everything."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

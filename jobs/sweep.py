@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Choose backbone and settings by measurement: every combination trained, compared; started again it goes on."""
+"""Train every combination of settings and compare them. The same command continues after an interruption."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package that is called lib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before any other package called lib
 
 from lib.imports import quick_imports
 

@@ -26,7 +26,7 @@ submit() { # JOB [FLAG]...: runs after the job submitted before
     id=$(sbatch --parsable --kill-on-invalid-dep=yes ${submitted[0]:+"--dependency=afterok:${submitted[-1]}"} \
         ${options[@]+"${options[@]}"} "slurm/$job.sh" "$@") || {
         [ ${#submitted[@]} = 0 ] || scancel "${submitted[@]}"
-        echo "error: $job was not submitted, and what stood before it is cancelled" >&2
+        echo "error: $job was not submitted; the jobs before it are cancelled" >&2
         exit 2
     }
     submitted+=("${id%%;*}")
@@ -36,4 +36,4 @@ submit() { # JOB [FLAG]...: runs after the job submitted before
 submit preprocess
 submit train "$@"
 submit evaluate --model "${DATA_URL%/}/runs/$name"
-echo "they write to logs/; end all of them by  scancel ${submitted[*]}" >&2
+echo "their output is in logs/; cancel all of them with  scancel ${submitted[*]}" >&2

@@ -4,8 +4,11 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import s3fs
 
 from lib import storage
 from lib.config import run_job
@@ -42,6 +45,52 @@ def test_no_secret_of_a_url_is_shown(script, flag, url, tmp_path, monkeypatch):
     flags = [url] if flag == "stray" else [flag, url]
     ended = run_here(script, *flags, "--dry-run", extra={"DATA_URL": str(tmp_path)})
     assert ended.errors or ended.output
+    assert not [secret for secret in SECRETS if secret in ended.errors + ended.output], ended
+
+
+@pytest.fixture(scope="module")
+def repeating_server():
+    """Return the address of a server that refuses each request and repeats it in its answer, as some storages do."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = f"<Error><Code>AccessDenied</Code><Message>{self.path} {self.headers}</Message></Error>".encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Keep the output of the tests clean."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("endpoint", ["silent", "refusing", "secret in the data URL"])
+@pytest.mark.parametrize("script", URL_FLAGS)
+def test_no_secret_is_shown_when_the_storage_fails(script, endpoint, repeating_server, monkeypatch):
+    """Not a dry run: each job goes as far as its storage lets it."""
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(storage, "CHECK_RETRY_SECONDS", 0.0)
+    address = "127.0.0.1:9" if endpoint == "silent" else repeating_server
+    login = "" if endpoint.startswith("secret") else "user:sec-ret@"
+    variables = {
+        "AWS_ENDPOINT_URL": f"http://{login}{address}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "sign-ature",
+        "DATA_URL": WITH_SECRETS[0] if endpoint.startswith("secret") else "s3://bucket/folder",
+    }
+    name = {"sweep.py": ["--name", "x", "--backbones", "test_resnet"]}.get(script, [])
+    s3fs.S3FileSystem.clear_instance_cache()
+    ended = run_here(script, *name, extra=variables)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert ended.status in (1, 2), ended
+    assert ended.last_error.startswith(("error: ", "failed: ")), ended
     assert not [secret for secret in SECRETS if secret in ended.errors + ended.output], ended
 
 

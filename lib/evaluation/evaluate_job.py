@@ -20,7 +20,7 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
 from lib.evaluation.metrics import check_folds, kfold_accuracy
-from lib.evaluation.model_metrics import Measured, Photos, measure, photos_of
+from lib.evaluation.model_metrics import Measured, Photos, check_embedded, measure, photos_of
 from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs, made_pairs
 from lib.evaluation.report_content import present
@@ -142,6 +142,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         # These files are from an earlier report of other pairs or of an earlier model.
         embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
         made = read_embeddings(folder)
+        check_embedded(made, folder)
         measured.append(
             measure(
                 name,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib import storage
+from lib.errors import UserError
 from lib.evaluation.metrics import (
     best_threshold,
     failed_as_errors,
@@ -64,6 +65,16 @@ def photos_of(names: list[str], identities: list[str | None], splits: list[str])
     known = [f"\0{n}" if identity is None else identity for n, identity in enumerate(identities)]
     people_N = np.unique(np.asarray(known, object), return_inverse=True)[1].astype(np.int64)
     return Photos(names=names, identities=identities, splits=splits, people_N=people_N)
+
+
+def check_embedded(made: Embeddings, folder: str) -> None:
+    """Raise UserError if no photo has an embedding, as when the photos were moved while they were read."""
+    if made.failed_N.all():
+        reasons = ", ".join(f"{count} {status}" for status, count in Counter(made.statuses).most_common())
+        raise UserError(
+            f"none of the {len(made.statuses)} photos has an embedding ({reasons}): correct the photos or --photos, "
+            f"remove {storage.shown(folder)}, and run the same command again"
+        )
 
 
 def measure(

@@ -1,6 +1,6 @@
-"""One `warpAffine` from the photo to the aligned crop: eyes level, in their place, scaled by the face box.
+"""Aligns a face by one `warpAffine` from the photo: eyes level and at a fixed position, scale from the face box.
 
-Points are pixels with the centre of the top left pixel at (0, 0), as OpenCV has them.
+Points are in pixels, with the centre of the top left pixel at (0, 0), as in OpenCV.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ TEMPLATES = (EYES, ARCFACE)
 _ARCFACE_52 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-"""Where ArcFace (Deng et al. 2019) and most public models want the five landmarks, in a crop of 112 pixels."""
+"""Positions of the five landmarks in a crop of 112 pixels, for ArcFace (Deng et al. 2019) and most public models."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """Where a face lies in its crop."""
+    """Position and scale of a face in its crop."""
 
     image_size: int = 240
     """Side of the square crop, in pixels."""
@@ -32,7 +32,7 @@ class Alignment:
     margin: float = 0.1
     """How much longer the crop's side is than the long side of the face box, as a share of the latter."""
     template: str = EYES
-    """`eyes`: as the fields above say. `arcface-112`: all five landmarks where public models want them, scaled."""
+    """`eyes`: as the fields above say. `arcface-112`: all five landmarks at the positions of public models, scaled."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.image_size <= 4096:
@@ -46,11 +46,11 @@ class Alignment:
 
 
 def alignment_matrix(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> np.ndarray:
-    """Return the similarity [2, 3] float64 that takes points of the photo to points of the crop.
+    """Return the similarity [2, 3] float64 that maps points of the photo to points of the crop.
 
-    The rotation levels the line through the eyes, the scale fits the box's long side with the margin, and the
-    midpoint of the eyes comes to the vertical centre line at `eye_height`. With the template `arcface-112` the box does
-    not count: it is the similarity that brings the five landmarks nearest to their places.
+    The rotation levels the line through the eyes. The scale fits the box's long side plus the margin. The midpoint of
+    the eyes moves to the vertical centre line at `eye_height`. The template `arcface-112` ignores the box: it fits the
+    five landmarks to their positions by least squares.
     """
     if alignment.template == ARCFACE:
         return _similarity(np.asarray(landmarks_52, np.float64), _ARCFACE_52 * (alignment.image_size / 112))
@@ -76,15 +76,14 @@ def _similarity(from_52: np.ndarray, to_52: np.ndarray) -> np.ndarray:
 def realign(
     crop_HWC: np.ndarray, box_4: np.ndarray, landmarks_52: np.ndarray, *, made: Alignment, wanted: Alignment
 ) -> np.ndarray:
-    """Return a crop that was `made` in one way as it is `wanted` in another, black where it ends.
+    """Return a crop that was `made` with one alignment in the alignment `wanted`, black outside of the crop.
 
-    Box and landmarks are pixels of the photo. What lies outside the crop is lost: from the photo itself a wider
-    alignment would show more.
+    Box and landmarks are in pixels of the photo. A wider alignment would show more if it were made from the photo.
     """
     matrix = alignment_matrix(box_4, landmarks_52, made)
     moved_52 = np.asarray(landmarks_52, np.float64) @ matrix[:, :2].T + matrix[:, 2]
     size = (wanted.image_size, wanted.image_size)
-    # The box scales with the crop: made to fit it, with the margin.
+    # The box fills the crop that was made, but for the margin.
     side = made.image_size / (1 + made.margin)
     centre = made.image_size / 2
     moved_4 = np.array([centre - side / 2, centre - side / 2, centre + side / 2, centre + side / 2])
@@ -92,7 +91,7 @@ def realign(
 
 
 def reduction_wanted(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Alignment) -> int:
-    """Return n where a photo read at 1/n of its size still has a pixel for each pixel of the crop, the largest such."""
+    """Return the largest n for which a photo at 1/n of its size still has a pixel for each pixel of the crop."""
     matrix = alignment_matrix(box_4, landmarks_52, alignment)
     return reduction_for(float(np.hypot(matrix[0, 0], matrix[0, 1])))
 

@@ -1,7 +1,7 @@
-"""The detector for many pictures at once, as tensor code: on a GPU in float16, on a CPU in float32.
+"""The detector for batches of pictures, as tensor code: float16 on a GPU, float32 on a CPU.
 
-A picture's faces depend on the picture alone: its canvas follows from its own size, and a canvas always goes through
-the network in batches of one size.
+The faces of a picture depend on that picture only: its canvas follows from its own size, and each canvas size runs in
+batches of one fixed size.
 
 Shape suffixes: B pictures of a batch, A anchors, N anchors over the floor, F faces, 3 colours (RGB).
 """
@@ -22,23 +22,23 @@ from lib.faces.detection import CLOSE_UP_SIDE, Detections
 from lib.faces.retinaface import load_network
 
 BATCH_SIZES = {"cuda": 16, "cpu": 2}
-"""Pictures that go through the network at once: fixed, for the last digits depend on it."""
+"""Pictures in a batch of the network. Fixed, because the last digits of the results depend on it."""
 
 _CANVAS_STEP = 320
-"""Sides of a canvas are multiples of this: four sizes for almost all photos, so that batches are full."""
+"""Sides of a canvas are multiples of this. Almost all photos then need one of four sizes, so batches are full."""
 
 _VOTING_FACES = 256
-"""Faces whose votes are counted at once, to bound the memory of a crowd."""
+"""Faces whose votes are counted at once, to bound the memory for a crowd."""
 
 
 class BatchDetector:
-    """RetinaFace with MobileNet-0.25 for batches of pictures on one device; safe to be called by several threads."""
+    """RetinaFace with MobileNet-0.25 for batches of pictures on one device; several threads may call it."""
 
     def __init__(self, weights: bytes, device: torch.device, *, is_torch: bool = False) -> None:
-        """Prepare the network, whose weights are the content of an .onnx or (`is_torch`) a .pth file.
+        """Load the network. `weights` is the content of an .onnx file, or of a .pth file if `is_torch`.
 
         Raises:
-            UserError: the weights are those of another network.
+            UserError: the weights belong to another network.
         """
         self.device = device
         self._batch_size = BATCH_SIZES[device.type]
@@ -102,7 +102,7 @@ class BatchDetector:
         return outputs
 
     def _captured(self, canvas_B3HW: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]:
-        """Record the forward of a canvas: played back it costs one launch instead of two hundred."""
+        """Record the forward pass of a canvas as a CUDA graph: replaying it is one launch instead of two hundred."""
         given = canvas_B3HW.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -111,7 +111,7 @@ class BatchDetector:
                 self._forward(given)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # One pool of memory for all: what one forward holds meanwhile the next may overwrite.
+        # All graphs share one memory pool, because they never run at the same time.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._forward(given)
@@ -143,18 +143,18 @@ def _decoded(anchors_N4: Tensor, offsets_N4: Tensor, points_N10: Tensor) -> tupl
 
 
 def _faces(candidates: Sequence[Tensor], num_pictures: int) -> list[Detections]:
-    """Return the faces of each picture: suppression and voting as `lib.faces.detection` does, for all at once."""
+    """Return the faces of each picture: suppression and voting as in `lib.faces.detection`, for all at once."""
     pictures_N, scores_N, boxes_N4, points_N10 = candidates
-    # Far apart from picture to picture, in float64: moved boxes overlap to the last digit as those that were not.
+    # Boxes of different pictures are moved far apart. In float64 this does not change how boxes of a picture overlap.
     far_N1 = pictures_N[:, None].double() * 1e5
     kept_F = torchvision.ops.nms(boxes_N4.double() + far_N1, scores_N.double(), detection._NMS_OVERLAP)
-    # In float64 the sums, rounded, do not depend on the order in which a batch of this size is added up.
+    # In float64 the rounded sums do not depend on the order of the terms.
     rows_N14 = torch.cat([boxes_N4, points_N10], dim=1).double()
     voted = [_votes(kept, pictures_N, scores_N, boxes_N4) @ rows_N14 for kept in kept_F.split(_VOTING_FACES)]
-    faces_F14 = ((torch.cat(voted) if voted else rows_N14[:0]) - 0.5).float()  # its pixel edges are at whole numbers
+    faces_F14 = ((torch.cat(voted) if voted else rows_N14[:0]) - 0.5).float()  # the network counts from pixel edges
     pictures_F, scores_F = pictures_N[kept_F].cpu().numpy(), scores_N[kept_F].cpu().numpy()
     values_F14 = faces_F14.cpu().numpy()
-    order_F = np.argsort(pictures_F, kind="stable")  # within a picture they stay sorted by score
+    order_F = np.argsort(pictures_F, kind="stable")  # the faces of a picture stay sorted by score
     ends = np.searchsorted(pictures_F[order_F], np.arange(num_pictures + 1))
     return [
         Detections(values_F14[own, :4], scores_F[own], values_F14[own, 4:].reshape(-1, 5, 2))

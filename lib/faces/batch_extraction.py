@@ -1,7 +1,7 @@
-"""Many photos at once become their faces on one device: what `lib.faces.extraction` does for one photo on a CPU.
+"""Extracts the faces of batches of photos on one device; `lib.faces.extraction` does the same for one photo on a CPU.
 
-Decoding, shrinking, detection and the warps are tensor code on the device; what the GPU's decoder does not read is
-decoded on the CPU and joins. Reading headers and encoding crops stay on the CPU, in threads.
+Decoding, shrinking, detection and the warps are tensor code on the device. Formats that the GPU's decoder cannot read
+are decoded on the CPU. Headers are read and crops are encoded on the CPU, in threads.
 
 Shape suffixes: H and W pixels, 3 colours (RGB), S side of a crop, F faces.
 """
@@ -42,20 +42,22 @@ from lib.faces.search import Look, Search, search
 logger = logging.getLogger(__name__)
 
 MAX_PHOTOS = 256
-"""Photos of a batch."""
+"""Photos in a batch."""
 MAX_PIXELS = 120_000_000
-"""Pixels of a batch's decoded photos: 360 MB, and as much again for a while."""
+"""Pixels of the decoded photos of a batch: 360 MB, and for a while as much again."""
 
 Row = dict[str, Any]
 
 
 @dataclass
 class _Work:
-    """One photo on its way.
+    """A photo in progress.
 
     Attributes:
+        photo: None if it cannot be read; `rows` then says why.
+        rows: its rows of the faces table.
         pixels: upright, uint8 RGB [3, H, W] on the device, at 1/`photo.finest` of the photo's size.
-        rows: what becomes of it.
+        reduced: the pixels at further reductions.
     """
 
     photo: Photo | None
@@ -76,7 +78,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Cut:
-    """One face to be warped out of a photo: the photo's pixels at 1/`reduction`, and where they go in the crop."""
+    """A face to be warped from a photo at 1/`reduction` of its size; `matrix_23` maps the photo to the crop."""
 
     work: _Work
     matrix_23: np.ndarray
@@ -88,7 +90,7 @@ class BatchExtractor:
 
     Attributes:
         made_on: the device and the network's arithmetic, such as `cuda float16`.
-        seconds: of each stage so far, those of the device while it was waited for.
+        seconds: time of each stage so far; for the device, the time spent waiting for it.
     """
 
     def __init__(self, settings: ExtractionSettings, device: torch.device, *, num_threads: int = 2) -> None:
@@ -108,7 +110,7 @@ class BatchExtractor:
         self.seconds: dict[str, float] = {}
 
     def rows(self, photos: Sequence[bytes]) -> list[list[Row]]:
-        """Return for each photo its rows, as `FaceExtractor.rows` does."""
+        """Return the rows of each photo, as `FaceExtractor.rows` does."""
         with self._timed("read headers"):
             works = list(self._pool.map(self._opened, photos))
         rows: list[list[Row]] = []
@@ -132,18 +134,18 @@ class BatchExtractor:
         return work
 
     def _extracted(self, batch: list[_Work]) -> tuple[list[Row], np.ndarray]:
-        """Do `_extract`, by halves where the device has too little memory.
+        """Do `_extract`, in halves if the device has too little memory.
 
         Raises:
-            JobError: it has too little for one photo.
+            JobError: it has too little memory for one photo.
         """
         try:
             return self._extract(batch)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise JobError(
-                    f"the GPU has too little memory left for one photo ({str(error).splitlines()[0]}): free it of "
-                    "other work, or --gpus 0 computes on the CPUs"
+                    f"the GPU has too little memory left for one photo ({str(error).splitlines()[0]}): stop other "
+                    "programs on it, or compute on the CPUs with --gpus 0"
                 ) from error
         for work in batch:
             work.reduced = {}
@@ -233,7 +235,7 @@ class BatchExtractor:
                     works[number].rows = rows_without_crops(done.value, photo.width, photo.height, settings)
 
     def _seen(self, asked: list[tuple[_Work, Look]]) -> list[Detections]:
-        """Return what each look at a photo finds, in pixels of the photo."""
+        """Return the faces of each look at a photo, in pixels of the photo."""
         with self._timed("shrink"):
             pictures = [_picture(work, look.long_side) for work, look in asked]
             turned = [p.rot90(look.quarter_turns, (1, 2)) for p, (_, look) in zip(pictures, asked, strict=True)]
@@ -251,7 +253,7 @@ class BatchExtractor:
         return seen
 
     def _look_again(self, faces: list[tuple[_Work, Row]]) -> None:
-        """Refine the landmarks of tilted faces, in their rows."""
+        """Replace the landmarks of tilted faces in their rows by refined ones."""
         tilted = [(work, row) for work, row in faces if is_tilted(row["landmarks"].reshape(5, 2))]
         looks = [
             SecondLook.at(row["box"], row["landmarks"].reshape(5, 2), self.settings.alignment) for _, row in tilted
@@ -262,7 +264,7 @@ class BatchExtractor:
             row["landmarks"] = look.merged(mirrored).reshape(10).astype(np.float32)
 
     def _warped(self, cuts: Sequence[_Cut], size: int) -> Tensor:
-        """Return the faces cut out by one bilinear warp each, uint8 [F, 3, S, S], black where a photo ends."""
+        """Return the faces, each by one bilinear warp, uint8 [F, 3, S, S]; black outside of the photo."""
         warped_F3SS = torch.zeros((len(cuts), 3, size, size), dtype=torch.uint8, device=self.device)
         if not cuts:
             return warped_F3SS
@@ -287,7 +289,7 @@ class BatchExtractor:
 
 
 def _batches(works: list[_Work]) -> Iterator[list[_Work]]:
-    """Cut photos into batches that the device's memory bears."""
+    """Yield batches of photos that fit into the device's memory."""
     batch: list[_Work] = []
     num_pixels = 0
     for work in works:
@@ -319,7 +321,7 @@ def _upright(pixels_3HW: Tensor, orientation: int) -> Tensor:
 
 
 def _shrunk(pixels_3HW: Tensor, reduction: int) -> Tensor:
-    """Return the mean of each square of `reduction` pixels, uint8, the last ones replicated up to a whole square."""
+    """Return the mean of each square of `reduction` pixels, uint8; the edges are replicated to whole squares."""
     bottom, right = (-pixels_3HW.shape[1]) % reduction, (-pixels_3HW.shape[2]) % reduction
     pixels = pixels_3HW[None].float()
     if bottom or right:
@@ -328,7 +330,7 @@ def _shrunk(pixels_3HW: Tensor, reduction: int) -> Tensor:
 
 
 def _picture(work: _Work, long_side: int) -> Tensor:
-    """Return a photo as the detector wants it, uint8 [3, H, W] with a long side of so many pixels."""
+    """Return a photo for the detector, uint8 [3, H, W], with a long side of `long_side` pixels at most."""
     assert work.photo is not None
     look = DetectionSize.of(work.photo, long_side)
     pixels = work.at(look.reduction)
@@ -346,14 +348,15 @@ def _cut(work: _Work, row: Row, alignment: Alignment) -> _Cut:
 
 
 def _window(cut: _Cut, size: int) -> tuple[Tensor | None, np.ndarray]:
-    """Return the part of the reduced photo that a crop shows, [3, h, w], and the matrix [2, 3] from the crop into it.
+    """Return the part of the reduced photo that a crop shows, [3, h, w], and the matrix [2, 3] from the crop to it.
 
-    The matrix gives places as `grid_sample` wants them: -1 and 1 are the edges of the window. None: all is black.
+    The matrix maps to the coordinates of `grid_sample`: -1 and 1 are the edges of the window. The window is None if the
+    crop shows nothing of the photo.
     """
     photo = cut.work.photo
     assert photo is not None
     reduction = max(cut.reduction, photo.finest)
-    # A point x of the photo lies at (x + 0.5) / n - 0.5 in the reduced one.
+    # The point x of the photo is at (x + 0.5) / n - 0.5 in the reduced photo.
     to_photo = np.array([[reduction, 0, (reduction - 1) / 2], [0, reduction, (reduction - 1) / 2], [0, 0, 1.0]])
     to_reduced_23 = cv2.invertAffineTransform(cut.matrix_23 @ to_photo)
     corners_42 = np.array([[x, y] for x in (0, size - 1) for y in (0, size - 1)]) @ to_reduced_23[:, :2].T
@@ -374,7 +377,7 @@ def _window(cut: _Cut, size: int) -> tuple[Tensor | None, np.ndarray]:
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:
-    """Return a copy in the host's memory; from a GPU by way of pinned memory, which is ten times as fast."""
+    """Return a copy in the host's memory. From a GPU it goes through pinned memory, which is ten times as fast."""
     if tensor.device.type != "cuda":
         return tensor.contiguous().numpy()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -384,10 +387,10 @@ def _on_host(tensor: Tensor) -> np.ndarray:
 
 
 def _grids(to_windows_F23: Tensor, size: int) -> Tensor:
-    """Return where each pixel of each crop lies in its window [F, S, S, 2]."""
+    """Return the position of each pixel of each crop in its window [F, S, S, 2]."""
     places = torch.arange(size, device=to_windows_F23.device, dtype=torch.float32)
     y_SS, x_SS = torch.meshgrid(places, places, indexing="ij")
     points_P3 = torch.stack([x_SS, y_SS, torch.ones_like(x_SS)], dim=-1).reshape(-1, 3)
-    # Not a matrix product: TF32 would round the places.
+    # Not a matrix product: TF32 would round the positions.
     grids = (points_P3[None, :, None, :] * to_windows_F23[:, None]).sum(dim=-1)
     return grids.reshape(len(to_windows_F23), size, size, 2)

@@ -1,7 +1,7 @@
 """Face detectors: BGR pictures in, boxes, scores and five landmarks out.
 
-Shape suffixes: B pictures, A anchors, N anchors over the floor or
-faces, F faces chosen, 5 landmarks, 4 box corners (x0 y0 x1 y1), 2 coordinates (x y).
+Shape suffixes: B pictures, A anchors, N faces, or anchors over the floor, F faces chosen, 5 landmarks, 4 box corners
+(x0 y0 x1 y1), 2 coordinates (x y).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lib.errors import UserError
 DETECTORS = ("retinaface", "batch-face")
 
 SCORE_FLOOR = 0.3
-"""Detections under this are noise and never leave a detector."""
+"""A detector never returns detections under this score: they are noise."""
 
 _NMS_OVERLAP = 0.4
 _VOTE_OVERLAP = 0.5
@@ -31,7 +31,7 @@ _ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 _VARIANCE_CENTRE, _VARIANCE_SIZE = 0.1, 0.2
 _MEAN_BGR = (104.0, 117.0, 123.0)
 CLOSE_UP_SIDE = 160
-"""Side of a levelled face that is looked at again: as small as its landmarks are still placed well."""
+"""Side of a close-up for the second look at a face: the smallest size with good landmarks."""
 
 _CLOSE_UP_STEP, _STEP, _LONG_STEP = 32, 64, 128
 _FULL_SIZE = 640
@@ -43,7 +43,7 @@ Network = Callable[[np.ndarray], Outputs]
 
 @dataclass(frozen=True)
 class Detections:
-    """The faces of one picture, the highest score first, in its pixels."""
+    """The faces of one picture in its pixels, the highest score first."""
 
     boxes_N4: np.ndarray
     scores_N: np.ndarray
@@ -53,15 +53,15 @@ class Detections:
         return len(self.scores_N)
 
     def scaled(self, factor: float) -> "Detections":
-        """Return the same faces in a picture that is `factor` times as large (pixel centres at whole numbers)."""
+        """Return the same faces in a picture `factor` times as large (pixel centres at whole numbers)."""
         shift = (factor - 1) / 2
         return Detections(self.boxes_N4 * factor + shift, self.scores_N, self.landmarks_N52 * factor + shift)
 
     def turned_back(self, quarter_turns: int, width: int, height: int) -> "Detections":
-        """Return the same faces in the picture of this size that was turned by `np.rot90(picture, quarter_turns)`.
+        """Return the same faces in the picture before `np.rot90(picture, quarter_turns)`, of this width and height.
 
-        Undoing one quarter turn takes (x, y) to (w - 1 - y, x), with the width w of the picture before it. A face keeps
-        its left and right: its left eye is the one that is on the left when the face is upright.
+        Undoing one quarter turn maps (x, y) to (w - 1 - y, x), with the width w of the picture before the turn. A face
+        keeps its left and right: its left eye is the one on the left when the face is upright.
         """
         boxes_N4, landmarks_N52 = self.boxes_N4, self.landmarks_N52
         for turn in reversed(range(quarter_turns)):
@@ -73,7 +73,7 @@ class Detections:
 
 
 class Detector(Protocol):
-    """Finds faces. `weights_sha256` tells which weights it runs."""
+    """Finds faces. `weights_sha256` identifies its weights."""
 
     weights_sha256: str
 
@@ -90,7 +90,7 @@ class RetinaFace:
         self.weights_sha256 = weights_sha256
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        """Return the faces of each picture; one forward for all of them, on a canvas that holds the largest."""
+        """Return the faces of each picture; one forward pass for all, on a canvas as large as the largest."""
         if not pictures:
             return []
         height, width = _canvas_size([picture.shape[:2] for picture in pictures])
@@ -108,7 +108,7 @@ class RetinaFace:
 
 
 class BatchFace:
-    """The original project's detector through its own package, batch-face."""
+    """The detector of the original project, from its package batch-face."""
 
     def __init__(self, weights: bytes) -> None:
         import tempfile
@@ -117,7 +117,7 @@ class BatchFace:
 
         from lib.faces.retinaface import load_network
 
-        # Refuses a pickle, or another network, before the package's own, trusting loader sees the file.
+        # This refuses pickles and other networks. The loader of the package itself trusts any file.
         load_network(weights, is_torch=True)
         self.weights_sha256 = sha256(weights)
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
@@ -126,14 +126,14 @@ class BatchFace:
             self._model = PackagedRetinaFace(gpu_id=-1, model_path=file.name, network="mobilenet")
 
     def detect(self, pictures: Sequence[np.ndarray]) -> list[Detections]:
-        """Return the faces of each picture, one forward a picture as the package does at its best on a CPU."""
+        """Return the faces of each picture, one forward pass each, which is the package's fastest way on a CPU."""
         results = []
         for picture in pictures:
-            # The package would turn BGR into RGB with cv=True; the weights were trained on BGR.
+            # With cv=True the package would convert BGR to RGB, but the weights were trained on BGR.
             found = self._model(picture, cv=False, threshold=SCORE_FLOOR)
             boxes = np.array([face[0] for face in found], np.float32).reshape(-1, 4)
             points = np.array([face[1] for face in found], np.float32).reshape(-1, 5, 2)
-            # Its pixel edges are at whole numbers, ours are the centres.
+            # The package counts from pixel edges, we from pixel centres.
             results.append(Detections(boxes - 0.5, np.array([face[2] for face in found], np.float32), points - 0.5))
         return results
 
@@ -142,7 +142,7 @@ def load_detector(name: str, weights_url: str | None = None) -> Detector:
     """Return a detector that runs on one CPU thread; `lib.faces.batch_detection` has the one for GPUs.
 
     Raises:
-        UserError: missing or wrong weights; says where to put or how to get them.
+        UserError: missing or wrong weights. The message says where to put them or how to get them.
     """
     assert name in DETECTORS, name
     weights = detector_weights(name, weights_url)
@@ -158,10 +158,10 @@ def load_detector(name: str, weights_url: str | None = None) -> Detector:
 
 
 def detector_sha256(name: str, weights_url: str | None = None) -> str:
-    """Return the sha256 of the weights that `load_detector` would run, without loading a detector.
+    """Return the sha256 of the weights that `load_detector` would load, without loading a detector.
 
     Raises:
-        UserError: they are not there.
+        UserError: the file is missing.
     """
     return sha256(detector_weights(name, weights_url))
 
@@ -172,15 +172,15 @@ def sha256(data: bytes) -> str:
 
 
 def detector_weights(name: str, url: str | None = None) -> bytes:
-    """Return the content of the weights file that `load_detector` would run.
+    """Return the content of the weights file that `load_detector` would load.
 
     Raises:
-        UserError: it is not there.
+        UserError: the file is missing.
     """
     if url is None and name == "batch-face":
         raise UserError(
             "--detector batch-face needs its weights, which are never downloaded: put mobilenet0.25_Final.pth where "
-            "every node can read it and name it by --detector-weights"
+            "every node can read it, and name it with --detector-weights"
         )
     if url is None:
         from retinaface.weights import WEIGHTS
@@ -198,20 +198,20 @@ def detector_weights(name: str, url: str | None = None) -> bytes:
 
         from lib.onnx_files import check_memory
 
-        with contextlib.suppress(DecodeError):  # what is no ONNX file is told of by who runs it
+        with contextlib.suppress(DecodeError):  # loading the detector reports a file that is not ONNX
             check_memory(url, onnx.load_model_from_string(weights))
     return weights
 
 
 def is_torch_file(weights_url: str | None) -> bool:
-    """Return whether a weights file is one of PyTorch's, by its name."""
+    """Return whether the name of a weights file is that of a PyTorch file."""
     return weights_url is not None and weights_url.endswith((".pth", ".pt"))
 
 
 def _openvino_network(weights: bytes) -> Network:
-    """Run the ONNX file on one CPU thread, in bfloat16 where the CPU has it (docs/measurements.md compares)."""
-    # The runtime plans anew, for 2 ms, whenever it sees another size than the last. Close-ups are all of one size, so
-    # they have a network of their own. Requests are not shared: detectors may run in several threads.
+    """Run the ONNX file on one CPU thread, in bfloat16 if the CPU supports it (docs/measurements.md compares)."""
+    # The runtime plans again, for 2 ms, whenever the size differs from the last one. Close-ups have one size, so they
+    # get their own network. Requests are not shared, because detectors may run in several threads.
     whole, close_up = (network.create_infer_request() for network in _compiled(weights))
 
     def run(pictures_BHW3: np.ndarray) -> Outputs:
@@ -228,18 +228,18 @@ _compiled_by_sha256: dict[str, tuple[Any, Any]] = {}
 
 
 def _compiled(weights: bytes) -> tuple[Any, Any]:
-    """Return the compiled networks of the weights, for whole photos and for close-ups: one of each in a process.
+    """Return the compiled networks of the weights, for whole photos and for close-ups: one of each per process.
 
     They are never destroyed. On CPUs with AMX, OpenVINO gives the thread that compiles a network an alternate signal
-    stack, and puts the one before back when the network is destroyed. Networks destroyed in the order in which they
-    were made leave the thread with a stack that is no longer mapped, and the next signal kills the process.
+    stack, and restores the previous one when the network is destroyed. Two networks destroyed in the order in which
+    they were made leave the thread with a stack that is no longer mapped, and the next signal kills the process.
     """
     digest = sha256(weights)
     with _compiling:
         if digest not in _compiled_by_sha256:
             networks = _compile(weights)
             for network in networks:
-                # Not at the end of the process either: signals still come then.
+                # Not even at the end of the process: signals can still come then.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(network))
             _compiled_by_sha256[digest] = networks
         return _compiled_by_sha256[digest]
@@ -262,14 +262,14 @@ def _compile(weights: bytes) -> tuple[Any, Any]:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": 1,
             "NUM_STREAMS": "1",
-            # Pinned, the workers of a node would all run on its first core.
+            # With pinning, all workers of a node would run on its first core.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16",
         }
         return core.compile_model(built, "CPU", properties), core.compile_model(built, "CPU", properties)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--detector-weights holds no RetinaFace as ONNX: {reason}") from error
+        raise UserError(f"--detector-weights is no RetinaFace as ONNX: {reason}") from error
 
 
 def _torch_network(weights: bytes) -> Network:
@@ -291,11 +291,11 @@ def _torch_network(weights: bytes) -> Network:
 
 
 def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """Return height and width of the canvas that holds pictures of these shapes.
+    """Return height and width of the canvas for pictures of these shapes.
 
-    A runtime compiles anew for each size, once in a process, for the time of two pictures: few sizes cost that, many
-    the black around the pictures. Photos that were shrunk have one long side, smaller ones get one of a few
-    (docs/measurements.md compares); close-ups of faces are all of one size.
+    The runtime compiles once per process for each size, which takes as long as two pictures. Few canvas sizes save
+    compilations; many save black borders. Shrunk photos share one long side, smaller ones get one of a few sizes
+    (docs/measurements.md compares), and close-ups of faces have one size.
     """
     sides = [max(shape[i] for shape in shapes) for i in (0, 1)]
     longest = max(sides)
@@ -324,7 +324,7 @@ def _anchors(height: int, width: int) -> np.ndarray:
 def _decode(anchors_A4: np.ndarray, offsets_A4: np.ndarray, scores_A: np.ndarray, points_A10: np.ndarray) -> Detections:
     """Turn network outputs into faces: offsets from anchors as in SSD (Liu et al. 2016, eq. 2), then suppression.
 
-    Only anchors over the floor are decoded: a few of the ten thousand.
+    Only anchors over the floor are decoded, a few out of ten thousand.
     """
     kept_N = np.flatnonzero(scores_A > SCORE_FLOOR)
     kept_N = kept_N[np.argsort(-scores_A[kept_N], kind="stable")]
@@ -337,11 +337,11 @@ def _decode(anchors_A4: np.ndarray, offsets_A4: np.ndarray, scores_A: np.ndarray
     boxes_N4 = np.hstack([corners_N2, corners_N2 + box_sizes_N2])
     boxes_xywh = np.hstack([corners_N2, box_sizes_N2])
     chosen = np.asarray(cv2.dnn.NMSBoxes(boxes_xywh.tolist(), scores_N.tolist(), 0.0, _NMS_OVERLAP), int).reshape(-1)
-    # Neighbouring anchors see the same face with independent errors: their mean is steadier than the best of them
+    # Neighbouring anchors see the same face with independent errors. Their mean has a smaller error than the best one
     # (box voting, Gidaris & Komodakis 2015, section 5; here for the landmarks too).
     votes_FN = (_overlaps(boxes_N4[chosen], boxes_N4) >= _VOTE_OVERLAP) * scores_N
     votes_FN = votes_FN / np.maximum(votes_FN.sum(axis=1, keepdims=True), 1e-9)
-    # The network's pixel edges are at whole numbers, ours are the centres.
+    # The network counts from pixel edges, we from pixel centres.
     return Detections(
         votes_FN @ boxes_N4 - 0.5,
         scores_N[chosen].copy(),

@@ -1,4 +1,4 @@
-"""One photo becomes its faces: read, detect, choose, align, encode. Training, evaluation and direct use pass here."""
+"""Extracts the faces of a photo: read, detect, choose, align, encode. Training, evaluation and direct use share it."""
 
 import hashlib
 import json
@@ -18,31 +18,31 @@ from lib.faces.plausibility import fault, roll_deg
 from lib.faces.search import Look, most_prominent, search
 
 CODE_VERSION = 5
-"""Raised whenever the same photo with the same settings would give another crop."""
+"""Increased whenever the same photo with the same settings would give another crop."""
 
 POLICIES = ("prominent", "all")
 
 JPEG_QUALITY = 95
 
 _LARGEST_MEGAPIXELS = 178
-"""Pillow refuses larger photos by itself."""
+"""Limit of Pillow."""
 
 CLOSE_UP = Alignment(image_size=CLOSE_UP_SIDE, eye_height=0.45, margin=0.0)
-"""How a face lies when it is looked at again."""
+"""Alignment of a face for its second look."""
 
 _TILTED_DEG = 5.0
-"""Roll of the eyes from which a face is looked at again."""
+"""Roll from which a face gets a second look."""
 
 _MIRRORED = [1, 0, 2, 4, 3]
-"""Which landmark of a mirrored face each one is: left and right change places."""
+"""Order of the landmarks in a mirrored face: left and right are exchanged."""
 
 _SAME_FACE = 0.1
-"""How far, as a share of the close-up's side, the second look may put the landmarks and still be of the same face."""
+"""Largest distance between the landmarks of the two looks at a face, as a share of the close-up's side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionSettings:
-    """Everything that decides which pixels a crop holds."""
+    """All settings that decide the pixels of a crop."""
 
     detector: str = "retinaface"
     detector_weights: str | None = None
@@ -61,7 +61,7 @@ class ExtractionSettings:
         if not 0.0 < self.min_score < 1.0:
             raise UserError(f"--min-score is {self.min_score}: allowed is anything between 0 and 1")
         if self.min_face < 1:
-            raise UserError(f"--min-face is {self.min_face}: at least 1 pixel")
+            raise UserError(f"--min-face is {self.min_face}: allowed is 1 pixel or more")
         if self.policy not in POLICIES:
             raise UserError(f"--faces-policy is {self.policy!r}: allowed are {', '.join(POLICIES)}")
         if not 0.0 < self.max_megapixels <= _LARGEST_MEGAPIXELS:
@@ -71,7 +71,7 @@ class ExtractionSettings:
 
 
 def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
-    """Return what a crop depends on, flat and JSON-able, with a short `id` over all of it."""
+    """Return what a crop depends on, flat and fit for JSON, with a short `id` of all of it."""
     content: dict[str, Any] = {
         "detector": settings.detector,
         "detector_sha256": detector_sha256(settings.detector, settings.detector_weights),
@@ -88,7 +88,7 @@ def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
 
 
 def _alignment_parameters(alignment: Alignment) -> dict[str, Any]:
-    """Return the parameters, without the template where it is our own: fingerprints are older than it."""
+    """Return the parameters, without the default template, which older fingerprints do not have."""
     parameters = asdict(alignment)
     if alignment.template == EYES:
         del parameters["template"]
@@ -96,7 +96,7 @@ def _alignment_parameters(alignment: Alignment) -> dict[str, Any]:
 
 
 def fingerprint_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return one `name: ours, theirs` for each entry in which two fingerprints differ."""
+    """Return `name: ours here, theirs there` for each entry in which two fingerprints differ."""
     names = sorted((set(ours) | set(theirs)) - {"id"})
     return [
         f"{name}: {ours.get(name)} here, {theirs.get(name)} there"
@@ -106,10 +106,10 @@ def fingerprint_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) 
 
 
 def settings_from_fingerprint(content: Mapping[str, Any], *, detector_weights: str | None = None) -> ExtractionSettings:
-    """Return the settings that made the faces of a fingerprint; the defaults where it says nothing.
+    """Return the settings that made the faces of a fingerprint; settings that it lacks have their defaults.
 
-    A fingerprint holds the sha256 of the detector's weights, not where they lie: whether `detector_weights` are those,
-    comparing the fingerprint of the result tells.
+    A fingerprint holds the sha256 of the detector's weights, not their path. Compare the fingerprint of the result to
+    find out whether `detector_weights` are the same weights.
 
     Raises:
         UserError: values that are not allowed.
@@ -122,7 +122,7 @@ def settings_from_fingerprint(content: Mapping[str, Any], *, detector_weights: s
         return ExtractionSettings(detector_weights=detector_weights, alignment=Alignment(**alignment), **values)
     except TypeError as error:
         raise UserError(
-            f"a fingerprint holds values of the wrong type ({error}): make the model or table anew"
+            f"a fingerprint has values of the wrong type ({error}): make the model or table again"
         ) from error
 
 
@@ -132,7 +132,7 @@ Detect = Callable[[Sequence[np.ndarray]], list[Detections]]
 class FaceExtractor:
     """Turns encoded photos into rows of the faces table.
 
-    `detect` stands in for the settings' own detector.
+    `detect` replaces the detector that the settings name.
 
     Attributes:
         made_on: the device.
@@ -147,9 +147,9 @@ class FaceExtractor:
         self.made_on = "cpu"
 
     def rows(self, data: bytes) -> list[dict[str, Any]]:
-        """Return the rows of one photo without `photo` and `identity`: one, or one a face under the policy `all`.
+        """Return the rows of a photo without `photo` and `identity`: one row, or one per face with the policy `all`.
 
-        A photo that cannot be used gives one row whose status says why; nothing is raised for it.
+        A photo that cannot be used gives one row whose status says why; it raises no error.
         """
         try:
             photo = Photo(data, max_pixels=int(self.settings.max_megapixels * 1e6))
@@ -158,7 +158,7 @@ class FaceExtractor:
             return [{"status": bad.status, "reason": str(bad)}]
 
     def find(self, photo: Photo) -> Detections:
-        """Return the faces of a photo over the detector's floor, in pixels of the full photo."""
+        """Return all faces of a photo that the detector returns, in pixels of the full photo."""
         settings = self.settings
         searching = search(
             photo.width, photo.height, detection_size=settings.detection_size, min_score=settings.min_score
@@ -189,20 +189,20 @@ class FaceExtractor:
         return rows
 
     def face_row(self, photo: Photo, found: Detections, index: int) -> dict[str, Any]:
-        """Return status, score, box, landmarks and, where it is aligned, the crop of one of the faces found."""
+        """Return status, score, box, landmarks and, if it is aligned, the crop of one of the faces found."""
         row = face_row_without_crop(found, index, self.settings)
         if row["status"] == table.ALIGNED:
             self._cut(photo, row)
         return row
 
     def _cut(self, photo: Photo, row: dict[str, Any]) -> None:
-        """Add the crop to the row of a face, and the landmarks of the second look."""
+        """Add the crop and the refined landmarks to the row of a face."""
         box_4, landmarks_52 = row["box"], self.refined_landmarks(photo, row["box"], row["landmarks"].reshape(5, 2))
         row["landmarks"] = landmarks_52.reshape(10).astype(np.float32)
         row["crop"] = to_jpeg(align(photo, box_4, landmarks_52, self.settings.alignment), JPEG_QUALITY)
 
     def refined_landmarks(self, photo: Photo, box_4: np.ndarray, landmarks_52: np.ndarray) -> np.ndarray:
-        """Return the landmarks [5, 2]; of a tilted face, their mean with those found in it levelled and mirrored."""
+        """Return the landmarks [5, 2]; of a tilted face, the mean of two looks, the second levelled and mirrored."""
         if not is_tilted(landmarks_52):
             return landmarks_52
         look = SecondLook.at(box_4, landmarks_52, self.settings.alignment)
@@ -213,31 +213,31 @@ class FaceExtractor:
 
 @dataclass(frozen=True)
 class DetectionSize:
-    """How a photo is shrunk for the detector: read at 1/`reduction`, then interpolated to `width` x `height`."""
+    """How to shrink a photo for the detector: decode it at 1/`reduction`, then interpolate to `width` x `height`."""
 
     reduction: int
     width: int
     height: int
     interpolation: int | None
-    """Of OpenCV; None where the reduced photo has the right size already."""
+    """Mode of OpenCV; None if the reduced photo has the right size."""
 
     @classmethod
     def of(cls, photo: Photo, long_side: int) -> "DetectionSize":
-        """Return how a photo comes to a long side of so many pixels; photos are never enlarged."""
+        """Return how to shrink a photo to a long side of `long_side` pixels; photos are never enlarged."""
         factor = max(1.0, max(photo.width, photo.height) / long_side)
         reduction = max(photo.finest, next(n for n in REDUCTIONS if n <= factor))
         shrink = max(1.0, factor / reduction)
         width, height = max(1, round(photo.width / factor)), max(1, round(photo.height / factor))
         if shrink == 1.0:
             return cls(reduction, width, height, None)
-        # Down to a half, bilinear reads every pixel, in a ninth of the time that their mean by area takes.
+        # Down to a half, bilinear interpolation uses every pixel, in a ninth of the time of a mean by area.
         return cls(reduction, width, height, cv2.INTER_LINEAR if shrink <= 2.0 else cv2.INTER_AREA)
 
 
 def rows_without_crops(
     found: Detections, width: int, height: int, settings: ExtractionSettings
 ) -> list[dict[str, Any]]:
-    """Return the rows of a photo in which these faces were found; those that are `aligned` lack their crops yet."""
+    """Return the rows of a photo with these faces; `aligned` rows still lack their crops."""
     num_faces = int((found.scores_N >= settings.min_score).sum())
     if not len(found):
         too_small = min(width, height) < settings.min_face
@@ -250,7 +250,7 @@ def rows_without_crops(
 
 
 def face_row_without_crop(found: Detections, index: int, settings: ExtractionSettings) -> dict[str, Any]:
-    """Return status, score, box and landmarks of one of the faces found."""
+    """Return status, score, box and landmarks of one of the faces."""
     box, landmarks_52 = found.boxes_N4[index], found.landmarks_N52[index]
     reason = None
     if found.scores_N[index] < settings.min_score:
@@ -270,20 +270,20 @@ def face_row_without_crop(found: Detections, index: int, settings: ExtractionSet
 
 
 def is_tilted(landmarks_52: np.ndarray) -> bool:
-    """Return whether a face's roll asks for a second look."""
+    """Return whether a face needs a second look because of its roll."""
     return abs(roll_deg(landmarks_52)) >= _TILTED_DEG
 
 
 @dataclass(frozen=True)
 class SecondLook:
-    """A tilted face, to be looked at again levelled and mirrored.
+    """The second look at a tilted face, levelled and mirrored.
 
-    A detector sees less roll than there is, and leans to one side. The second look shows it a face without roll, and
-    mirrored, so that its lean is the opposite one.
+    A detector underestimates roll, and its estimate is biased to one side. The levelled face has no roll, and mirroring
+    reverses the bias.
 
     Attributes:
         landmarks_52: of the first look, in pixels of the photo.
-        to_close_up_23: from the photo to the levelled close-up.
+        to_close_up_23: matrix from the photo to the levelled close-up.
         reduction: the close-up is made from the photo at 1/`reduction` of its size.
     """
 
@@ -294,7 +294,7 @@ class SecondLook:
     @classmethod
     def at(cls, box_4: np.ndarray, landmarks_52: np.ndarray, crops: Alignment) -> "SecondLook":
         """Return the second look at a face whose crop is made by the alignment `crops`."""
-        # From the pixels that the crop itself is made of: another size of the photo would be decoded for this alone.
+        # Use the scale that the crop is made from, to avoid decoding the photo at another scale.
         its_own = reduction_wanted(box_4, landmarks_52, CLOSE_UP)
         reduction = max(reduction_wanted(box_4, landmarks_52, crops), its_own // 2)
         return cls(landmarks_52, alignment_matrix(box_4, landmarks_52, CLOSE_UP), reduction)
@@ -302,7 +302,7 @@ class SecondLook:
     def merged(self, mirrored: Detections) -> np.ndarray:
         """Return the mean [5, 2] of the first landmarks and those found in the mirrored close-up.
 
-        Where the second look does not find the face, the first landmarks stay.
+        If the second look does not find the face, the first landmarks stay.
         """
         matrix_23 = self.to_close_up_23
         expected_52 = self.landmarks_52 @ matrix_23[:, :2].T + matrix_23[:, 2]

@@ -1,4 +1,4 @@
-"""Photo files become upright BGR pixels, at full or reduced scale; what cannot be read says why."""
+"""Decodes photo files to upright BGR pixels, at full or reduced scale; an error says why a file cannot be read."""
 
 import hashlib
 import io
@@ -18,13 +18,13 @@ PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
     *(".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"),
 )
-"""What a photo's name ends in. Its content decides how it is read; HEIC is refused by its name."""
+"""Suffixes of photos. The content decides how a file is read; HEIC is listed, so that its refusal names the format."""
 
 MAX_PHOTO_BYTES = 256 * 2**20
-"""A file longer than this is refused unread: no camera writes one."""
+"""A longer file is refused unread: no camera writes one."""
 
 _BAND_PIXELS = 2**22
-"""Pixels that are converted at a time, so that a large picture is not held once more."""
+"""Pixels that are converted at a time, so that memory does not hold a large picture twice."""
 
 REDUCTIONS = (8, 4, 2, 1)
 """Scales (1/n) at which a JPEG can be decoded cheaply, the coarsest first."""
@@ -37,21 +37,21 @@ _CV2_READ_FLAGS = {
 }
 
 MAX_SIDE = 65_535
-"""Pixels along one side. JPEG cannot hold more, and buffers of a row are allocated by it."""
+"""Pixels along one side. JPEG cannot hold more, and decoders allocate buffers by the length of a row."""
 
 MAX_DECODED_BYTES = 300_000_000
-"""Memory in which a photo is decoded, its file not counted. JPEGs that need more are read at a reduced scale, others
-are refused."""
+"""Memory for decoding a photo, without its file. JPEGs that need more are read at a reduced scale, others are
+refused."""
 
 _PILLOW_BYTES, _AVIF_BYTES = 12, 16
-"""Bytes a pixel that Pillow holds while it decodes, as measured (docs/measurements.md)."""
+"""Bytes per pixel that Pillow holds while it decodes, as measured (docs/measurements.md)."""
 
 MAX_JPEG_SCANS = 100
 MAX_SCANNED_SAMPLES = 1_000_000_000
-"""Scans of a progressive JPEG, and samples that a decoder passes over in all of them: at 1 to 3 ns each."""
+"""Scans of a progressive JPEG, and samples that a decoder passes in all of them, at 1 to 3 ns each."""
 
 SLOW_SAMPLES, SLOW_BYTES = 200_000_000, 32 * 2**20
-"""From these on, a JPEG is decoded once and shrunk, not decoded anew for each scale."""
+"""A JPEG beyond these is decoded once and shrunk, instead of decoded for each scale."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # to Pillow an MPO is a JPEG until it is open
 _OPENCV_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
@@ -74,7 +74,7 @@ def _flipped(pixels: np.ndarray, axis: int) -> np.ndarray:
     return cv2.flip(pixels, axis, pixels)
 
 
-# How stored pixels become upright, by orientation (EXIF 2.32, section 4.6.4); in place where that can be.
+# How stored pixels become upright, by orientation (EXIF 2.32, section 4.6.4); in place where possible.
 _TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: _flipped(pixels, 1),
     3: lambda pixels: _flipped(pixels, -1),
@@ -87,7 +87,7 @@ _TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class BadPhotoError(Exception):
-    """One photo that cannot be used.
+    """A photo cannot be used.
 
     Attributes:
         status: a status of the faces table (`corrupt` or `too_large`).
@@ -99,12 +99,12 @@ class BadPhotoError(Exception):
 
 
 class Photo:
-    """One encoded photo: its upright size is known at once, its pixels are decoded when asked for.
+    """An encoded photo. Its upright size comes from the header; its pixels are decoded on demand.
 
     Attributes:
-        width, height: pixels of the upright photo: the orientation that EXIF or XMP tells is applied.
-        finest: the smallest reduction at which its pixels can be had, 1 but for very large ones.
-        orientation: of EXIF, 1 where it is upright as it is stored.
+        width, height: pixels of the upright photo, after the orientation in EXIF or XMP.
+        finest: the smallest reduction at which it can be decoded; 1 except for very large photos.
+        orientation: as in EXIF; 1 if it is stored upright.
         data: the file.
     """
 
@@ -116,7 +116,7 @@ class Photo:
         """Read the header.
 
         Raises:
-            BadPhotoError: no picture, or one of more than `max_pixels` pixels (nothing is decoded then).
+            BadPhotoError: no picture, or one of more than `max_pixels` pixels, which is not decoded.
         """
         if len(data) > MAX_PHOTO_BYTES:
             raise BadPhotoError(table.TOO_LARGE, f"the file is longer than {MAX_PHOTO_BYTES} bytes")
@@ -133,7 +133,7 @@ class Photo:
         self._is_jpeg = header.format in ("JPEG", "MPO")
         self._is_whole = structure.is_whole
         self._is_slow = structure.num_scanned > SLOW_SAMPLES or structure.num_coded > SLOW_BYTES
-        # OpenCV neither converts CMYK as browsers do nor reports a file that breaks off: Pillow decodes those.
+        # OpenCV does not convert CMYK as browsers do, and does not report a truncated file: Pillow decodes both.
         self._needs_pillow = header.format not in _OPENCV_FORMATS or header.mode == "CMYK" or not self._is_whole
         self.finest = _finest_reduction(header, structure, needs_pillow=self._needs_pillow)
         self.orientation = _orientation(header, data)
@@ -142,7 +142,7 @@ class Photo:
 
     @classmethod
     def of_pixels(cls, pixels_HW3: np.ndarray, *, max_pixels: int) -> "Photo":
-        """Return a photo of upright BGR uint8 pixels that somebody has decoded already.
+        """Return a photo of decoded, upright BGR uint8 pixels.
 
         Raises:
             BadPhotoError: more than `max_pixels` pixels, or none.
@@ -158,12 +158,12 @@ class Photo:
 
     @property
     def is_plain_jpeg(self) -> bool:
-        """Whether it is a whole JPEG of grey or YCbCr, small enough to be decoded at full size."""
+        """Whether it is a whole grey or YCbCr JPEG, small enough to be decoded at full size."""
         return self._is_jpeg and not self._needs_pillow and not self._is_slow and self.finest == 1
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """Width and height of the pixels as they are stored, before they are turned upright."""
+        """Width and height of the stored pixels, before they are turned upright."""
         is_turned = self.orientation in _TRANSPOSED_ORIENTATIONS
         return (self.height, self.width) if is_turned else (self.width, self.height)
 
@@ -183,7 +183,7 @@ class Photo:
             return _shrink(self.pixels(self.finest), reduction // self.finest)
         if not self._needs_pillow:
             if 2 * OPENCV_BYTES * self.width * self.height > MAX_DECODED_BYTES * reduction**2:
-                self._decoded.clear()  # the coarser ones: there is no room for both
+                self._decoded.clear()  # coarser scales: there is no room for both
             pixels = _decode_with_opencv(self.data, reduction)
             if pixels is not None and self._fits(upright := self._upright(pixels), reduction):
                 return upright
@@ -203,21 +203,21 @@ class Photo:
 
 
 def reduction_for(scale: float) -> int:
-    """Return the largest n of `REDUCTIONS` such that a photo at 1/n still has the pixels that `scale` asks for."""
+    """Return the largest n of `REDUCTIONS` for which a photo at 1/n still has the pixels that `scale` needs."""
     return next((n for n in REDUCTIONS if n * scale <= 1.0), 1)
 
 
 def to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
     """Return BGR pixels as a baseline JPEG file with 4:2:0 chroma.
 
-    The encoder is jpegli: at the same quality and the same error as libjpeg's its files are a seventh smaller
+    The encoder is jpegli: with the same quality and error, its files are a seventh smaller than those of libjpeg
     (docs/measurements.md).
     """
     return rgb_to_jpeg(cv2.cvtColor(pixels_HW3, cv2.COLOR_BGR2RGB), quality)
 
 
 def rgb_to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
-    """Return RGB pixels as `to_jpeg` does BGR ones."""
+    """Do the same as `to_jpeg` for RGB pixels."""
     height, width = pixels_HW3.shape[:2]
     return bytes(pyjpegli.encode(pixels_HW3.tobytes(), width, height, quality=quality))
 
@@ -225,7 +225,7 @@ def rgb_to_jpeg(pixels_HW3: np.ndarray, quality: int) -> bytes:
 def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
     height, width = pixels.shape[:2]
     shrunk = np.empty((-(-height // reduction), -(-width // reduction), 3), np.uint8)
-    # Replicating up to a multiple keeps the scale exactly 1/n, as the JPEG decoder does. That copies a band at a time.
+    # Padding to a multiple of n keeps the scale exactly 1/n, as in the JPEG decoder. It is done band by band.
     right = shrunk.shape[1] * reduction - width
     rows = max(1, _BAND_PIXELS // (width * reduction))
     for top in range(0, len(shrunk), rows):
@@ -238,13 +238,13 @@ def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
 
 
 def _check_work(structure: Structure) -> None:
-    """Refuse a file that would take a decoder minutes, or gigabytes that it only declares.
+    """Check that a decoder takes neither minutes, nor gigabytes that the file only declares.
 
     Raises:
-        BadPhotoError: it is one.
+        BadPhotoError: it would.
     """
     if structure.declares_more:
-        raise BadPhotoError(table.CORRUPT, "the PNG file breaks off")
+        raise BadPhotoError(table.CORRUPT, "the PNG file is truncated")
     if structure.too_many_pieces:
         raise BadPhotoError(table.CORRUPT, f"a file of over {MAX_PIECES} chunks would take too long to read")
     if structure.num_scans > MAX_JPEG_SCANS:
@@ -258,7 +258,7 @@ def _finest_reduction(header: Image.Image, structure: Structure, *, needs_pillow
     """Return the smallest reduction at which a picture is decoded within `MAX_DECODED_BYTES`; 1 unless a whole JPEG.
 
     Raises:
-        BadPhotoError: there is none.
+        BadPhotoError: it needs more at every reduction.
     """
     num_pixels = header.width * header.height
     bytes_a_pixel = structure.bytes_a_pixel
@@ -266,12 +266,12 @@ def _finest_reduction(header: Image.Image, structure: Structure, *, needs_pillow
         bytes_a_pixel = _AVIF_BYTES if header.format == "AVIF" else _PILLOW_BYTES
     in_steps = header.format in ("JPEG", "MPO") and not needs_pillow
     for n in reversed(REDUCTIONS) if in_steps else (1,):
-        # What a decoder holds until the last scan goes before its pixels are there twice.
+        # A decoder frees what it holds for the scans before it copies the pixels.
         needed = max(bytes_a_pixel * num_pixels, n**2 * structure.bytes_held + 3 * num_pixels) / n**2
         if needed <= MAX_DECODED_BYTES and structure.num_scanned <= MAX_SCANNED_SAMPLES:
             return n
     kind = f"{'progressive ' if structure.bytes_held else ''}{header.format}"
-    kind += "" if structure.is_whole else " that breaks off"
+    kind += "" if structure.is_whole else " that is truncated"
     advice = "save it smaller" if kind == "JPEG" else "save it smaller, or as baseline JPEG"
     cost = f"{needed / 1e6:.0f} MB to decode, over {MAX_DECODED_BYTES / 1e6:.0f}"
     if structure.num_scanned > MAX_SCANNED_SAMPLES:
@@ -280,14 +280,14 @@ def _finest_reduction(header: Image.Image, structure: Structure, *, needs_pillow
 
 
 def _read_header(data: bytes) -> Image.Image:
-    """Return the picture, not decoded."""
+    """Return the picture without decoding it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BadPhotoError(table.TOO_LARGE, str(error)) from error
-    except Exception as error:  # damaged files make readers raise whatever they trip over, such as RuntimeError
+    except Exception as error:  # readers raise all kinds of errors for damaged files, such as RuntimeError
         for name, start in _FORMATS_NOT_READ.items():
             if start.match(data[:64]):
                 raise BadPhotoError(table.CORRUPT, f"{name} is not read: convert it to JPEG or PNG") from error
@@ -295,18 +295,18 @@ def _read_header(data: bytes) -> Image.Image:
             reason = "a text or colour profile in the PNG unpacks to far more than a photo needs: save it without"
             raise BadPhotoError(table.CORRUPT, reason) from error
         reason = (
-            "the file is empty" if not data else "no picture that can be read (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
+            "the file is empty" if not data else "no picture in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
         )
         raise BadPhotoError(table.CORRUPT, reason) from error
 
 
 def _orientation(header: Image.Image, data: bytes) -> int:
-    """Return how the pixels are stored, 1 (upright) to 8: by EXIF wherever a format keeps it, else by XMP.
+    """Return how the pixels are stored, 1 (upright) to 8: from EXIF, wherever a format keeps it, else from XMP.
 
-    Decoders read different tags, so none of them may turn a picture.
+    Decoders read different tags, so they decode the pixels as stored.
     """
     if header.format == "TIFF":
-        return 1  # Pillow turns it when it decodes it
+        return 1  # Pillow turns it while decoding
     # Pillow decodes the whole of a PNG to look for EXIF behind the pixels.
     if header.format == "PNG" and not any(key in data for key in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
         return 1
@@ -316,7 +316,7 @@ def _orientation(header: Image.Image, data: bytes) -> int:
             exif = header.getexif()
             _read_app1_profile(header, exif)
             value = exif.get(_EXIF_ORIENTATION)
-    except Exception:  # noqa: BLE001 - as above: no orientation is worth a photo
+    except Exception:  # noqa: BLE001 - as above: a damaged tag must not cost the photo
         value = None
     if value is None:
         xmp = header.info.get("xmp") or header.info.get("XML:com.adobe.xmp") or b""
@@ -326,7 +326,7 @@ def _orientation(header: Image.Image, data: bytes) -> int:
 
 
 def _read_app1_profile(header: Image.Image, exif: Image.Exif) -> None:
-    """Read EXIF or XMP as ImageMagick keeps the segment of a JPEG in a PNG: as hexadecimal text after three lines."""
+    """Read EXIF or XMP that ImageMagick has copied from a JPEG into a PNG: hexadecimal text after three lines."""
     text = header.info.get("Raw profile type APP1") or header.info.get("Raw profile type app1")
     if not isinstance(text, str) or _EXIF_ORIENTATION in exif:
         return
@@ -346,15 +346,15 @@ def _decode_with_opencv(data: bytes, reduction: int) -> np.ndarray | None:
 
 
 def _jpeg_without_end(data: bytes) -> np.ndarray:
-    """Return the pixels of a JPEG that lacks its end mark, as long as none depends on the bytes that would follow.
+    """Return the pixels of a JPEG without an end mark, if none of them depends on missing bytes.
 
     Raises:
-        BadPhotoError: one does.
+        BadPhotoError: some pixels do.
     """
-    broken = BadPhotoError(table.CORRUPT, "the JPEG file breaks off")
+    broken = BadPhotoError(table.CORRUPT, "the JPEG file is truncated")
     if len(data) > SLOW_BYTES:
         raise broken
-    data = data.rstrip(b"\0")  # what a download that was not finished leaves
+    data = data.rstrip(b"\0")  # an unfinished download may end with zeros
     with_noise = hashlib.sha256(_decode_with_pillow(data + bytes(range(1, 200, 7)) + b"\xff\xd9").data).digest()
     pixels = _decode_with_pillow(data + b"\xff\xd9")
     if hashlib.sha256(pixels.data).digest() != with_noise:
@@ -363,7 +363,7 @@ def _jpeg_without_end(data: bytes) -> np.ndarray:
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
-    """Return the pixels as they are stored, BGR.
+    """Return the pixels as stored, BGR.
 
     Raises:
         BadPhotoError: they cannot be decoded.
@@ -390,5 +390,5 @@ def _bgr(picture: Image.Image, picture_format: str | None) -> np.ndarray:
         grey_HW = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
         return cv2.cvtColor(((grey_HW + 128) // 257).astype(np.uint8), cv2.COLOR_GRAY2BGR)
     if picture.mode in ("I", "F"):
-        raise BadPhotoError(table.CORRUPT, f"no photo: one number of mode {picture.mode} a pixel")
+        raise BadPhotoError(table.CORRUPT, f"not a photo: its pixels are single numbers of mode {picture.mode}")
     return cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR)

@@ -1,4 +1,4 @@
-"""How a photo's file is built, read from its markers and chunks: whether it is whole, and what decoding takes."""
+"""Reads the markers and chunks of a photo's file: is it whole, and how much time and memory does decoding take?"""
 
 import re
 import struct
@@ -8,32 +8,32 @@ from dataclasses import dataclass
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 OPENCV_BYTES, WEBP_BYTES, ANIMATION_BYTES = 6, 8, 12
-"""Bytes a pixel: OpenCV holds its pixels twice; without loss or with alpha, WebP has others besides; animations too."""
+"""Bytes per pixel while decoding. OpenCV holds the pixels twice; lossless WebP, alpha and animations take more."""
 
 MAX_PIECES = 100_000
-"""Segments of a JPEG or chunks of a PNG that are looked at. Photos have some hundreds, readers take a step for each."""
+"""Most segments of a JPEG or chunks of a PNG. Photos have some hundreds, and a reader takes time for each."""
 
 _JUNK, _START, _END, _SCAN = 0x00, 0xD8, 0xD9, 0xDA
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
 
-# Not of a segment are ff 00, which is among the coded pixels, restart marks, and ff that fills up.
+# These begin no segment: ff 00, which is part of the coded pixels, restart marks, and ff as padding.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What a file says of itself.
+    """What the structure of a file says.
 
     Attributes:
-        is_whole: its end is there; what follows the end, such as the video of a motion photo, does not count.
+        is_whole: the file has its end. Data behind the end, such as the video of a motion photo, does not count.
         declares_more: a chunk of a PNG is longer than the file.
-        too_many_pieces: it has more than `MAX_PIECES`, and was not looked at any further.
+        too_many_pieces: it has more than `MAX_PIECES`; the rest was not read.
         bytes_a_pixel: what OpenCV holds while it decodes, as measured (docs/measurements.md).
-        num_scans: passes in which a JPEG brings its pixels, 1 unless it is progressive or keeps its colours apart.
-        num_scanned: samples over which a decoder of a JPEG goes in all scans together.
+        num_scans: scans of a JPEG; 1 unless it is progressive or stores its colours separately.
+        num_scanned: samples that a JPEG decoder passes in all scans together.
         num_coded: bytes that it reads for them.
-        bytes_held: what a decoder of a JPEG holds until the last scan, whatever the scale: 0 where one scan has all.
+        bytes_held: what a JPEG decoder holds until the last scan, at any scale; 0 if one scan has everything.
     """
 
     is_whole: bool
@@ -47,7 +47,7 @@ class Structure:
 
 
 def read_structure(data: bytes) -> Structure:
-    """Return what a file says of itself; of formats that only Pillow reads, nothing is looked at."""
+    """Return the structure of a file. Formats that only Pillow reads count as whole."""
     if data.startswith(PNG_START):
         return _png_structure(data)
     if data.startswith(b"\xff\xd8"):
@@ -76,7 +76,7 @@ def _png_structure(data: bytes) -> Structure:
 
 
 def _jpeg_structure(data: bytes) -> Structure:
-    """Walk the markers of the first picture: what follows its end, and the thumbnail in its header, do not count."""
+    """Walk the markers of the first picture, without its thumbnail and without what follows its end."""
     samples: dict[int, int] = {}
     is_whole = is_buffered = False
     num_scans = num_scanned = num_coded = 0
@@ -103,10 +103,10 @@ def _jpeg_structure(data: bytes) -> Structure:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Yield marker and body of each segment, and the length of the coded pixels behind it.
+    """Yield marker and body of each segment, and the number of coded bytes behind it.
 
-    That is up to the end mark, or to where the file or its picture breaks off. Markers are `_JUNK` where too many bytes
-    belong to no segment: readers go through those one by one.
+    They end at the end mark, or where the file or its picture breaks off. The marker is `_JUNK` if too many bytes
+    belong to no segment, because decoders pass those one by one.
     """
     place, num_junk = 2, 0
     while True:
@@ -136,7 +136,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _samples_by_component(frame: bytes) -> dict[int, int]:
-    """Return how many samples each colour component of a frame header has, in whole blocks as decoders keep them."""
+    """Return the number of samples of each colour component of a frame header, in whole blocks as in decoders."""
     if len(frame) < 6 or len(frame) < 6 + 3 * frame[5]:
         return {}
     height, width, number = struct.unpack_from(">HHB", frame, 1)

@@ -1,9 +1,9 @@
-"""Whether five landmarks can be those of a face: what a detector says of a turned face often cannot.
+"""Checks whether five landmarks can belong to a face. Those that a detector finds in a turned face often cannot.
 
-Points are pixels, x to the right and y down: left eye, right eye, nose, mouth left, mouth right, as they are seen when
-the face is upright. A face's own frame has its origin between the eyes, its x axis from the left eye to the right one,
-and its y axis at a right angle to that, downward; its unit is the long side of the face's box. In it a tilted or lying
-face is like an upright one.
+Points are pixels, x to the right and y down: left eye, right eye, nose, left and right corner of the mouth, as seen
+when the face is upright. A face's own frame has its origin between the eyes, its x axis from the left eye to the right
+one, and its y axis at a right angle to that, downward. Its unit is the long side of the face's box. In this frame a
+tilted face looks like an upright one.
 
 Shape suffixes: N faces, 5 landmarks, 4 box corners (x0 y0 x1 y1), 2 coordinates (x y).
 """
@@ -13,15 +13,15 @@ import math
 import numpy as np
 
 _EYES_TO_MOUTH = (0.27, 0.44)
-"""How far the middle of the mouth lies below the eyes."""
+"""Range of the distance from the eyes down to the middle of the mouth."""
 _NOSE = (0.12, 0.87)
-"""Where the nose lies on the way down from the eyes (0) to the mouth (1)."""
+"""Range of the nose's position between the eyes (0) and the mouth (1)."""
 _MOUTH_SLOPE = 0.02
-"""How much lower one corner of the mouth may lie than the other."""
+"""Largest difference in height between the corners of the mouth."""
 
 
 def roll_deg(landmarks_52: np.ndarray) -> float:
-    """Return by how much a face is turned clockwise: the angle of the line from the left eye to the right one."""
+    """Return the roll of a face in degrees, clockwise: the angle of the line from the left eye to the right one."""
     (left_x, left_y), (right_x, right_y) = landmarks_52[:2].tolist()
     return math.degrees(math.atan2(right_y - left_y, right_x - left_x))
 
@@ -50,7 +50,7 @@ def eyes_to_mouth(box_4: np.ndarray, landmarks_52: np.ndarray) -> float:
 
 
 def fault(box_4: np.ndarray, landmarks_52: np.ndarray) -> str | None:
-    """Return in words why the landmarks are not those of a face, None where they may be."""
+    """Return why the landmarks cannot belong to a face, in words; None if they can."""
     _, _, (_, nose_y), (left_x, left_y), (right_x, right_y) = in_own_frame(box_4, landmarks_52)
     mouth_y = (left_y + right_y) / 2
     if mouth_y <= 0:
@@ -60,13 +60,13 @@ def fault(box_4: np.ndarray, landmarks_52: np.ndarray) -> str | None:
     if not _NOSE[0] <= nose_y / mouth_y <= _NOSE[1]:
         return "the nose was not found between eyes and mouth"
     if left_x >= right_x:
-        return "the corners of the mouth were found interchanged"
+        return "the corners of the mouth were found in the wrong order"
     if abs(right_y - left_y) > _MOUTH_SLOPE:
         return "eyes and mouth were not found parallel"
     return None
 
 
 def are_plausible(boxes_N4: np.ndarray, landmarks_N52: np.ndarray) -> np.ndarray:
-    """Return for each face whether its landmarks can be those of a face, bool [N]."""
+    """Return which faces have plausible landmarks, bool [N]."""
     pairs = zip(boxes_N4, landmarks_N52, strict=True)
     return np.fromiter((fault(box_4, landmarks_52) is None for box_4, landmarks_52 in pairs), bool, len(boxes_N4))

@@ -1,7 +1,7 @@
-"""RetinaFace with MobileNet-0.25 as one torch module, from the packaged ONNX file or the original's .pth alike.
+"""RetinaFace with MobileNet-0.25 as a torch module, loaded from the packaged ONNX file or from the original's .pth.
 
-The network of Deng et al. 2020, "RetinaFace: Single-Shot Multi-Level Face Localisation", as its public PyTorch
-implementation has it, with the batch norms folded into the convolutions.
+The network is that of Deng et al. 2020, "RetinaFace: Single-Shot Multi-Level Face Localisation", as in its public
+PyTorch implementation, with the batch norms folded into the convolutions.
 
 Shape suffixes: B pictures, C channels, A anchors.
 """
@@ -47,7 +47,7 @@ class _Context(nn.Module):
 
 
 class RetinaFaceNet(nn.Module):
-    """Pictures BGR with the mean taken off [B, 3, H, W] to box offsets, probabilities and landmark offsets."""
+    """BGR pictures [B, 3, H, W], with the mean subtracted, to box offsets, probabilities and landmark offsets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ def _rows(outputs_BCHW: Tensor, width: int) -> Tensor:
 
 
 def load_network(weights: bytes, *, is_torch: bool = False) -> RetinaFaceNet:
-    """Return the network with these weights, the content of an .onnx or (`is_torch`) .pth file, in eval mode.
+    """Return the network in eval mode. `weights` is the content of an .onnx file, or of a .pth file if `is_torch`.
 
     Raises:
-        UserError: they are those of another network, or no plain tensors.
+        UserError: the weights belong to another network, or are no plain tensors.
     """
     network = RetinaFaceNet()
     found = list(_of_state(_torch_state(weights)) if is_torch else _of_onnx(weights))
@@ -100,8 +100,8 @@ def load_network(weights: bytes, *, is_torch: bool = False) -> RetinaFaceNet:
     shapes_wanted = [(each.weight.shape, each.bias.shape) for each in wanted if each.bias is not None]
     if shapes_found != shapes_wanted:
         raise UserError(
-            f"--detector-weights holds no RetinaFace MobileNet-0.25: it has {len(found)} "
-            f"convolutions, where {len(wanted)} of certain shapes are expected"
+            f"--detector-weights is no RetinaFace MobileNet-0.25: it has {len(found)} convolutions, "
+            f"{len(wanted)} of certain shapes are expected"
         )
     with torch.no_grad():
         for convolution, (weight, bias) in zip(wanted, found, strict=True):
@@ -111,7 +111,7 @@ def load_network(weights: bytes, *, is_torch: bool = False) -> RetinaFaceNet:
 
 
 def _convolutions(network: RetinaFaceNet) -> list[nn.Conv2d]:
-    """Return all convolutions in the order in which weights are read."""
+    """Return all convolutions in the order in which the weights are read."""
     parts: list[Any] = [
         *(network.stages, network.output, network.merge, network.context),
         *(network.box_heads, network.class_heads, network.landmark_heads),
@@ -126,7 +126,7 @@ _PREFIXES = (
 
 
 def _of_state(state: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield weight and bias of each convolution of the original's state, its batch norm folded in."""
+    """Yield weight and bias of each convolution of the original's state, with its batch norm folded in."""
     for prefix in _PREFIXES:
         for name in [name for name in state if name.startswith(prefix) and state[name].ndim == 4]:
             weight, stem = state[name].float(), name.removesuffix(".weight")
@@ -151,7 +151,7 @@ _ONNX_PREFIXES = (
 
 
 def _of_onnx(weights: bytes) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield weight and bias of each convolution of the exported network, whose batch norms are folded in already."""
+    """Yield weight and bias of each convolution of the exported network, which has its batch norms folded in."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -162,7 +162,7 @@ def _of_onnx(weights: bytes) -> Iterator[tuple[Tensor, Tensor]]:
         raise UserError(f"--detector-weights is neither ONNX nor a PyTorch file: {error}") from error
     for prefix in _ONNX_PREFIXES:
         for node in graph.node:
-            # A convolution that is used twice stands there twice, the second time without weights of its own.
+            # A convolution that is used twice is listed twice, the second time without weights.
             if node.op_type == "Conv" and node.name.startswith(prefix) and node.input[1] in tensors:
                 yield tensors[node.input[1]].float(), tensors[node.input[2]].float()
 
@@ -174,5 +174,6 @@ def _torch_state(weights: bytes) -> dict[str, Tensor]:
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
         raise UserError(
-            "--detector-weights is no PyTorch file of plain tensors; nothing else is ever loaded"
+            "--detector-weights is no PyTorch file of plain tensors, and other files are never loaded: choose the "
+            ".pth or .onnx file of RetinaFace MobileNet-0.25"
         ) from error

@@ -55,7 +55,7 @@ def test_a_face_is_plausible_however_it_is_turned_and_its_mirror_image_is_not(an
         (with_points(nose=(0, 15)), "the nose was not found between eyes and mouth"),
         (
             with_points(mouth_left=(30, 0), mouth_right=(-30, 0)),
-            "the corners of the mouth were found interchanged",
+            "the corners of the mouth were found in the wrong order",
         ),
         (with_points(mouth_left=(0, -3), mouth_right=(0, 3)), "eyes and mouth were not found parallel"),
     ],
