@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,20 @@ from lib.storage_errors import explained
 
 
 class FileInfo(NamedTuple):
-    """A file of a listing: its path below the listed URL, and its size in bytes (0 if the storage does not say)."""
+    """A file of a listing."""
 
     path: str
+    """Below the listed URL."""
     num_bytes: int
+    """0 where the storage does not tell."""
+    mark: str = ""
+    """Changes when the file changes: the time of its last change, or its ETag. "" where the storage tells neither."""
+
+
+def mark_of(info: Mapping[str, Any]) -> str:
+    """Return the mark of a file from what its file system says of it."""
+    found = next((info[key] for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if info.get(key)), "")
+    return str(found).strip('"')
 
 
 def local_files(root: str) -> Iterator[FileInfo]:
@@ -46,7 +56,7 @@ def local_files(root: str) -> Iterator[FileInfo]:
                     raise
                 continue  # a link to itself
         if stat.S_ISREG(status.st_mode):
-            yield FileInfo(relative, status.st_size)
+            yield FileInfo(relative, status.st_size, str(status.st_mtime_ns))
 
 
 def _names(path: str, root: str) -> Iterator[str]:
@@ -67,21 +77,27 @@ def _is_near(folder: Path, root: Path) -> bool:
     return folder.is_relative_to(root) or root.is_relative_to(folder)
 
 
-def s3_files(ask: Callable[[dict[str, str]], dict[str, Any]], bucket: str, key: str) -> Iterator[FileInfo]:
-    """Yield the objects below a key. `ask` sends a request to `list_objects_v2`.
+def s3_files(
+    ask: Callable[[dict[str, Any]], dict[str, Any]], bucket: str, key: str, limit: int | None = None
+) -> Iterator[FileInfo]:
+    """Yield the objects below a key, at most about `limit`. `ask` sends a request to `list_objects_v2`.
 
     s3fs's own `find` holds a kilobyte for each object, and compares each folder with all others.
     """
     prefix = key and key + "/"
-    request = {"Bucket": bucket, "Prefix": prefix}
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    if limit is not None:
+        request["MaxKeys"] = limit
     pages = []
     is_last = False
     while not is_last:
         page = ask(request)
         found = [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
         paths = pa.array([entry["Key"].removeprefix(prefix) for entry in found], pa.large_string())
-        pages.append(pa.table({"path": paths, "num_bytes": pa.array([entry["Size"] for entry in found], pa.int64())}))
-        is_last = not page.get("IsTruncated")
+        sizes = pa.array([entry["Size"] for entry in found], pa.int64())
+        marks = pa.array([mark_of(entry) for entry in found], pa.large_string())
+        pages.append(pa.table({"path": paths, "num_bytes": sizes, "mark": marks}))
+        is_last = limit is not None or not page.get("IsTruncated")
         request["ContinuationToken"] = page.get("NextContinuationToken", "")
     # Amazon sorts so too, but not every server that speaks S3.
     for batch in pa.concat_tables(pages).sort_by("path").to_batches(max_chunksize=10_000):

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import fsspec
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 
 from lib import parquet_files
 from lib.errors import JobError, UserError
-from lib.listing import FileInfo, local_files, s3_files
+from lib.listing import FileInfo, local_files, mark_of, s3_files
 from lib.local_files import is_unfinished, local_path, refuse_special, write_whole
 from lib.redaction import redacted as redacted  # Callers show URLs with it.
 from lib.redaction import shown
@@ -223,14 +224,34 @@ def write_parquet(url: str, table: pa.Table, **options: Any) -> None:
     write_bytes(url, sink.getvalue())
 
 
+def file_info(url: str) -> FileInfo:
+    """Return size and mark of a file, with the path "".
+
+    Raises:
+        UserError, JobError: it is not there, may not be read, or the storage stays away.
+    """
+    if is_local(url):
+        refuse_special(url)
+        with explained(url, "read"):
+            status = local_path(url).stat()
+        return FileInfo("", status.st_size, str(status.st_mtime_ns))
+    info = _act(url, "read", lambda files, path: files.info(path))
+    return FileInfo("", info.get("size") or 0, mark_of(info))
+
+
 def list_files(
-    url: str, *, suffix: str | tuple[str, ...] = "", skip_prefixes: tuple[str, ...] = (".", "_")
+    url: str,
+    *,
+    suffix: str | tuple[str, ...] = "",
+    skip_prefixes: tuple[str, ...] = (".", "_"),
+    limit: int | None = None,
 ) -> Iterator[FileInfo]:
     """Yield the files below a folder, at any depth, sorted by path; a missing folder has none.
 
-    A local listing holds the names of one folder at a time, one of S3 all paths and sizes, about 50 bytes a file.
+    A local listing holds the names of one folder at a time, one of S3 all paths, sizes and marks, about 90 bytes a file.
 
     Args:
+        limit: look at no more than about so many files. Their order may not be that of the whole listing.
         suffix: endings to take, in lower case; upper-case names match too.
         skip_prefixes: a file is left out if its name, or that of a folder in its path, begins with one of these.
 
@@ -240,8 +261,8 @@ def list_files(
     if is_local(url):
         listing = local_files(str(local_path(url)))
     else:
-        listing = (_list_s3 if _scheme(url) in S3_SCHEMES else _list_remote)(url)
-    for info in listing:
+        listing = _list_s3(url, limit) if _scheme(url) in S3_SCHEMES else _list_remote(url)
+    for info in islice(listing, limit):
         is_skipped = bool(skip_prefixes) and any(name.startswith(skip_prefixes) for name in info.path.split("/"))
         if not is_skipped and info.path.lower().endswith(suffix):
             yield info
@@ -295,20 +316,20 @@ def _read_range(url: str, start: int, end: int) -> bytes:
         raise
 
 
-def _list_s3(url: str) -> Iterator[FileInfo]:
-    def ask(request: dict[str, str]) -> dict[str, Any]:
+def _list_s3(url: str, limit: int | None) -> Iterator[FileInfo]:
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = _act(url, "list", lambda files, _: files.call_s3("list_objects_v2", **request))
         return answer
 
     bucket, _, key = filesystem(url)[1].rstrip("/").partition("/")
-    return s3_files(ask, bucket, key)
+    return s3_files(ask, bucket, key, limit)
 
 
 def _list_remote(url: str) -> Iterator[FileInfo]:
     found = _act(url, "list", lambda files, path: files.find(path, detail=True))
     root = filesystem(url)[1].rstrip("/") + "/"
     for path in sorted(found):
-        yield FileInfo(path.removeprefix(root), found[path]["size"] or 0)
+        yield FileInfo(path.removeprefix(root), found[path]["size"] or 0, mark_of(found[path]))
 
 
 def _act(url: str, doing: str, action: Action[Result], *, retry_s: float | None = None) -> Result:

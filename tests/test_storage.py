@@ -23,7 +23,8 @@ import pytest
 
 from lib import storage
 from lib.errors import JobError, UserError
-from lib.faces.manifest import ParquetColumns, read_manifest
+from lib.faces.manifest import read_manifest
+from lib.faces.sources.opening import open_source
 
 NOBODY = 65534
 STRANGE_NAMES = [
@@ -81,7 +82,7 @@ def test_any_name_can_be_written_found_read_and_removed(tmp_path, name):
     storage.write_bytes(url, b"content")
     assert storage.exists(url)
     assert storage.read_bytes(url) == b"content"
-    assert list(storage.list_files(str(tmp_path))) == [storage.FileInfo(f"folder/{name}", 7)]
+    assert [info[:2] for info in storage.list_files(str(tmp_path))] == [(f"folder/{name}", 7)]
     assert paths(tmp_path / "folder", suffix=".jpg") == [name]
     files, path = storage.filesystem(url)
     assert files.cat_file(path) == b"content"
@@ -252,7 +253,7 @@ def test_files_are_listed_in_the_order_of_their_paths(tmp_path):
     for name in names:
         storage.write_bytes(storage.join(str(tmp_path), name), name.encode())
     (tmp_path / "empty" / "folder").mkdir(parents=True)
-    found = list(storage.list_files(str(tmp_path)))
+    found = [info[:2] for info in storage.list_files(str(tmp_path))]
     assert found == [(name, len(name.encode())) for name in sorted(names)]
     assert paths(tmp_path, suffix=(".png", ".gif")) == ["B/x/y/z.png"]
     assert paths(tmp_path / "é", suffix=".jpg") == ["1.JPG"]
@@ -279,7 +280,11 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (photos / "ann" / "self").symlink_to(photos / "ann")
     (photos / "nowhere.jpg").symlink_to(tmp_path / "gone")
     os.mkfifo(photos / "pipe.jpg")
-    assert list(storage.list_files(str(photos))) == [("ann/1.jpg", 1), ("bob/2.jpg", 2), ("cat.jpg", 2)]
+    assert [info[:2] for info in storage.list_files(str(photos))] == [
+        ("ann/1.jpg", 1),
+        ("bob/2.jpg", 2),
+        ("cat.jpg", 2),
+    ]
 
 
 @pytest.fixture
@@ -301,7 +306,7 @@ def web_server(tmp_path: Path) -> Iterator[str]:
 def test_photos_of_a_web_server_are_listed_and_read(tmp_path, web_server):
     (tmp_path / "ann").mkdir()
     (tmp_path / "ann" / "1.jpg").write_bytes(b"a photo")
-    manifest = read_manifest(web_server, None, split_seed=0, columns=ParquetColumns(), identities_required=True)
+    manifest = read_manifest(open_source(web_server), None, split_seed=0, identities_required=True)
     assert manifest.photos.select(["photo", "identity"]).to_pylist() == [{"photo": "ann/1.jpg", "identity": "ann"}]
     assert storage.read_bytes(f"{web_server}/ann/1.jpg", 1000) == b"a photo"
     with pytest.raises(UserError, match=r"cannot read 'http.*/ann/2\.jpg': it is not there"):

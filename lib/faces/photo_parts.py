@@ -2,24 +2,21 @@
 
 import itertools
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib import storage
-from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import FaceExtractor
-from lib.faces.images import MAX_PHOTO_BYTES
 from lib.faces.manifest import Manifest
-from lib.faces.photo_names import name_on_disk
+from lib.faces.sources.folder import ahead
+from lib.faces.sources.source import Photo, Row, Source
 
 if TYPE_CHECKING:
     from lib.faces.batch_extraction import BatchExtractor
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 # Small enough that an interruption costs little, large enough that ten million photos are ten thousand files.
 MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
@@ -35,13 +31,6 @@ MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
 PIECES_OF_A_GROUP = 4
 """A Parquet row group of at most `MAX_PART` photos is cut into no more parts, for each reads it from its beginning."""
 
-ROWS_AT_ONCE = 8
-"""Photos of Parquet in memory at once: as many of the largest size fill the 2 GiB that Arrow's `binary` can address."""
-
-COLUMN_BUFFER_BYTES = 4 * 2**20
-"""Of a Parquet column that is read bit by bit: large enough that a bucket's latency does not count."""
-
-NUM_READERS = 16
 READ_AHEAD = 16
 """Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
 
@@ -49,9 +38,7 @@ BATCH_SIZE = 128
 """Photos that a worker on a GPU extracts at once."""
 BATCHES_AT_ONCE = 2
 
-Photo = tuple[dict[str, Any], bytes | str]
-"""An entry of the manifest with the photo's bytes, or with the status that says why there are none."""
-Extracted = tuple[dict[str, Any], int, list[dict[str, Any]]]
+Extracted = tuple[Row, int, list[dict[str, Any]]]
 """An entry, the length of its file, and its rows of the faces table."""
 
 
@@ -125,22 +112,16 @@ class SplitRows:
 class PhotoReader:
     """Reads the photos of a part ahead, and turns each into its rows of the faces table."""
 
-    def __init__(self, photos_url: str, image_column: str, extractor: "FaceExtractor | BatchExtractor") -> None:
-        self._photos_url = photos_url
-        self._image_column = image_column
+    def __init__(self, source: Source, extractor: "FaceExtractor | BatchExtractor") -> None:
+        self._source = source
         self._extractor = extractor
 
     def rows(self, item: dict[str, Any]) -> dict[str, SplitRows]:
         """Return the rows of a part made by `part_item`, by split."""
         entries = pa.ipc.open_stream(item["photos"]).read_all().to_pylist()
         splits = {entry["split"]: SplitRows() for entry in entries}
-        with ThreadPoolExecutor(NUM_READERS) as readers, ThreadPoolExecutor(BATCHES_AT_ONCE) as extractors:
-            read = (
-                self._read_parquet(entries)
-                if entries[0]["row"] is not None
-                else _ahead(readers, self._read, entries, num_ahead=self._num_read_ahead)
-            )
-            for entry, length, faces in self._extracted(read, extractors):
+        with ThreadPoolExecutor(BATCHES_AT_ONCE) as extractors:
+            for entry, length, faces in self._extracted(self._read(entries), extractors):
                 made = splits[entry["split"]]
                 made.num_photos += 1
                 made.num_bytes += length
@@ -159,7 +140,7 @@ class PhotoReader:
                 yield self._named(entry, data, faces)
             return
         # While one batch is encoded the next is on the device.
-        for batch in _ahead(pool, self._batch, _batched(read, BATCH_SIZE), num_ahead=BATCHES_AT_ONCE):
+        for batch in ahead(pool, self._batch, _batched(read, BATCH_SIZE), num_ahead=BATCHES_AT_ONCE):
             yield from batch
 
     def _batch(self, photos: list[Photo]) -> list[Extracted]:
@@ -170,61 +151,19 @@ class PhotoReader:
             for entry, data in photos
         ]
 
-    def _named(self, entry: dict[str, Any], data: bytes | str, faces: list[dict[str, Any]]) -> Extracted:
+    def _named(self, entry: Row, data: bytes | str, faces: list[dict[str, Any]]) -> Extracted:
         several = self._extractor.settings.policy == "all" and faces[0]["status"] != table.NO_FACE
         for number, face in enumerate(faces):
             face["photo"] = f"{entry['photo']}#{number}" if several and "box" in face else entry["photo"]
             face["identity"] = entry["identity"]
         return entry, 0 if isinstance(data, str) else len(data), faces
 
-    def _read(self, entry: dict[str, Any]) -> Photo:
-        """Return the entry with the photo's bytes, or with the status that says why there are none."""
-        if entry["status"] is not None:
-            return entry, entry["status"]
-        try:
-            url = storage.join(self._photos_url, name_on_disk(entry["photo"]))
-            data = storage.read_bytes(url, MAX_PHOTO_BYTES + 1)
-        except FileNotFoundError:
-            return entry, table.MISSING
-        except UserError as error:
-            logger.warning("%s: %s", entry["photo"], error)
-            return entry, table.CORRUPT
-        return entry, data
-
-    def _read_parquet(self, entries: list[dict[str, Any]]) -> Iterator[Photo]:
-        for (source, group), wanted in groupby(entries, key=lambda entry: (entry["source"], entry["group"])):
-            url = storage.join(self._photos_url, source) if source else self._photos_url
-            mine = list(wanted)
-            images = _group_images(url, self._image_column, group, [entry["row"] for entry in mine])
-            for entry, image in zip(mine, images, strict=True):
-                yield entry, entry["status"] or (table.MISSING if image is None else image)
-
-
-def _group_images(url: str, column: str, group: int, rows: list[int]) -> Iterator[bytes | None]:
-    """Yield the encoded photos of ascending rows of a row group, of which a few are in memory at a time."""
-    first, position = 0, 0
-    with storage.open_parquet(url, buffer_size=COLUMN_BUFFER_BYTES) as file:
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
-            while position < len(rows) and rows[position] < first + len(batch):
-                image = batch.column(0)[rows[position] - first].as_py()
-                yield image.get("bytes") if isinstance(image, dict) else image
-                position += 1
-            first += len(batch)
-            if position == len(rows):
-                return
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int
-) -> Iterator[Result]:
-    """Map in threads, in order, never more than so many results ahead of the consumer."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > num_ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    def _read(self, entries: list[Row]) -> Iterator[Photo]:
+        """Yield each entry with the photo's bytes, or with the status that says why there are none."""
+        wanted = [entry for entry in entries if entry["status"] is None]
+        read = self._source.read(wanted, num_ahead=self._num_read_ahead)
+        for entry in entries:
+            yield (entry, entry["status"]) if entry["status"] is not None else next(read)
 
 
 def _batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

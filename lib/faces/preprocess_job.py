@@ -18,8 +18,10 @@ from lib.faces import card, table
 from lib.faces.alignment import Alignment
 from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
-from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, ParquetColumns, read_manifest
+from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
+from lib.faces.sources.opening import AUTO, check_format, open_source
+from lib.faces.sources.source import PhotoColumns, Source
 from lib.layout import Layout
 from lib.parts import (
     PLAN_NAME,
@@ -55,6 +57,8 @@ class PreprocessConfig:
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     photos: str | None = None
     """Photos: a folder of any depth, or Parquet files with image bytes. Default: photos/ below --data."""
+    photos_format: str = AUTO
+    """Format of the photos: folder or parquet. auto: by the names of the first files."""
     identities: str | None = None
     """File of lines "photo-name identity". Default: identities.txt below --data, else the folder of each photo."""
     min_listed_share: float = MIN_LISTED_SHARE
@@ -104,6 +108,7 @@ class PreprocessConfig:
         self.settings()  # refuses what cannot be before anything starts
         if not 0.0 <= self.min_listed_share <= 1.0:
             raise UserError(f"--min-listed-share is {self.min_listed_share}: allowed is 0 to 1")
+        check_format(self.photos_format)
         cluster.check_gpus(self.gpus)
         if self.gpus not in ("auto", 0) and self.detector == "batch-face":
             raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
@@ -138,9 +143,23 @@ class PreprocessConfig:
             alignment=Alignment(image_size=self.image_size, eye_height=self.eye_height, margin=self.margin),
         )
 
-    def columns(self) -> ParquetColumns:
-        """Return the columns of Parquet input."""
-        return ParquetColumns(image=self.image_column, identity=self.identity_column, photo=self.photo_column)
+    def source(self) -> Source:
+        """Return the photos.
+
+        Raises:
+            UserError: nothing is there that can be read.
+        """
+        has_list = storage.exists(self.identities_url)
+        return open_source(
+            self.photos_url,
+            photos_format=self.photos_format,
+            columns=PhotoColumns(
+                image=self.image_column,
+                identity=None if has_list else self.identity_column,
+                photo=self.photo_column,
+            ),
+            identities_required=self.faces_policy != "all",
+        )
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
@@ -155,7 +174,8 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
         )
     if config.until_done:
         return _wait_until_done(config)
-    manifest, plan = _plan(config)
+    source = config.source()
+    manifest, plan = _plan(config, source)
     parts = plan_parts(manifest)
     if config.dry_run:
         logger.info("%d photos in %d parts would go to %s", len(manifest), len(parts), config.faces_url)
@@ -178,7 +198,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
             other_names=card.NAMES,
             before_removal=check_all,
         )
-        return _make(config, manifest, plan, parts, success, started)
+        return _make(config, source, manifest, plan, parts, success, started)
 
 
 def _check_detector(config: PreprocessConfig) -> None:
@@ -188,6 +208,7 @@ def _check_detector(config: PreprocessConfig) -> None:
 
 def _make(
     config: PreprocessConfig,
+    source: Source,
     manifest: Manifest,
     plan: dict[str, Any],
     parts: list[Part],
@@ -205,7 +226,7 @@ def _make(
     num_done = sum(part.stop - part.start for part in parts) - sum(part.stop - part.start for part in todo)
     if num_done:
         logger.info("going on: %d of %d photos are done", num_done, len(manifest))
-    num_processed, seconds = _process(config, manifest, todo, num_done, plan["fingerprint"])
+    num_processed, seconds = _process(config, source, manifest, todo, num_done, plan["fingerprint"])
     storage.remove_unfinished(config.faces_url)
     counts = card.finish(
         config.faces_url,
@@ -225,14 +246,13 @@ def _make(
     }
 
 
-def _plan(config: PreprocessConfig) -> tuple[Manifest, dict[str, Any]]:
+def _plan(config: PreprocessConfig, source: Source) -> tuple[Manifest, dict[str, Any]]:
     """Return the photos, and all that decides the table made of them."""
-    logger.info("listing %s", storage.redacted(config.photos_url))
+    logger.info("listing %s: %s", storage.redacted(config.photos_url), source.what)
     manifest = read_manifest(
-        config.photos_url,
+        source,
         config.identities_url,
         split_seed=config.split_seed,
-        columns=config.columns(),
         identities_required=config.faces_policy != "all",
         min_listed_share=config.min_listed_share,
     )
@@ -259,7 +279,7 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
         try:
             success = _success(config.faces_url)
             if success is not None and success["run_id"] != passed_over:
-                different = differences(_plan(config)[1], _read_plan(config.faces_url))
+                different = differences(_plan(config, config.source())[1], _read_plan(config.faces_url))
                 if not different:
                     return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
                 passed_over = success["run_id"]
@@ -291,12 +311,14 @@ def _gpu_extractor(config: PreprocessConfig, num_cpus: int) -> "BatchExtractor":
 class PartWorker:
     """Ray Data's worker: turns a part of the manifest into Parquet files and returns one row about it."""
 
-    def __init__(self, config: PreprocessConfig, fingerprint: dict[str, Any], num_cpus: int, use_gpu: bool) -> None:
+    def __init__(
+        self, config: PreprocessConfig, source: Source, fingerprint: dict[str, Any], num_cpus: int, use_gpu: bool
+    ) -> None:
         self._faces_url = config.faces_url
         self._fingerprint_json = json.dumps(fingerprint)
         extractor = _gpu_extractor(config, num_cpus) if use_gpu else FaceExtractor(config.settings())
         self._made_on = extractor.made_on
-        self._reader = PhotoReader(config.photos_url, config.image_column, extractor)
+        self._reader = PhotoReader(source, extractor)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         """Process one part, an item of `part_item`, and return its summary."""
@@ -316,7 +338,12 @@ class PartWorker:
 
 
 def _process(
-    config: PreprocessConfig, manifest: Manifest, todo: list[Part], num_done: int, faces_fingerprint: dict[str, Any]
+    config: PreprocessConfig,
+    source: Source,
+    manifest: Manifest,
+    todo: list[Part],
+    num_done: int,
+    faces_fingerprint: dict[str, Any],
 ) -> tuple[int, float]:
     """Run the parts on the cluster; return the photos processed and the seconds since the first of them."""
     if not todo:
@@ -329,7 +356,7 @@ def _process(
         return run_parts(
             [part_item(manifest, part) for part in todo],
             PartWorker,
-            (config, faces_fingerprint, share.num_cpus, bool(gpus)),
+            (config, source, faces_fingerprint, share.num_cpus, bool(gpus)),
             share=share,
             unit="photo",
             num_done=num_done,

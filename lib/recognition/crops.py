@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from lib import storage
 from lib.faces import table
 from lib.faces.extraction import FaceExtractor
-from lib.faces.manifest import Manifest, ParquetColumns
+from lib.faces.manifest import Manifest
 from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
 from lib.recognition.embed_job import PhotosSource, Source
 
@@ -24,7 +24,7 @@ def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
         )
         photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files))
         manifest = Manifest(photos, 0, {})
-        reader = PhotoReader(source.url, ParquetColumns().image, FaceExtractor(source.settings))
+        reader = PhotoReader(source.files, FaceExtractor(source.settings))
         for part in plan_parts(manifest) if len(photos) else ():
             for made in reader.rows(part_item(manifest, part)).values():
                 crops |= {row["photo"]: row["crop"] for row in made.rows if row.get("crop")}

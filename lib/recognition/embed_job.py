@@ -23,8 +23,10 @@ from lib.faces import table
 from lib.faces.alignment import Alignment, realign
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint, settings_from_fingerprint
 from lib.faces.identities import ANY_LISTED
-from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
+from lib.faces.manifest import Manifest, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
+from lib.faces.sources.opening import open_source
+from lib.faces.sources.source import Source as PhotoFiles
 from lib.layout import Layout
 from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, write_plan
 from lib.recognition import embeddings_table
@@ -122,9 +124,14 @@ class FacesSource:
 class PhotosSource:
     """Raw photos to embed; faces are detected on the way."""
 
-    url: str
+    files: PhotoFiles
     manifest: Manifest
     settings: ExtractionSettings
+
+    @property
+    def url(self) -> str:
+        """Where the photos are."""
+        return self.files.url
 
     def plan(self) -> dict[str, Any]:
         """Return what the embeddings depend on besides the model."""
@@ -215,11 +222,11 @@ def photos_source(
     if identities_url is not None and not storage.exists(identities_url):
         raise UserError(f"--identities {identities_url} does not exist: correct the path, or leave the flag out")
     beside = storage.join(photos_url.rstrip("/").rpartition("/")[0], "identities.txt")
+    files = open_source(photos_url)
     manifest = read_manifest(
-        photos_url,
+        files,
         (identities_url or beside) if with_identities else None,
         split_seed=split_seed,
-        columns=ParquetColumns(),
         identities_required=False,
         min_listed_share=ANY_LISTED,  # the list may cover more photos than these
     )
@@ -227,7 +234,7 @@ def photos_source(
     if not in_splits.any():
         raise UserError(f"{photos_url} has no photo in split {', '.join(splits)}: name others by --splits")
     kept = Manifest(manifest.photos.filter(pa.array(in_splits)), manifest.num_bytes, manifest.num_passed_over)
-    return PhotosSource(url=photos_url, manifest=kept, settings=settings)
+    return PhotosSource(files=files, manifest=kept, settings=settings)
 
 
 def embed_source(
@@ -314,9 +321,9 @@ def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[st
     return check_fingerprint(made, embedder, strict=strict, next_step=next_step)
 
 
-def source_settings(source: Source) -> tuple[str, ExtractionSettings] | None:
-    """Return where the photos are and how to make their faces; None for a faces table."""
-    return (source.url, source.settings) if isinstance(source, PhotosSource) else None
+def source_settings(source: Source) -> tuple[PhotoFiles, ExtractionSettings] | None:
+    """Return the photos and how to make their faces; None for a faces table."""
+    return (source.files, source.settings) if isinstance(source, PhotosSource) else None
 
 
 def model_name(model_url: str) -> str:
@@ -332,7 +339,7 @@ class EmbedWorker:
         self,
         model_source: tuple[str, OnnxInput | None],
         output: str,
-        photos: tuple[str, ExtractionSettings] | None,
+        photos: tuple[PhotoFiles, ExtractionSettings] | None,
         fingerprint: dict[str, Any],
         model: dict[str, Any],
         use_gpu: bool,
@@ -349,8 +356,8 @@ class EmbedWorker:
         self._made = settings_from_fingerprint(fingerprint).alignment
         self._reader = None
         if photos is not None:
-            photos_url, settings = photos
-            self._reader = PhotoReader(photos_url, ParquetColumns().image, FaceExtractor(settings))
+            files, settings = photos
+            self._reader = PhotoReader(files, FaceExtractor(settings))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Process one item of a source, and return its summary."""

@@ -1,5 +1,6 @@
 import os
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
+from lib.faces.manifest import Manifest, read_manifest
 from lib.faces.photo_names import name_on_disk, safe_name, stored_name
+from lib.faces.sources.opening import open_source
+from lib.faces.sources.source import PhotoColumns
 from lib.faces.splits import split_of
 
 PHOTO = b"never opened here"
@@ -51,11 +54,17 @@ def manifest_of(
     if identities is not None:
         content = identities.encode() if isinstance(identities, str) else identities
         (root / "identities.txt").write_bytes(content)
-    return read_manifest(
+    has_list = (root / "identities.txt").exists()
+    named = PhotoColumns(**columns)
+    source = open_source(
         str(root / photos),
+        columns=replace(named, identity=None) if has_list else named,
+        identities_required=required,
+    )
+    return read_manifest(
+        source,
         str(root / "identities.txt"),
         split_seed=seed,
-        columns=ParquetColumns(**columns),
         identities_required=required,
         min_listed_share=min_listed_share,
     )
@@ -266,7 +275,9 @@ def test_what_devices_and_systems_leave_is_nobody(root: Path) -> None:
 def test_pictures_beside_parquet_files_are_refused(root: Path) -> None:
     write(root / "photos" / "data" / "a.parquet", image=IMAGES, identity=["p", "q", "p"])
     place(root, "assets/page.jpg")
-    wanted = r"both Parquet files \(1, such as data/a\.parquet\) and pictures \(1, such as assets/page\.jpg\)"
+    wanted = (
+        r"both pictures \(such as assets/page\.jpg\) and Parquet files \(such as data/a\.parquet\): .*--photos-format"
+    )
     with pytest.raises(UserError, match=wanted):
         manifest_of(root)
 

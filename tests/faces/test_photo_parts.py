@@ -7,10 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.errors import UserError
-from lib.faces import photo_parts, table
+from lib.faces import table
 from lib.faces.extraction import ExtractionSettings
-from lib.faces.manifest import Manifest, ParquetColumns, read_manifest
+from lib.faces.manifest import Manifest, read_manifest
 from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
+from lib.faces.sources import parquet
+from lib.faces.sources.opening import open_source
 
 
 class Echo:
@@ -39,11 +41,11 @@ def write(path: Path, first: int, group_sizes: Sequence[int], *, kind: str = "bi
 
 
 def manifest_of(folder: Path) -> Manifest:
-    return read_manifest(str(folder), None, split_seed=0, columns=ParquetColumns(), identities_required=True)
+    return read_manifest(open_source(str(folder)), None, split_seed=0, identities_required=True)
 
 
 def images_read(folder: Path, manifest: Manifest) -> list[tuple[str, bytes]]:
-    reader = PhotoReader(str(folder), "image", Echo())  # type: ignore[arg-type]
+    reader = PhotoReader(open_source(str(folder)), Echo())  # type: ignore[arg-type]
     items = [part_item(manifest, part) for part in plan_parts(manifest)]
     made = [rows for item in items for split in reader.rows(item).values() for rows in split.rows]
     return [(row["photo"], row["crop"]) for row in made]
@@ -90,9 +92,9 @@ def test_a_large_row_group_is_not_in_memory_as_a_whole(tmp_path: Path) -> None:
     del images
     before = pa.total_allocated_bytes()
     most = 0
-    for _ in photo_parts._group_images(str(tmp_path / "a.parquet"), "image", 0, list(range(64))):
+    for _ in parquet._group_images(str(tmp_path / "a.parquet"), "image", 0, list(range(64))):
         most = max(most, pa.total_allocated_bytes() - before)
-    assert most < 2 * photo_parts.ROWS_AT_ONCE * 2**20 + 2 * photo_parts.COLUMN_BUFFER_BYTES
+    assert most < 2 * parquet.ROWS_AT_ONCE * 2**20 + 2 * parquet.COLUMN_BUFFER_BYTES
 
 
 def test_a_damaged_page_is_one_line_that_names_the_file(tmp_path: Path) -> None:

@@ -1,0 +1,77 @@
+"""Photos that are files, in a folder of any depth."""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+import pyarrow as pa
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.images import MAX_PHOTO_BYTES, PHOTO_SUFFIXES
+from lib.faces.photo_names import name_on_disk, stored_name
+from lib.faces.sources.source import BATCH_ROWS, SCAN_SCHEMA, Photo, Row, Shard, Source
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NUM_READERS = 16
+"""Threads that read photos, to hide the latency of a disk or a bucket."""
+
+
+class FolderSource(Source):
+    """A folder of photos. Identities are not known here: the folders of all photos together decide."""
+
+    format = "folder"
+    what = "pictures"
+    suffixes = PHOTO_SUFFIXES
+
+    def shards(self) -> list[Shard]:
+        """Return the whole folder. A folder of a bucket below it can be scanned alone too."""
+        return [Shard("")]
+
+    def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
+        """Yield the photos of a folder, sorted by name."""
+        files = self.files(shard.name)
+        while batch := list(islice(files, BATCH_ROWS)):
+            nothing = pa.nulls(len(batch))
+            columns = [
+                pa.array([stored_name(info.path) for info in batch], pa.string()),
+                *(nothing.cast(kind) for kind in (pa.string(), pa.string(), pa.int64(), pa.int64())),
+                pa.array([info.num_bytes for info in batch], pa.int64()),
+                pa.array([info.mark for info in batch], pa.string()),
+            ]
+            yield pa.RecordBatch.from_arrays(columns, schema=SCAN_SCHEMA)
+
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
+        """Yield each row with its photo, `missing` where it is gone, `corrupt` where it may not be read."""
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            yield from ahead(readers, self._read, rows, num_ahead=num_ahead)
+
+    def _read(self, row: Row) -> Photo:
+        try:
+            return row, storage.read_bytes(self.file_url(name_on_disk(row["photo"])), MAX_PHOTO_BYTES + 1)
+        except FileNotFoundError:
+            return row, table.MISSING
+        except UserError as error:
+            logger.warning("%s: %s", row["photo"], error)
+            return row, table.CORRUPT
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int
+) -> Iterator[Result]:
+    """Map in threads, in order, never more than so many results ahead of the consumer."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > num_ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

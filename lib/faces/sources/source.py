@@ -1,0 +1,180 @@
+"""What a source of photos is: it lists its photos shard by shard, and reads them.
+
+A format is one file in this folder with one class: see `ContainerSource` for files that hold many photos.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, NamedTuple
+
+import pyarrow as pa
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces.images import PHOTO_SUFFIXES
+from lib.faces.photo_names import junk
+from lib.listing import FileInfo
+
+SCAN_SCHEMA = pa.schema(
+    [
+        pa.field("photo", pa.string(), nullable=False),  # a unique name that does not change
+        pa.field("identity", pa.string()),  # as the source says it; null where it does not
+        pa.field("source", pa.string()),  # the file that holds the photo, below the URL; null where it is the photo
+        pa.field("group", pa.int64()),  # the part of that file that can only be read from its beginning
+        pa.field("row", pa.int64()),  # the place in that part, ascending
+        pa.field("num_bytes", pa.int64(), nullable=False),  # the size of the photo; of Parquet, what its group says
+        pa.field("mark", pa.string(), nullable=False),  # of the file: changes when the file does, "" if not known
+    ]
+)
+"""What a scan says of each photo."""
+
+BATCH_ROWS = 65_536
+
+Row = Mapping[str, Any]
+"""A row of a manifest: at least `photo`, `source`, `group` and `row`."""
+Photo = tuple[Row, bytes | str]
+"""A row with the photo's bytes, or with the status that says why there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoColumns:
+    """The columns, or keys, of sources that have any."""
+
+    image: str = "image"
+    """Encoded photo: binary, or a struct with `bytes` and `path` as Hugging Face writes it."""
+    identity: str | None = "identity"
+    """None: identities come from elsewhere, and the column is not read."""
+    photo: str = "photo"
+
+
+class Shard(NamedTuple):
+    """What one task can scan alone: a folder ("" for all), a file, or the range of its bytes from `start` to `stop`."""
+
+    name: str
+    start: int = 0
+    stop: int = 0
+    mark: str = ""
+
+
+class Source(ABC):
+    """Photos below a URL, all in one format. It can be pickled, and a copy of it works on another machine.
+
+    Attributes:
+        passed_over: files, or what lies in them, that `shards` and `scan` have found to be no photos, by kind.
+    """
+
+    format: ClassVar[str]
+    """Its name, as `--photos-format` takes it."""
+    what: ClassVar[str]
+    """Its files in words, for messages."""
+    suffixes: ClassVar[tuple[str, ...]]
+    """What the names of its files end in, in lower case."""
+
+    def __init__(
+        self, url: str, columns: PhotoColumns, *, foreign: Mapping[str, str], identities_required: bool = False
+    ) -> None:
+        """Make a source.
+
+        Args:
+            url: of a folder of its files, or of one.
+            columns: where images, identities and names are, if the format has columns.
+            foreign: suffixes of other formats with what they are; such a file ends a scan.
+            identities_required: a file without identities is refused.
+        """
+        self.url = url
+        self.columns = columns
+        self.identities_required = identities_required
+        self.passed_over: Counter[str] = Counter()
+        self._foreign = foreign
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """Return the shards, in the order of the photos."""
+
+    @abstractmethod
+    def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
+        """Yield the photos of a shard as batches of `SCAN_SCHEMA`.
+
+        Raises:
+            UserError: a file of it cannot be used.
+        """
+
+    @abstractmethod
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
+        """Yield each row with its photo, in order; about `num_ahead` photos are in memory at a time.
+
+        Rows of one file must be in the order of the scan.
+
+        Raises:
+            UserError: a file that holds photos cannot be read.
+        """
+
+    def file_url(self, name: str) -> str:
+        """Return the URL of a file; the name "" is the source's own URL."""
+        return storage.join(self.url, name) if name else self.url
+
+    def files(self, folder: str = "") -> Iterator[FileInfo]:
+        """Yield the source's files in a folder below the URL, or the URL itself if that is one of them.
+
+        Raises:
+            UserError: files of another format lie among them.
+        """
+        if self.url.lower().endswith(self.suffixes):
+            yield FileInfo("", *storage.file_info(self.url)[1:])
+            return
+        ours = theirs = ""
+        for info in storage.list_files(self.file_url(folder), skip_prefixes=()):
+            path = storage.join(folder, info.path) if folder else info.path
+            suffix = suffix_of(path)
+            if kind := junk(path):
+                self.passed_over[kind] += 1
+                continue
+            if is_ours := path.lower().endswith(self.suffixes):
+                ours = ours or path
+            elif suffix in self._foreign:
+                theirs = theirs or path
+            else:
+                self.passed_over[suffix or "no suffix"] += 1
+            if ours and theirs:
+                raise UserError(
+                    f"{storage.redacted(self.url)} holds both {self.what} (such as {ours}) and "
+                    f"{self._foreign[suffix_of(theirs)]} (such as {theirs}): name the folder of the ones or of the "
+                    f"others by --photos, or give --photos-format {self.format}, which passes over the others"
+                )
+            if is_ours:
+                yield info._replace(path=path)
+
+
+class ContainerSource(Source):
+    """Files that each hold many photos. A format adds how one is scanned and read."""
+
+    def shards(self) -> list[Shard]:
+        """Return one shard per file."""
+        return [Shard(info.path, 0, info.num_bytes, info.mark) for info in self.files()]
+
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:  # noqa: ARG002
+        """Yield each row with its photo; files say themselves how much of them is in memory at a time."""
+        for name, mine in groupby(rows, key=lambda row: row["source"]):
+            yield from self.read_file(name, mine)
+
+    @abstractmethod
+    def read_file(self, name: str, rows: Iterable[Row]) -> Iterator[Photo]:
+        """Yield the photos of rows of one file, in order."""
+
+    def stem(self, name: str) -> str:
+        """Return what the names of a file's photos begin with."""
+        return name or self.url.rstrip("/").rpartition("/")[2]
+
+
+def suffix_of(path: str) -> str:
+    """Return the suffix of a name in lower case, "" if it has none."""
+    name = path.rpartition("/")[2].lower()
+    return "".join(name.rpartition(".")[1:]) if "." in name[1:] else ""
+
+
+def is_photo(path: str) -> bool:
+    """Return whether a name ends as those of photos do."""
+    return path.lower().endswith(PHOTO_SUFFIXES)
