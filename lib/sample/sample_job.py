@@ -200,7 +200,7 @@ def make_sample(config: SampleConfig) -> dict[str, Any]:
 def _check_destination(config: SampleConfig) -> tuple[bool, list[str]]:
     """Return whether the sample is there and complete, and the photos of an older one that must go."""
     photos_url = config.photos_url
-    present = {name for name, _ in list_files(photos_url)}
+    present = {info.path for info in list_files(photos_url)}
     marker = _read_marker(config.data)
     if marker is None:
         others = sorted(present)[:1] or [
