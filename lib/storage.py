@@ -248,7 +248,7 @@ def list_files(
 ) -> Iterator[FileInfo]:
     """Yield the files below a folder, at any depth, sorted by path; a missing folder has none.
 
-    A local listing holds the names of one folder at a time, one of S3 all paths, sizes and marks, about 90 bytes a file.
+    A local listing holds the names of one folder at a time, one of S3 all paths, sizes and marks: 90 bytes a file.
 
     Args:
         limit: look at no more than about so many files. Their order may not be that of the whole listing.
