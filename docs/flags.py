@@ -27,7 +27,19 @@ A flag that is on or off has a twin that turns it off again: `--dry-run` and `--
 """
 
 
-JOBS = ("sample", "preprocess", "train", "evaluate", "embed", "identify", "export", "sweep", "compare", "pipeline")
+JOBS = (
+    "sample",
+    "preprocess",
+    "train",
+    "evaluate",
+    "embed",
+    "identify",
+    "curate",
+    "export",
+    "sweep",
+    "compare",
+    "pipeline",
+)
 
 
 def config_of(job: str) -> type:

@@ -28,6 +28,7 @@ URL_FLAGS = {
     "evaluate.py": ("--data", "--model", "--faces", "--photos", "--identities", "--pairs", "--slices", "--output"),
     "export.py": ("--data", "--model", "--faces", "--output"),
     "identify.py": ("--data", "--model", "--gallery", "--faces", "--output", "--detector-weights"),
+    "curate.py": ("--data", "--model", "--faces", "--embeddings", "--against", "--output", "--apply"),
     "compare.py": ("--data", "--output", "stray"),
     "sweep.py": ("--data",),
     "pipeline.py": ("--data",),
