@@ -18,7 +18,8 @@ import openvino
 from retinaface.weights import WEIGHTS
 
 from bench.inputs import bench_data, drawn
-from lib.faces.detection import Detections, Detector, Network, Outputs, RetinaFace, load_detector
+from lib.faces.detection import Detections, Detector, RetinaFace, load_detector
+from lib.faces.detector_runtimes import Network, Outputs
 from lib.faces.extraction import ExtractionSettings
 from lib.faces.images import BadPhotoError, Photo
 

@@ -38,7 +38,7 @@ LINE_LIMIT_S = 15.0
 HUNG_S = 300.0
 ORPHANS_LIMIT_S = 60.0
 """Within which all processes of killed jobs must have ended, after the output is finished."""
-EPOCHS = 6
+EPOCHS = 4
 
 DRIVER = "driver"
 RAY = {"raylet": "/raylet/raylet ", "head": "gcs_server "}
@@ -227,7 +227,7 @@ def epochs_and_files(folder: Path) -> tuple[list[int], list[str]]:
 
 def preprocess_campaign(scratch: Path, kept: Path) -> Campaign:
     """Return the campaign against preprocess, on some hundred drawn photos in several parts."""
-    data = drawn(scratch / "drawn people", 24, 8)
+    data = drawn(scratch / "drawn people", 16, 8)
     command = ("preprocess.py", "--data", str(data))
     return Campaign(command, "--faces", PREPROCESS_WORKERS, rows_of, kept)
 
@@ -236,7 +236,7 @@ def training_campaign(scratch: Path, kept: Path) -> Campaign:
     """Return the campaign against a training of some seconds an epoch, with hard negatives from the store."""
     faces = write_faces(scratch / "faces")
     tiny = ("--backbone", "test_convnext", "--init", "none", "--embedding-dim", "16", "--lr", "2e-3")
-    size = ("--epochs", str(EPOCHS), "--triplets-per-epoch", "960", "--checkpoint-minutes", "0.01")
+    size = ("--epochs", str(EPOCHS), "--triplets-per-epoch", "480", "--checkpoint-minutes", "0.01")
     mining = ("--val-pairs", "400", "--batch", "triplets", "--negatives", "hard")
     command = ("train.py", "--faces", faces, "--cache-dir", str(scratch / "cache"), *tiny, *size, *mining)
     return Campaign(command, "--data", TRAINING_WORKERS, epochs_and_files, kept)

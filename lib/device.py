@@ -1,6 +1,6 @@
-"""The one place that knows devices: which one computes, in which arithmetic, and what makes it fast there.
+"""All device-specific code: which device computes, in which arithmetic, and what makes it fast.
 
-Everything here runs on a CPU too, so that what a GPU does is tested without one.
+Everything here also runs on a CPU, so that tests need no GPU.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from lib.errors import UserError
 logger = logging.getLogger(__name__)
 
 _BF16_CAPABILITY = (8, 0)
-"""First generation of NVIDIA GPUs that computes bfloat16 in hardware (Ampere)."""
+"""First generation of NVIDIA GPUs with bfloat16 in hardware (Ampere)."""
 
 
 def worker_device(*, use_gpu: bool) -> torch.device:
-    """Return the device of this process: the first GPU it sees, or the CPU.
+    """Return the device of this process: its first visible GPU, or the CPU.
 
     Raises:
-        UserError: a GPU is asked for and cannot be used; says why.
+        UserError: a GPU was asked for and cannot be used. The message says why.
     """
     if not use_gpu:
         return torch.device("cpu")
@@ -38,7 +38,7 @@ def worker_device(*, use_gpu: bool) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if torch.version.cuda is None:
         reason = "this PyTorch is built for CPUs: install the CUDA build of requirements.txt"
-    elif caught:  # of a driver that is too old, for one
+    elif caught:  # such as a warning about an old driver
         reason = str(caught[-1].message).strip().splitlines()[0].split(" (Triggered", 1)[0]
     else:
         reason = "PyTorch finds no NVIDIA driver or no device: see `nvidia-smi`"
@@ -46,8 +46,8 @@ def worker_device(*, use_gpu: bool) -> torch.device:
 
 
 def prepare(device: torch.device, *, deterministic: bool = False) -> None:
-    """Set up this process for speed on its device: TF32 for what stays float32, and kernels chosen by trial."""
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # a call imports the compiler: seconds
+    """Set up this process for speed: TF32 for float32 products, and kernels chosen by trial."""
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler: seconds
         torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
         if device.index is not None:
@@ -58,7 +58,7 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
 
 
 def chosen_precision(asked: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """Return the arithmetic to use; what is asked for is taken at its word, with a warning where it is slow."""
+    """Return the arithmetic to use. An explicit choice is kept, with a warning if it is slow on this device."""
     has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
     if asked == "auto":
         return "bf16" if has_bf16 else "fp32"
@@ -73,7 +73,7 @@ def autocast(device: torch.device, precision: Literal["fp32", "bf16"]) -> torch.
 
 
 def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return the array on the device; the copy to a GPU runs beside what the process does next."""
+    """Return the array on the device. The copy to a GPU is asynchronous."""
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
     if device.type == "cuda" and tensor.device.type == "cpu":
         if not tensor.is_pinned():
@@ -83,19 +83,19 @@ def to_device(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.T
 
 
 class Upload:
-    """Copies arrays to a device beside what it computes, from any thread."""
+    """Copies arrays to a device while it computes, from any thread."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def empty(self, *shape: int) -> np.ndarray:
-        """Return an uint8 array to be filled, which this copies without waiting: for GPUs it lies in pinned memory."""
+        """Return an empty uint8 array that can be copied without waiting: for GPUs, in pinned memory."""
         array: np.ndarray = torch.empty(shape, dtype=torch.uint8, pin_memory=self._stream is not None).numpy()
         return array
 
     def __call__(self, array: np.ndarray) -> "Uploaded":
-        """Start the copy of an array, which must not change from then on."""
+        """Start the copy of an array. The array must not change afterwards."""
         if self._stream is None:
             return Uploaded(torch.from_numpy(array), None)
         with torch.cuda.stream(self._stream):
@@ -111,11 +111,11 @@ class Uploaded:
         self._event = event
 
     def tensor(self) -> torch.Tensor:
-        """Return the array on the device; what the caller has computed there next waits for it, the caller does not."""
+        """Return the array on the device. The caller does not wait for the copy; its next operations there do."""
         if self._event is not None:
             stream = torch.cuda.current_stream(self._tensor.device)
             stream.wait_event(self._event)
-            self._tensor.record_stream(stream)  # else the copy of a later array could take its place too early
+            self._tensor.record_stream(stream)  # otherwise a later array could reuse the memory too early
         return self._tensor
 
 
@@ -136,7 +136,7 @@ class Fetched:
         return self._event is None or self._event.query()
 
     def numpy(self) -> np.ndarray:
-        """Return the array, after it has come."""
+        """Wait for the copy and return the array."""
         if self._event is not None:
             self._event.synchronize()
         array: np.ndarray = self._tensor.numpy()
@@ -144,17 +144,17 @@ class Fetched:
 
 
 def adamw(groups: Iterable[dict[str, Any]], device: torch.device, *, lr: float) -> torch.optim.AdamW:
-    """Return AdamW; on GPUs the fused one, which updates all weights by a few kernels."""
+    """Return AdamW; on GPUs the fused version, which updates all weights with a few kernels."""
     return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
 
 
 def compiled(
     function: Callable[..., Any], asked: Compile, device: torch.device, *, pays: bool = True, **options: Any
 ) -> Callable[..., Any]:
-    """Return `function`, or a module, compiled; as it is where compiling is not asked for, does not pay or fails.
+    """Return a function or module compiled, or unchanged if compiling is off, does not pay, or fails.
 
-    The compiler runs at the first call. Where it fails, as on a machine without Triton or a C compiler, one line says
-    so, and the function runs as it is from then on.
+    The compiler runs at the first call. If it fails, as on a machine without Triton or a C compiler, one line says so,
+    and the function runs without it from then on.
     """
     if asked == "off" or (asked == "auto" and (device.type != "cuda" or not pays)):
         return function
@@ -192,18 +192,18 @@ def compile_module(
     pays: bool = True,
     parts: Iterable[nn.Module] = (),
 ) -> bool:
-    """Compile a module in place, its names staying as they are, and return whether it is compiled now.
+    """Compile a module in place, without renaming its parts, and return whether that worked.
 
-    `first_run` makes the compiler run and what was compiled be tried, forward and backward. `parts`, where there are
-    any, are compiled instead of the whole: parts that are alike are compiled once. Where the compiler fails, as on a
-    machine without Triton or a C compiler, one line says so and the module stays as it was.
+    `first_run` runs the module forward and backward, which starts the compiler and tries its result. `parts` are
+    compiled instead of the whole module, equal parts once. If the compiler fails, as on a machine without Triton or a C
+    compiler, one line says so, and the module stays unchanged.
     """
     if asked == "off" or (asked == "auto" and (device.type != "cuda" or not pays)):
         return False
     import torch._dynamo  # takes seconds
 
     chosen = list(parts) or [module]
-    # Each kind of part and shape counts as another compilation of one function.
+    # Each kind of part and each shape counts as another compilation of the same function.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     try:
         for part in chosen:
@@ -223,9 +223,9 @@ def compile_module(
 
 
 def largest_batch(run: Callable[[int], Any], device: torch.device, *, reserved: int) -> int | None:
-    """Return how many images `run` can take at once on a GPU, None on a CPU, whose memory others use too.
+    """Return how many images `run` can take at once on a GPU; None on a CPU, whose memory other programs use too.
 
-    `reserved` bytes are left for what will be there later, such as the optimiser's state, beside a tenth of the memory.
+    A tenth of the memory stays free, and `reserved` bytes for later, such as the optimiser's state.
     """
     if device.type != "cuda":
         return None
@@ -240,19 +240,19 @@ def largest_batch(run: Callable[[int], Any], device: torch.device, *, reserved: 
 
 
 _PROBES = (16, 48)
-"""Images of the two runs that tell how much memory one takes."""
+"""Numbers of images in the two runs that measure the memory of one image."""
 
 
 def fitting(peaks: Sequence[int], room: int) -> int:
-    """Return how many images fit into so many bytes, where the runs of `_PROBES` had these peaks."""
+    """Return how many images fit into `room` bytes. `peaks` is the memory of the two runs of `_PROBES`."""
     each = max(1.0, (peaks[1] - peaks[0]) / (_PROBES[1] - _PROBES[0]))
     return max(0, int((room - (peaks[0] - each * _PROBES[0])) / each))
 
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Have compiled modules run as they are: for other shapes than they were compiled for, which would compile anew."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+    """Run compiled modules without their compiled code, for shapes that would need another compilation."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -261,7 +261,7 @@ def eager() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Have products of matrices keep all bits of float32: distances of near vectors are lost in those of TF32."""
+    """Compute matrix products in full float32: TF32 would lose the distances of near vectors."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -271,7 +271,7 @@ def exact_products() -> Iterator[None]:
 
 
 def _is_of_the_compiler(error: Exception) -> bool:
-    """Return whether an error comes from the compiler itself, not from what it compiled."""
+    """Return whether an error comes from the compiler, not from the compiled code."""
     names = [type(each).__module__ for each in _chain(error)]
     return any(name.startswith(("triton", "torch._dynamo", "torch._inductor")) for name in names)
 
@@ -285,7 +285,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def free_memory() -> None:
-    """Give back what this process holds of a GPU's memory and does not use."""
+    """Return unused GPU memory of this process to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

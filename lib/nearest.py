@@ -56,7 +56,7 @@ def by_distance(queries_BD: Floats, candidates_ND: Floats, index_BK: Ints) -> tu
 
 
 def num_as_near(queries_BD: Floats, candidates_ND: Floats, at_B: Ints) -> Ints:
-    """Return how many other candidates are as near to each query as its candidate `at`, or nearer [B]."""
+    """Return the number of other candidates that are at least as near to each query as its candidate `at` [B]."""
     num_B = np.empty(len(queries_BD), np.int64)
     for rows in _chunks(len(queries_BD), len(candidates_ND)):
         nearness_BN = _nearness(queries_BD[rows], candidates_ND)

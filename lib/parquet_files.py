@@ -1,4 +1,4 @@
-"""Parquet files opened with a check of their columns; what is damaged is named in one line."""
+"""Opens Parquet files and checks their columns; a damaged file gives one clear line."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _NEXT_STEP = "remove it and run the job that made it again"
 
 
 class RangedFile(AbstractBufferedFile):
-    """A file of `num_bytes` bytes, read without a cache by a function of the first byte and the one after the last."""
+    """A file of `num_bytes` bytes without a cache. `read_range` takes the first byte and the one after the last."""
 
     def __init__(self, num_bytes: int, read_range: Callable[[int, int], bytes]) -> None:
         self._read_range = read_range
@@ -26,12 +26,12 @@ class RangedFile(AbstractBufferedFile):
 
 @contextmanager
 def opened(source: Any, name: str, wanted: Sequence[pa.Field], buffer_size: int) -> Iterator[pq.ParquetFile]:
-    """Open a path or file, called `name` in messages, that has the columns `wanted`.
+    """Open a path or file that must have the columns `wanted`; messages call it `name`.
 
-    With `buffer_size` a column is read so many bytes at a time, where otherwise it is fetched ahead as a whole.
+    With `buffer_size` a column is read in pieces of that many bytes. Otherwise it is fetched as a whole.
 
     Raises:
-        UserError: it is no Parquet file, a column is not there or of another type, or what is read turns out damaged.
+        UserError: it is no Parquet file, a column is missing or of another type, or the data is damaged.
     """
     try:
         with pq.ParquetFile(source, pre_buffer=not buffer_size, buffer_size=buffer_size) as file:
@@ -42,7 +42,7 @@ def opened(source: Any, name: str, wanted: Sequence[pa.Field], buffer_size: int)
                 raise UserError(f"{name} has no column {', '.join(wrong)}, it has {there}: {_NEXT_STEP}")
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Arrow has several errors for a damaged file; those of the system have a number.
+        # Arrow raises several errors for a damaged file. Errors of the system have a number.
         if isinstance(error, UserError) or getattr(error, "errno", None):
             raise
         raise UserError(f"{name} is no whole Parquet file: {_NEXT_STEP}") from error

@@ -1,4 +1,4 @@
-"""How far a piece of work is: one line that is renewed on a terminal, a line a minute in the log elsewhere."""
+"""Shows progress: one line that is updated in place on a terminal, a line a minute in the log elsewhere."""
 
 import logging
 import time
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 SHOW_EVERY_S = 0.2
 LOG_EVERY_S = 60.0
 RATE_OVER_S = 20.0
-"""The rate that is shown is that of the last so many seconds."""
+"""The rate is that of this last period."""
 
 
 class ProgressLine:
-    """Counts what is done, and tells it with the rate and the time left."""
+    """Counts finished units, and shows them with the rate and the time left."""
 
     def __init__(self, label: str, *, unit: str, total: int = 0, done: int = 0) -> None:
-        """Begin with `done` of a `total`, which may be known later."""
+        """Begin with `done` units of a `total`, which may become known later."""
         self._terminal = terminal()
         self._label, self._unit, self._total, self._note = label, unit, total, ""
         self._first: tuple[float, int] | None = None
@@ -38,21 +38,21 @@ class ProgressLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the line away."""
+        """Remove the line."""
         self._terminal.show("")
 
     def add(self, count: int) -> None:
-        """Note that so many more are done."""
+        """Count `count` more units."""
         self.update(self._done + count)
 
     def update(self, done: int, *, total: int = 0, label: str = "", note: str = "") -> None:
-        """Note how many are done, and what else is to be told."""
+        """Set the number of finished units, and what else the line shows."""
         now = time.monotonic()
         self._total, self._label = total or self._total, label or self._label
         self._note = note or self._note
         if self._total and done and (done != self._done or not self._past):
             self._past.append((now, done))
-            self._first = self._first or (now, done)  # what was done before is no work of this job
+            self._first = self._first or (now, done)  # earlier work is not part of this job's rate
         while len(self._past) > 2 and now - self._past[0][0] > RATE_OVER_S:
             self._past.popleft()
         self._done = done
@@ -68,7 +68,7 @@ class ProgressLine:
             logger.info("%s", self)
 
     def __str__(self) -> str:
-        """Return all of it in one line."""
+        """Return the line."""
         parts = [self._label]
         if self._total:
             parts[0] += f": {self._done}/{self._total} {self._unit}s ({100 * self._done / self._total:.0f} %)"
@@ -86,7 +86,7 @@ class ProgressLine:
 
 
 def progress_over(steps: range, label: str, *, unit: str) -> Iterator[int]:
-    """Yield the steps up to `steps.stop` and show how far they are."""
+    """Yield the steps and show the progress towards `steps.stop`."""
     with ProgressLine(label, unit=unit, total=steps.stop) as progress:
         for step in steps:
             progress.update(step)
@@ -99,7 +99,7 @@ def _rate(first: tuple[float, int], last: tuple[float, int]) -> float:
 
 
 def _short_time(seconds: float) -> str:
-    """Return a duration as people write it: 45 s, 3 min 20 s, 2 h 5 min."""
+    """Return a duration for people: 45 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -47,7 +47,7 @@ class BatchDetector:
         first.weight.copy_(first.weight.flip(1))  # it was trained on BGR
         self._dtype = torch.float16 if device.type == "cuda" else torch.float32
         self._network = network.to(device, self._dtype).to(memory_format=torch.channels_last)
-        self._mean_311 = torch.tensor(detection._MEAN_BGR[::-1], device=device).view(3, 1, 1)
+        self._mean_311 = torch.tensor(detection.MEAN_BGR[::-1], device=device).view(3, 1, 1)
         self._pool: Any = None
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, ...]]] = {}
         self._lock = threading.Lock()

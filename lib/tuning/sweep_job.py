@@ -29,7 +29,7 @@ from lib.training.settings import TrainConfig
 from lib.training.train_job import cpus_each, watch, with_devices
 from lib.training.triplets import PhotoIndex
 from lib.tuning.compare_job import read_run, write_comparison
-from lib.tuning.comparison_report import ComparedRun
+from lib.tuning.compared_runs import ComparedRun
 from lib.tuning.settings import SWEPT, SweepConfig, Trial, plan_trials
 from lib.tuning.trial import Halving, SweepProgress, TrialQueue, run_trial
 from lib.tuning.winner import RESULTS_NAME, SWEEP_NAME

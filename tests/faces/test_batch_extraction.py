@@ -18,7 +18,8 @@ from lib.errors import JobError, UserError
 from lib.faces import batch_extraction, table
 from lib.faces.batch_detection import BatchDetector
 from lib.faces.batch_extraction import BatchExtractor
-from lib.faces.detection import Detections, Outputs, RetinaFace, load_detector
+from lib.faces.detection import Detections, RetinaFace, load_detector
+from lib.faces.detector_runtimes import Outputs
 from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.images import Photo
 from lib.faces.retinaface import load_network

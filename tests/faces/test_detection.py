@@ -22,13 +22,12 @@ from lib.faces.detection import (
     SCORE_FLOOR,
     BatchFace,
     Detections,
-    Network,
-    Outputs,
     RetinaFace,
     detector_sha256,
     load_detector,
     sha256,
 )
+from lib.faces.detector_runtimes import Network, Outputs
 from lib.faces.images import Photo
 from lib.sample.sample_job import SamplePlan, draw_photo
 

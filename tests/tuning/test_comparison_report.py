@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.tuning.comparison_report import (
+from lib.tuning.compared_runs import (
     ComparedRun,
     common_epoch,
-    page,
     pareto_front,
     rivals_of,
     setting_effects,
     varied_settings,
     winner_of,
 )
+from lib.tuning.comparison_report import page
 from tests.browser import screenshot
 
 HOSTILE = "<script>alert(1)</script>'\"&\udcff"
