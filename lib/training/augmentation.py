@@ -1,4 +1,4 @@
-"""Encoded crops become training images: decoded at reduced scale, moved by one warp, recoloured by one table.
+"""Turns encoded crops into training images: decoded at reduced scale, moved by one warp, recoloured by one table.
 
 An image is a plain function of the encoded crop and a row of numbers drawn for it, so the result depends neither on
 the number of threads nor on their order. Nothing here needs torch: the processes that decode start without it.
@@ -67,7 +67,7 @@ def draws(first: int, num: int, *, seed: int, epoch: int, rank: int = 0) -> npt.
 
 
 def augmented(jpeg: npt.NDArray[np.uint8], draw: Draw, *, level: Level, crop_size: int, size: int) -> Image | None:
-    """Return the crop, decoded and augmented, as RGB of `size` x `size` pixels; None where it cannot be decoded.
+    """Return the crop, decoded and augmented, as RGB of `size` x `size` pixels; None if it cannot be decoded.
 
     `crop_size` is the side of the encoded crop. The decoder shrinks by a power of two, and what is left to the warp is
     less than a factor of two, at which bilinear sampling still reads every pixel.
@@ -124,7 +124,7 @@ def auto_contrast_table(image: Image) -> npt.NDArray[np.uint8]:
 
 
 def _degraded(image: Image, draw: Draw) -> Image:
-    """Make of some images a grey, a blurred or a badly compressed one."""
+    """Make some images grey, blurred, or badly compressed."""
     if draw.grey < GREY_SHARE:
         image = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if draw.blur < BLUR_SHARE:
@@ -150,7 +150,7 @@ class Making:
     crop_size: int
     """Side of the encoded crops in pixels."""
     size: int
-    """Side of the images in pixels, as the model takes them."""
+    """Side of the images for the model, in pixels."""
 
     def fill(
         self,

@@ -1,4 +1,4 @@
-"""The average of a model's weights over its training: what is validated, and what users get."""
+"""The average of a model's weights over its training: validation uses it, and users get it."""
 
 import copy
 from itertools import compress
@@ -24,7 +24,7 @@ class AveragedWeights:
         self._decay = decay
         self._num_updates = 0
         own, current = _tensors(self.module), _tensors(model)
-        # What is no float, such as BatchNorm's count of steps, has no average.
+        # Integers, such as BatchNorm's count of steps, have no average.
         is_float = [tensor.is_floating_point() for tensor in own]
         self._averages, self._averaged = list(compress(own, is_float)), list(compress(current, is_float))
         is_other = [not each for each in is_float]
@@ -32,7 +32,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights as they are now."""
+        """Add the model's present weights to the average."""
         n = self._num_updates
         if n:
             decay = min(self._decay, (1 + n) / (10 + n))
@@ -48,7 +48,7 @@ class AveragedWeights:
         return {_NUM_NAME: torch.tensor(self._num_updates), **averages}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self._num_updates = int(state[_NUM_NAME])
         self.module.load_state_dict(
             {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name != _NUM_NAME}

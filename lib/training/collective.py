@@ -1,4 +1,4 @@
-"""What the workers of a run tell each other, on the CPU by gloo; a worker on its own tells itself.
+"""Communication between the workers of a run, on the CPU by gloo; it also works for a single worker.
 
 Every function has to be called by every worker, in the same order.
 """
@@ -26,7 +26,7 @@ def rank() -> int:
 
 
 def broadcast(value: Value | None) -> Value:
-    """Return worker 0's value to all; the others pass None."""
+    """Return worker 0's value on all workers; the others pass None."""
     values = [value]
     if num_workers() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -57,7 +57,7 @@ def interleaved(mine_MD: npt.NDArray[np.float32], num_rows: int) -> npt.NDArray[
 
 
 def gathered(value: Value) -> list[Value]:
-    """Return the values of all workers to worker 0, an empty list to the others."""
+    """Return the values of all workers on worker 0, and an empty list on the others."""
     if num_workers() == 1:
         return [value]
     values: list[Value] | None = [value] * num_workers() if rank() == 0 else None
@@ -66,7 +66,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def hang_up() -> None:
-    """Leave the others for good: those that wait for this worker get a RuntimeError instead of waiting on."""
-    gc.collect()  # a model in training would keep the connections open
+    """Leave the group. Workers that wait for this one get a RuntimeError instead of waiting on."""
+    gc.collect()  # otherwise a model in training keeps the connections open
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a run's driver and its workers tell each other, through one small Ray actor on the driver's node."""
+"""Messages between a run's driver and its workers, through one small Ray actor on the driver's node."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class News:
     """What happened since the driver last asked."""
 
     lines: list[str] = field(default_factory=list)
-    """For the log, one an epoch and one for each thing a user must know."""
+    """Lines for the log: one per epoch, and one for each thing the user must know."""
     num_images: int = 0
-    """Trained on so far, of `total_images`."""
+    """Images trained on so far, of `total_images`."""
     total_images: int = 0
     status: str = ""
     """What the run is doing now, in a few words."""
     note: str = ""
-    """How well it does, such as the loss."""
+    """A figure of the training, such as the loss."""
     failure: tuple[str, str] | None = None
     """Kind of error (`user` or `job`) and its message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """What the driver tells every worker."""
+    """What every worker gets from the driver."""
 
     config: TrainConfig
     spec: ModelSpec
     num_shards: int
-    """Of the feature store; 0 where no policy needs one."""
+    """Shards of the feature store; 0 if no policy needs one."""
     use_gpu: bool
 
 
@@ -51,43 +51,43 @@ class Control:
         self._result: dict[str, Any] | None = None
 
     def tell(self, *, line: str = "", status: str = "") -> None:
-        """Note a line for the log, or what is being done now."""
+        """Set a line for the log, or the present status."""
         if line:
             self._news.lines.append(line)
         self._news.status = status or self._news.status
 
     def count(self, num_images: int, total_images: int, note: str = "") -> None:
-        """Note how far the training is, and how well it does."""
+        """Set the progress of the training, and its present figure."""
         self._news.num_images, self._news.total_images, self._news.note = num_images, total_images, note
 
     def fail(self, kind: Literal["user", "job"], message: str) -> None:
-        """Note why the run cannot go on; the first reason stays."""
+        """Set the reason why the run cannot continue; the first one is kept."""
         self._news.failure = self._news.failure or (kind, message)
 
     def has_failed(self) -> bool:
-        """Return whether a worker has given the run up: one that is started again must not try once more."""
+        """Return whether a worker has given up the run; a restarted worker must not try again."""
         return self._news.failure is not None
 
     def news(self) -> News:
-        """Return what happened; lines are given once."""
+        """Return the news since the last call."""
         news = self._news
         self._news = replace(news, lines=[])
         return news
 
     def request_stop(self) -> None:
-        """Ask the workers to save everything and leave."""
+        """Ask the workers to save everything and stop."""
         self._stop = True
 
     def stop_requested(self) -> bool:
-        """Return whether the workers are asked to leave."""
+        """Return whether the workers are asked to stop."""
         return self._stop
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Note what the run made."""
+        """Set the result of the run."""
         self._result = result
 
     def result(self) -> dict[str, Any] | None:
-        """Return what the run made, None where it has not come to an end."""
+        """Return the result of the run; None if it has not ended."""
         return self._result
 
 
@@ -113,7 +113,7 @@ def connect_control(run: str) -> Any:
 
 
 class StopRequests:
-    """Tells a worker whether it is asked to leave."""
+    """Tells a worker whether it is asked to stop."""
 
     def __init__(self, control: Any) -> None:
         self._control = control
@@ -124,7 +124,7 @@ class StopRequests:
         return bool(ray.get(self._control.stop_requested.remote()))
 
     def was_asked(self) -> bool:
-        """Return the control's last answer, and ask again; nobody waits."""
+        """Return the control's last answer and ask again, without waiting."""
         if self._answer is None:
             self._answer = self._control.stop_requested.remote()
         ready, _ = ray.wait([self._answer], timeout=0)

@@ -1,4 +1,4 @@
-"""Processes that decode and augment: threads would share Python's lock with the one that feeds a GPU.
+"""Processes that decode and augment, because threads would share Python's lock with the thread that feeds a GPU.
 
 One does 700 to 1,000 crops of 240 pixels a second, a GPU takes several thousand. They import no torch, get rows and
 draws by their standard input, and give the pixels by their standard output, so they end with who asks them.
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 Image = npt.NDArray[np.uint8]
 
 IMAGES_AT_ONCE = 16
-"""Of a batch, by one process: few enough that all of them work on the batch that is waited for."""
+"""Images of one task: few, so that all processes work on the batch that is needed next."""
 
 PIPE_BYTES = 1 << 20
-"""So much of the pixels passes without the reader's thread waking up."""
+"""Size of the pipe: this many pixels pass before the reader's thread wakes up."""
 
 
 class Decoders:
@@ -47,7 +47,7 @@ class Decoders:
     """
 
     def __init__(self, num_processes: int) -> None:
-        """Start them; they are ready in a second, and asked before that they answer then."""
+        """Start the processes. They need a second; earlier requests wait."""
         decoders = [_Decoder() for _ in range(num_processes)]
         self.pids = [decoder.process.pid for decoder in decoders]
         self._free: queue.SimpleQueue[_Decoder | None] = queue.SimpleQueue()
@@ -64,14 +64,14 @@ class Decoders:
         self.close()
 
     def close(self) -> None:
-        """End the processes, after what they are doing."""
+        """End the processes after their current tasks."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         while not self._free.empty():
             if decoder := self._free.get():
                 decoder.close()
 
     def filling(self, making: Making) -> Callable[..., npt.NDArray[np.bool_]]:
-        """Return what does as `making.fill`, by these processes."""
+        """Return a function that does the same as `making.fill`, in these processes."""
         return functools.partial(self._fill, making)
 
     def _fill(
@@ -118,12 +118,12 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # a signal to the group is for who asks, who then ends this by itself
+            start_new_session=True,  # a signal to the group reaches only the parent, which then ends this process
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._requests, self._answers = self.process.stdin, self.process.stdout
-        with contextlib.suppress(OSError):  # a user has a limited share of such memory: the usual pipe is slower
+        with contextlib.suppress(OSError):  # memory for large pipes is limited per user; the usual pipe is slower
             fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def fill(
@@ -144,14 +144,14 @@ class _Decoder:
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError):  # what a dead process has not read
+        with contextlib.suppress(OSError):  # a dead process has not read everything
             self._requests.close()
         self._answers.close()
         self.process.wait()
 
 
 def _answer_until_closed() -> None:
-    """Do what standard input asks, until it ends."""
+    """Serve the requests on standard input until it ends."""
     cv2.setNumThreads(1)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     opened = functools.lru_cache(maxsize=4)(EncodedCrops)

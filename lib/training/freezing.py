@@ -1,4 +1,4 @@
-"""What training keeps: a pretrained model's statistics of BatchNorm and first stages, and how many activations."""
+"""What training leaves as it is in a pretrained model, BatchNorm statistics and first stages; and less memory."""
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -7,12 +7,12 @@ from lib.recognition.model import EmbeddingModel
 
 
 def has_statistics(model: EmbeddingModel) -> bool:
-    """Return whether a BatchNorm of the backbone knows the mean of what passes it, as pretrained ones do."""
+    """Return whether the backbone has BatchNorm statistics, as pretrained ones do."""
     return any(bool(norm.running_mean.any()) for norm in _batch_norms(model) if norm.running_mean is not None)
 
 
 def fix_statistics(model: EmbeddingModel) -> None:
-    """Have BatchNorm use and keep its running statistics until the next `model.train()`; its scale and shift learn."""
+    """Make BatchNorm use its running statistics, unchanged, until the next `model.train()`; scale and shift learn."""
     for norm in _batch_norms(model):
         norm.eval()
 
@@ -22,7 +22,7 @@ def _batch_norms(model: EmbeddingModel) -> list[_BatchNorm]:
 
 
 def freeze_stages(model: EmbeddingModel, num_stages: int) -> None:
-    """Take the gradient from the first layers of the backbone: its stem is the first stage, then timm's own follow.
+    """Freeze the first stages of the backbone. The stem is the first stage; timm's stages follow.
 
     Raises:
         UserError: no stage would be left to train, or timm does not tell this backbone's stages.
@@ -44,7 +44,7 @@ def freeze_stages(model: EmbeddingModel, num_stages: int) -> None:
 
 
 def checkpoint_activations(model: EmbeddingModel) -> None:
-    """Have the backward pass compute the activations of each block again, instead of keeping them in memory.
+    """Recompute the activations of each block in the backward pass, instead of keeping them in memory.
 
     Raises:
         UserError: timm cannot do so with this backbone.

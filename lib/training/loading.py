@@ -44,7 +44,7 @@ class LoadedBatch:
     failed: npt.NDArray[np.bool_]
     """True [N] for crops that cannot be decoded: their triplets must be left out of the loss."""
     uploaded: Uploaded | None = None
-    """The images on their way to the device, where the loader was told of one."""
+    """The images on their way to the device, if the loader has one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +53,7 @@ class BatchLoader:
 
     cache: FaceCache
     size: int
-    """Side of the images in pixels, as the model takes them."""
+    """Side of the images for the model, in pixels."""
     level: Level
     seed: int
     epoch: int
@@ -94,7 +94,7 @@ class Prefetcher(Generic[Task, Loaded]):
         self, load: Callable[[Task], Loaded], tasks: Iterable[Task], *, num_threads: int, num_ahead: int
     ) -> None:
         """Start at the first `next`; `num_ahead` batches are loaded or being loaded while the consumer works."""
-        # OpenCV's own threads would fight with ours, and the tasks are too small for them.
+        # OpenCV's own threads would compete with ours, and the tasks are too small for them.
         cv2.setNumThreads(1)
         self.wait_s = 0.0
         self._load = load

@@ -1,4 +1,4 @@
-"""Ray Train as a run needs it: quiet, and with torch in the workers alone, where loading it takes seconds.
+"""Ray Train for our runs: quiet, and with torch only in the workers, because loading it takes seconds.
 
 What Ray Train's controller gets lies in this module, or is packed: the controller only watches the workers.
 """
@@ -28,18 +28,18 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from lib.imports import quick_imports
 
 LOOK_EVERY_S = 0.25
-"""How often the controller looks whether the workers have ended, or one has died. Ray Train's 2 s end each run late."""
+"""How often the controller checks whether workers have ended or died. Ray Train's 2 s make each run end late."""
 
 
 class _Backend(Backend):
-    """What `ray.train.torch` does, which cannot be imported without torch."""
+    """Does the same as `ray.train.torch`, which cannot be imported without torch."""
 
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: "Torch") -> None:
         """Connect the workers of one start."""
         if backend_config.folder:
-            # A file of this start alone: torch's usual store listens on every network.
+            # A file for this start only: torch's usual store listens on all networks.
             place, url = {}, (Path(backend_config.folder) / f"workers-{uuid.uuid4().hex}").as_uri()
         else:
             address, port = worker_group.execute_single(0, get_address_and_port)
@@ -50,12 +50,12 @@ class _Backend(Backend):
         )
 
     def on_shutdown(self, worker_group: Any, _: "Torch") -> None:
-        """Have the workers leave each other."""
+        """Disconnect the workers."""
         left = worker_group.execute_async(_leave, len(worker_group) > 1)
         try:
             ray.get(left, timeout=DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S)
         except GetTimeoutError:
-            return  # the worker that hangs is killed next
+            return  # the hanging worker is killed next
 
 
 @dataclass
@@ -73,12 +73,12 @@ class Torch(BackendConfig):
 
     @property
     def backend_cls(self) -> type[_Backend]:
-        """What Ray Train calls."""
+        """The backend that Ray Train calls."""
         return _Backend
 
     @property
     def train_func_context(self) -> Any:
-        """What the workers train within."""
+        """The context in which workers train."""
         return _on_own_device
 
 
@@ -107,7 +107,7 @@ def _on_own_device() -> Iterator[None]:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Train until the end of the run, or until asked to leave; Ray Train calls this on every worker."""
+    """Train until the run ends or is asked to stop; Ray Train calls this on every worker."""
     with quick_imports():
         import ray.train.torch
         import torch
@@ -135,7 +135,7 @@ class ClusterTrainer(DataParallelTrainer):
 
 
 class OneMachineTrainer(ClusterTrainer):
-    """The same on a machine that nobody takes away, where all processes have the driver's environment.
+    """The same for a local cluster, which loses no nodes and whose processes have the driver's environment.
 
     With one of Ray Train's own, each of its processes would have to be started anew, and twice.
     """
@@ -149,7 +149,7 @@ class OneMachineTrainer(ClusterTrainer):
 
 
 class _Fixed(FixedScalingPolicy):
-    """So many workers, without asking an autoscaler for them: there is none, and its own process takes seconds."""
+    """A fixed number of workers. A local cluster has no autoscaler to ask, and its process would take seconds."""
 
     def after_controller_start(self, _: Any) -> None:
         """Ask for nothing, here and below."""

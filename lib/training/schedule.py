@@ -1,4 +1,4 @@
-"""How training changes as it goes: the learning rate by the share done, the hardness of negatives by the history."""
+"""Schedules of training: the learning rate by the share done, the hardness of negatives by the history."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from lib.training.history import has_collapsed, has_plateaued
 Hardness = Literal["random", "hard", "semihard", "exact"]
 
 PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM = 100.0, 5.0
-"""Norm that gradients are scaled down to, by the backbone's initial weights (docs/measurements.md compares)."""
+"""Largest norm of the gradients, by the backbone's initial weights (docs/measurements.md compares)."""
 
 USUAL_LR, FINE_LR = 9e-4, 1e-4
 """Peak learning rates. The first was measured with efficientnet-lite0. The second is a rate that the papers of ConvNeXt
@@ -18,7 +18,7 @@ USUAL_LR, FINE_LR = 9e-4, 1e-4
 
 
 def usual_lr(*, is_pretrained: bool, has_batch_norm: bool) -> float:
-    """Return the peak learning rate for a backbone where the user names none."""
+    """Return the default peak learning rate of a backbone."""
     return FINE_LR if is_pretrained and not has_batch_norm else USUAL_LR
 
 
@@ -43,7 +43,7 @@ class Phase:
 
 
 def first_phase(policy: str) -> Phase:
-    """Return how training begins under `--negatives`."""
+    """Return the first phase for a value of `--negatives`."""
     return Phase(negatives="random" if policy == "auto" else policy, first_epoch=1)  # type: ignore[arg-type]
 
 

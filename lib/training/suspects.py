@@ -1,4 +1,4 @@
-"""Photos of different people that are too alike to be so: probably wrong labels or duplicates, for people to judge."""
+"""Pairs of photos that are too alike for different people: probably wrong labels or duplicates, for people to check."""
 
 import heapq
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ import torch
 Ints = npt.NDArray[np.integer]
 
 MAX_PAIRS = 100_000
-"""The most similar ones are kept; a model that has collapsed makes a suspect of every pair."""
+"""Only the most similar pairs are kept, because a collapsed model suspects every pair."""
 
 
 class SuspectLog:
@@ -31,7 +31,7 @@ class SuspectLog:
         self._shrink()
 
     def merge(self, other: "SuspectLog") -> None:
-        """Take over what another worker has collected."""
+        """Add the pairs of another worker."""
         for pair, similarity in other._similarities.items():
             self._note(pair, similarity)
         self._shrink()
@@ -45,7 +45,7 @@ class SuspectLog:
         return made
 
     def copied(self) -> "SuspectLog":
-        """Return a copy as of now, though another thread may add pairs meanwhile."""
+        """Return a copy; another thread may add pairs meanwhile."""
         made = SuspectLog()
         made._similarities = self._similarities.copy()
         return made
@@ -59,7 +59,7 @@ class SuspectLog:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Self:
-        """Return the log that `to_tensors` came from, an empty one for those of an older checkpoint: none."""
+        """Return the log saved by `to_tensors`; an empty one for an older checkpoint."""
         made = cls()
         if tensors:
             anchors_X, rows_X = tensors["pairs"].numpy().T

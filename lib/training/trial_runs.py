@@ -1,4 +1,4 @@
-"""Runs of the model on black images before the training: they compile it, or find the largest batch that fits."""
+"""Runs the model on black images before the training, to compile it or to find the largest batch that fits."""
 
 import torch
 from torch import nn
@@ -14,13 +14,13 @@ COMPILING_PAYS = 500_000
 compiling takes under a minute."""
 
 BYTES_A_WEIGHT = 16
-"""Of the optimiser's two averages, the averaged weights, and what a step of the optimiser needs meanwhile."""
+"""Copies of the weights in the optimiser's two averages, the averaged weights, and a step of the optimiser."""
 
 
 def compile_model(
     state: TrainingState, config: TrainConfig, device: torch.device, *, num_images: int, left: int
 ) -> bool:
-    """Compile the model for batches of `num_images` where that pays with `left` images to go; return whether it is."""
+    """Compile the model for batches of `num_images` if that pays for `left` more images; return whether it did."""
     with state.kept():
         return devices.compile_module(
             state.model,
@@ -33,7 +33,7 @@ def compile_model(
 
 
 def images_that_fit(state: TrainingState, config: TrainConfig, device: torch.device) -> int | None:
-    """Return the largest batch that fits into the memory of every worker's GPU, None for CPUs."""
+    """Return the largest batch that fits into the memory of every worker's GPU; None on CPUs."""
     num_weights = sum(parameter.numel() for parameter in state.model.parameters())
     with state.kept():
         largest = devices.largest_batch(
@@ -52,7 +52,7 @@ def _run(state: TrainingState, config: TrainConfig, device: torch.device, num_im
 
 
 def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a backbone, such as those of a ConvNeXt or a transformer; none where others hold much.
+    """Return the blocks of a backbone, such as a ConvNeXt or a transformer; none if other parts hold many weights.
 
     A block is a member of a sequence of modules of one class that is not torch's own, and has none of these inside.
     """
