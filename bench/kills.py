@@ -104,6 +104,7 @@ class Campaign:
                 stderr=errors,
                 start_new_session=True,
             )
+        wait_for(lambda: errors_path.stat().st_size > 0 or job.poll() is not None)  # before, it cannot say anything
         killed, at = killer.strike(job, self.workers) if killer else ([], 0.0)
         self.kills.update(killed)
         ending = killed[-1] if killed and killed[-1] not in self.workers else None
@@ -115,7 +116,8 @@ class Campaign:
             status = job.wait()
         ended_s = time.monotonic() - at
         if ending == DRIVER:
-            wait_for_line(errors_path)
+            # The shell that outlives the job says so.
+            wait_for(lambda: "failed: " in errors_path.read_text(errors="replace"), LINE_LIMIT_S)
         elif ending and status != 0:
             self.slowest_line_s = max(self.slowest_line_s, ended_s)
             if ended_s > LINE_LIMIT_S:
@@ -183,11 +185,10 @@ class Killer:
         return killed, time.monotonic()
 
 
-def wait_for_line(path: Path) -> None:
-    """Wait until the process that outlives a killed job has said so."""
-    for _ in range(100):
-        if "failed: " in path.read_text(errors="replace"):
-            return
+def wait_for(is_so: Callable[[], bool], limit_s: float = HUNG_S) -> None:
+    """Wait until something is so, or for the limit."""
+    deadline = time.monotonic() + limit_s
+    while not is_so() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
