@@ -79,7 +79,7 @@ def _section(config: type, heading: str, sections: dict[type, str]) -> Iterator[
     for name, kind, prefix in nested:
         if kind in sections:
             after = f", each after `{prefix}`: `{prefix}data` and so on" if prefix else ""
-            groups = [each.name for each in dataclasses.fields(kind) if dataclasses.is_dataclass(each.default)]
+            groups = [each for each, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
             if prefix and groups:
                 after += f"; the groups of flags add their names, as in `{prefix}{groups[0]}.`"
             yield f"And the flags of [{sections[kind]}](#{sections[kind].replace(' ', '-')}){after}.\n"

@@ -12,8 +12,9 @@ from lib import storage
 from lib.errors import UserError
 from lib.flags import check_values
 from lib.layout import Layout
+from lib.training.flag_groups import NegativePolicy
 from lib.training.schedule import USUAL_LR
-from lib.training.settings import NegativePolicy, TrainConfig
+from lib.training.settings import TrainConfig
 
 ORIGINAL_LIMIT = 25_000
 """Number of photos in the experiments of the original project."""

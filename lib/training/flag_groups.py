@@ -1,0 +1,211 @@
+"""Groups of training flags: the docstring under a field is the help of its flag."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lib.cluster import Compile, Precision
+from lib.errors import UserError
+from lib.flags import check_values
+from lib.training.augmentation import Level
+
+BatchKind = Literal["triplets", "identities"]
+BatchLossName = Literal["softmax", "semihard"]
+BatchNorm = Literal["auto", "batch", "fixed"]
+NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model."""
+
+    embedding_dim: int = 128
+    """Length of an embedding."""
+    head: str = ""
+    """Widths of the layers between backbone and embedding, such as 256,128."""
+    normalize: bool = True
+    """Scale embeddings to length 1. With --no-normalize they are the raw output, as in the original project."""
+    image_size: int = 0
+    """Side of the model's input, in pixels; 0 uses the size of the crops."""
+    batch_norm: BatchNorm = "auto"
+    """Statistics of BatchNorm. batch: those of each batch. fixed: those of the initial weights. auto: fixed if the
+    initial weights have any."""
+    frozen_stages: int = 0
+    """Number of first stages of the backbone that keep their initial weights. The stem counts as one."""
+    checkpoint_activations: bool = False
+    """Recompute activations instead of keeping them. A step takes a third longer and much less memory."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("embedding-dim", self.embedding_dim, "1 or more", self.embedding_dim >= 1),
+            ("frozen-stages", self.frozen_stages, "0 or more", self.frozen_stages >= 0),
+        )
+        _ = self.head_widths
+
+    @property
+    def head_widths(self) -> tuple[int, ...]:
+        """Widths of the head's layers, the embedding's own left out."""
+        try:
+            return tuple(int(width) for width in self.head.split(",") if width)
+        except ValueError:
+            raise UserError(f"--head is {self.head!r}: widths such as 256,128") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """What a batch and an epoch are made of."""
+
+    batch: BatchKind = "identities"
+    """identities: P people with K photos each, every triplet of them. triplets: one negative for each anchor and
+    positive."""
+    photos_per_person: int = 4
+    """Photos of each person in a batch: the K of --batch identities."""
+    triplets_per_epoch: int = 0
+    """Anchors per epoch, over all workers; 0 means one for each training photo."""
+    accumulate: int = 1
+    """Batches per step and worker. Their gradients are averaged; each batch keeps its own negatives."""
+    augment: Level = "strong"
+    """none; original: flip, rotation, auto contrast; strong: also crop, light, grey, blur, JPEG."""
+    photos_limit: int = 0
+    """Train on at most this many photos, of whole people chosen by a hash; 0 uses all."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("photos-per-person", self.photos_per_person, "2 or more", self.photos_per_person >= 2),
+            ("triplets-per-epoch", self.triplets_per_epoch, "1 or more, or 0", self.triplets_per_epoch >= 0),
+            ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
+            ("photos-limit", self.photos_limit, "1 or more, or 0", self.photos_limit >= 0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """The loss."""
+
+    loss: BatchLossName = "softmax"
+    """Loss of --batch identities. softmax: each positive against all negatives. semihard: triplets whose negative is
+    farther than the positive, but by less than --margin."""
+    temperature: float = 0.1
+    """Temperature of --loss softmax. A lower value puts more weight on the nearest negatives."""
+    margin: float = 0.2
+    """Distance by which a negative has to be farther than the positive."""
+    squared: bool = False
+    """Use squared distances in the loss, as the FaceNet paper does."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("temperature", self.temperature, "above 0", self.temperature > 0),
+            ("margin", self.margin, "above 0", self.margin > 0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningSettings:
+    """How negatives are found."""
+
+    negatives: NegativePolicy = "auto"
+    """How negatives are chosen. auto: random until the validation loss stops falling, then hard."""
+    candidates: int = 2000
+    """Number of random photos of other people from which hard and semihard take the nearest."""
+    ceiling: float | None = None
+    """Highest cosine similarity of a mined negative. A more similar one counts as a wrong label: it is skipped and
+    listed in suspects.parquet. Default: no limit."""
+    confusable_share: float = 0.75
+    """For --batch identities with hard negatives: share of the people in a batch whom the model confuses."""
+    stored_negatives: int = 0
+    """For --batch identities with hard negatives: number of stored features that join each step as negatives."""
+    refresh_fraction: float = 0.1
+    """Share of the stored features that is computed again after each epoch."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("candidates", self.candidates, "1 or more", self.candidates >= 1),
+            ("ceiling", self.ceiling, "above 0, at most 1", self.ceiling is None or 0 < self.ceiling <= 1),
+            ("confusable-share", self.confusable_share, "0 up to, not with, 1", 0 <= self.confusable_share < 1),
+            ("stored-negatives", self.stored_negatives, "0 or more", self.stored_negatives >= 0),
+            ("refresh-fraction", self.refresh_fraction, "0 to 1", 0 <= self.refresh_fraction <= 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """How the weights move."""
+
+    weight_decay: float = 0.01
+    """Weight decay of AdamW. Norms and biases have none."""
+    warmup_share: float = 0.05
+    """Share of the training in which the learning rate rises. After that it falls to zero along a cosine."""
+    clip_norm: float | None = None
+    """Largest norm of the gradients; larger ones are scaled down. Default: 5 for random weights, 100 for pretrained
+    ones."""
+    ema: float = 0.99
+    """Decay per step of the averaged weights, which become the model; 0 uses the latest weights."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0),
+            ("warmup-share", self.warmup_share, "0 up to, not with, 1", 0 <= self.warmup_share < 1),
+            ("clip-norm", self.clip_norm, "above 0", self.clip_norm is None or self.clip_norm > 0),
+            ("ema", self.ema, "0 up to, not with, 1", 0 <= self.ema < 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings:
+    """How an epoch is judged, and when training ends."""
+
+    best_by: Literal["accuracy", "auc", "loss"] = "accuracy"
+    """Validation metric that chooses the best epoch. The original project used loss."""
+    patience: int = 3
+    """Epochs without progress before the negatives get harder, or before the log warns of overfitting."""
+    stop_after: int = 0
+    """Stop after this many epochs without a better one; 0 never stops early."""
+    val_photos: int = 4000
+    """Largest number of validation photos after each epoch."""
+    val_pairs: int = 20_000
+    """Number of validation pairs. TAR at FAR 1e-3 needs 20,000."""
+    val_triplets: int = 5000
+    """Number of validation triplets."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("patience", self.patience, "1 or more", self.patience >= 1),
+            ("stop-after", self.stop_after, "0 or more", self.stop_after >= 0),
+            ("val-photos", self.val_photos, "8 or more", self.val_photos >= 8),
+            ("val-pairs", self.val_pairs, "20 or more", self.val_pairs >= 20),
+            ("val-triplets", self.val_triplets, "1 or more", self.val_triplets >= 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """How and where the run computes."""
+
+    precision: Precision = "auto"
+    """auto: bf16 on GPUs that have it, else fp32."""
+    compile: Compile = "auto"
+    """Compile the model: a minute at the start, then steps take a quarter less time. auto: on GPUs, for runs that are
+    long enough."""
+    deterministic: bool = False
+    """Two runs give the same history to the last digit. Needs one worker on the CPU."""
+    seed: int = 0
+    """Seed of every random choice."""
+    wait_minutes: float = 0.0
+    """Minutes to wait for the CPU or GPU of each worker, on a cluster that adds nodes on demand."""
+    checkpoint_minutes: float = 10.0
+    """Longest time between two checkpoints, in minutes. Each epoch ends with one too."""
+    max_failures: int = 5
+    """Worker failures that a job survives. Nodes that are taken away do not count."""
+    loader_threads: int = 0
+    """Threads per worker that read crops; processes on a GPU. 0: the worker's CPUs, at most 8 threads or 16
+    processes."""
+    cache_dir: str = ""
+    """Folder on each node for its copy of the crops. Default: conv-facenet-<user id>/ in the temporary folder."""
+    from_sweep: str = ""
+    """Folder of a sweep. Its winner's settings become the defaults; flags you give still win."""
+
+    def __post_init__(self) -> None:
+        check_values(
+            ("wait-minutes", self.wait_minutes, "0 or more", self.wait_minutes >= 0),
+            ("checkpoint-minutes", self.checkpoint_minutes, "above 0", self.checkpoint_minutes > 0),
+            ("max-failures", self.max_failures, "0 or more", self.max_failures >= 0),
+        )
