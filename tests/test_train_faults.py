@@ -123,8 +123,9 @@ def test_a_signal_to_all_processes_of_a_local_run_stops_it_within_seconds(faces:
     assert left.last_error.startswith("stopped: asked by a signal")
 
 
-def test_a_killed_worker_is_replaced_within_the_run(head: RayHead, faces: str, tmp_path: Path) -> None:
-    with half_done(tmp_path, faces, "--workers", "2", extra=head.environment) as job:
+@pytest.mark.parametrize("loss", ["softmax", "arcface+softmax"])
+def test_a_killed_worker_is_replaced_within_the_run(head: RayHead, faces: str, tmp_path: Path, loss: str) -> None:
+    with half_done(tmp_path, faces, "--workers", "2", "--loss", loss, extra=head.environment) as job:
         workers = [pid for pid, command in session_processes(head.session).items() if WORKER in command]
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
@@ -133,6 +134,18 @@ def test_a_killed_worker_is_replaced_within_the_run(head: RayHead, faces: str, t
     assert "going on from the checkpoint of epoch" in done.errors
     assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, EPOCHS + 1))
     assert done.result["images"] == EPOCHS * ANCHORS
+
+
+def test_a_killed_run_with_centres_goes_on_with_another_number_of_workers(
+    head: RayHead, faces: str, tmp_path: Path
+) -> None:
+    with half_done(tmp_path, faces, "--workers", "2", "--loss", "cosface+softmax", extra=head.environment) as job:
+        os.kill(job.pid, signal.SIGKILL)
+        finish(job, 100)
+    done = run_job("train.py", *flags(tmp_path, faces, "--loss", "cosface+softmax"), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert "with 1 worker(s)" in done.errors
+    assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, EPOCHS + 1))
 
 
 def test_a_killed_shard_of_the_store_comes_back_and_is_filled_again(head: RayHead, faces: str, tmp_path: Path) -> None:

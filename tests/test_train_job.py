@@ -250,6 +250,13 @@ def test_fine_tuning_takes_a_model_and_leaves_its_statistics_and_frozen_stages(
         (["--batch-norm", "fixed"], "come with no statistics"),
         (["--frozen-stages", "6"], "none of test_convnext's 6 stages"),
         (["--temperature", "0"], "--temperature is 0"),
+        (["--loss", "arcfaze"], "--loss is 'arcfaze': softmax, arcface, or a sum"),
+        (["--loss", "arcface", "--sample-rate", "0"], "--sample-rate is 0"),
+        (["--loss", "arcface", "--scale", "0"], "--scale is 0"),
+        (["--loss", "arcface", "--center-margin", "2"], "--center-margin is 2"),
+        (["--loss", "softmax", "--batch", "photos"], "--batch photos with --loss softmax"),
+        (["--loss", "triplet"], "add that, or take softmax"),
+        (["--sample-rate", "0.1"], "--loss is softmax"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line_before_anything_starts(
@@ -271,6 +278,22 @@ def test_faces_without_triplets_are_refused(tmp_path: Path, people: dict[str, in
     refused = run_here("train.py", *flags(tmp_path, "few"))
     assert refused.status == 2
     assert words in refused.last_error
+
+
+def test_two_workers_learn_centres_of_people_with_one_photo_too(connected_head: RayHead, tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces", people={"train": 24, "val": 8}, photos=1)
+    refused = run_here("train.py", *flags(tmp_path, "pairs", "--loss", "arcface+softmax"))
+    assert refused.status == 2
+    assert "none of the 24 identities has two photos" in refused.last_error
+    more = ["--loss", "adaface", "--batch", "photos", "--sample-rate", "0.9", "--workers", "2", "--epochs", "2"]
+    done = run_here("train.py", *flags(tmp_path, "centres", *more, "--batch-size", "6"))
+    assert done.status == 0, done.errors
+    assert [row["num_images"] for row in history(tmp_path, "centres")] == [24, 24]
+    parts = sorted((tmp_path / "runs" / "centres" / "checkpoints").glob("*/centres-*"))
+    assert [part.name[8:33] for part in parts[-2:]] == ["000000000000-000000000012", "000000000012-000000000024"]
+    again = run_here("train.py", *flags(tmp_path, "centres", *more, "--batch-size", "6", "--scale", "30"))
+    assert again.status == 2
+    assert "scale: 64.0 there, 30.0 now" in again.last_error
 
 
 def test_more_workers_than_the_cluster_has_are_refused_saying_what_it_has(connected_head: RayHead, data: Path) -> None:

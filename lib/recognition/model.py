@@ -70,10 +70,10 @@ class EmbeddingModel(nn.Module):
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         self.head = nn.Sequential(*layers[:-1])
 
-    def forward(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return float32 embeddings_ND of images from `normalized_images`."""
+    def forward(self, images_NCHW: torch.Tensor, *, raw: bool = False) -> torch.Tensor:
+        """Return float32 embeddings_ND of images from `normalized_images`; `raw` ones keep their own length."""
         embeddings_ND = self.head(self.backbone(images_NCHW)).float()
-        return functional.normalize(embeddings_ND, dim=1) if self.spec.normalize else embeddings_ND
+        return functional.normalize(embeddings_ND, dim=1) if self.spec.normalize and not raw else embeddings_ND
 
 
 def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:

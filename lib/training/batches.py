@@ -1,10 +1,11 @@
 """The batches of an epoch: which photos, loaded ahead of the step, with the negatives that the feature store finds.
 
-Rows of a batch have the shape [3, T] (anchors, positives, negatives) or [P, K] (people x photos).
+Rows of a batch have the shape [3, T] (anchors, positives, negatives), [P, K] (people x photos) or [N, 1] (photos).
 
 Shape suffixes: T triplets of a step, P people, K photos of each, Q stored vectors, D dimensions of an embedding.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lib.training.feature_store import FeatureStore
 from lib.training.loading import BatchLoader, LoadedBatch, LoadTask, Prefetcher
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
-from lib.training.triplets import Confusable, IdentityBatchSampler, PhotoIndex, draw_triplets
+from lib.training.triplets import Confusable, IdentityBatchSampler, PhotoIndex, draw_triplets, shuffled_photos
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.integer]
@@ -63,6 +64,7 @@ class EpochPlan:
     num_steps: int
     """Of the whole epoch; those before `first_step` were done earlier."""
     negatives: str
+    num_workers: int = 1
 
     @property
     def is_mined(self) -> bool:
@@ -154,12 +156,13 @@ class EpochBatches:
         return self._exit.enter_context(questions)
 
     def _tasks(self) -> Iterator[LoadTask]:
-        rows = self._triplet_rows() if self._plan.config.sampling.batch == "triplets" else self._people_rows()
+        kinds = {"triplets": self._triplet_rows, "identities": self._people_rows, "photos": self._photo_rows}
+        rows = kinds[self._plan.config.sampling.batch]()
         for step, batch in enumerate(rows, start=self._plan.first_step):
             yield LoadTask(rows=batch, first_draw=step * batch.size)
 
     def _triplet_rows(self) -> Iterator[Ints]:
-        plan, size = self._plan, self._plan.config.anchors_per_step(len(self._index.pairable))
+        plan, size = self._plan, self._plan.config.anchors_per_step(self._index)
         drawn = draw_triplets(
             self._index, plan.num_steps * size, seed=plan.config.run.seed, epoch=plan.epoch, rank=plan.rank
         )
@@ -189,6 +192,18 @@ class EpochBatches:
         is_mined_T = known_T & (found.rows != mining.NO_ROW)
         return np.stack([anchors_T, positives_T, np.where(is_mined_T, found.rows, random_T)])
 
+    def _photo_rows(self) -> Iterator[Ints]:
+        plan = self._plan
+        batches = shuffled_photos(
+            self._index,
+            plan.config.anchors_per_step(self._index),
+            seed=plan.config.run.seed,
+            epoch=plan.epoch,
+            rank=plan.rank,
+            num_workers=plan.num_workers,
+        )
+        return itertools.islice(batches, plan.first_step, plan.num_steps)
+
     def _people_rows(self) -> Iterator[Ints]:
         if self._store is None or self._plan.negatives != "hard" or not self._plan.config.mining.confusable_share:
             return self._drawn_people(None)
@@ -216,11 +231,12 @@ class EpochBatches:
         plan = self._plan
         sampler = IdentityBatchSampler(
             index=self._index,
-            num_people=plan.config.people_per_batch(len(self._index.pairable)),
+            num_people=plan.config.people_per_batch(self._index),
             num_photos=plan.config.sampling.photos_per_person,
             seed=plan.config.run.seed,
             rank=plan.rank,
             confusable_share=plan.config.mining.confusable_share,
+            with_singles=bool(plan.config.photos_of_singles),
         )
         for step, rows in enumerate(sampler.batches(plan.epoch, plan.num_steps, confusable)):
             if step >= plan.first_step:

@@ -1,7 +1,9 @@
-"""Checkpoints: everything that a run needs to go on, in one file, written whole or not at all.
+"""Checkpoints: everything that a run needs to go on, in one file, and the centres of identities in files beside it.
 
 A file is safetensors, so that loading one from a bucket that others write to runs nobody's code. Its name says how far
-the training was; the newest whole one counts. How far a run is can be read without torch, which takes seconds to load.
+the training was; the newest whole one counts. Files of centres lie in a folder of the same name, each for a range of
+identities, and are written first: a checkpoint whose own file stands is complete. How far a run is can be read without
+torch, which takes seconds to load.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,7 @@ FIRST_PAUSE_S = 5.0
 """A full disk may be cleared, a storage may come back: a checkpoint is tried again after 5 and after 10 s."""
 
 STATE_KEY = "state"
+SUFFIX = ".safetensors"
 
 LENGTH_BYTES = 8
 MAX_HEAD_BYTES = 100_000_000
@@ -67,6 +71,8 @@ class Progress:
     """What `--batch-size auto` has found; 0 before that, and where the flag says a number."""
     finished: bool = False
     """No further epoch follows."""
+    num_centres: int = 0
+    """Identities whose centres lie beside the checkpoint."""
     sums: dict[str, float] = field(default_factory=dict)
     """What the epoch under way has added up."""
 
@@ -86,13 +92,61 @@ def write(run_url: str, progress: Progress, tensors: Tensors) -> None:
     Raises:
         JobError: the storage is full or away, after several tries; earlier checkpoints are as they were.
     """
+    _write(run_url, _name(progress), tensors, {STATE_KEY: json.dumps(asdict(progress))})
+    kept = sorted(_names(run_url))[-NUM_KEPT:]
+    for name in {info.path.partition("/")[0] for info in storage.list_files(storage.join(run_url, FOLDER))}:
+        if _is_checkpoint(name) and name.removesuffix(SUFFIX) + SUFFIX not in kept:
+            remove = storage.remove if name.endswith(SUFFIX) else storage.remove_tree
+            remove(storage.join(run_url, FOLDER, name))
+
+
+def write_part(run_url: str, progress: Progress, start: int, tensors: Tensors) -> None:
+    """Write what belongs to consecutive identities from `start` on; `write` then completes the checkpoint.
+
+    Raises:
+        JobError: as `write`.
+    """
+    num = len(next(iter(tensors.values())))
+    name = f"centres-{start:012d}-{start + num:012d}{SUFFIX}"
+    _write(run_url, storage.join(_name(progress).removesuffix(SUFFIX), name), tensors)
+
+
+def read_parts(run_url: str, progress: Progress, identities: range) -> Iterator[tuple[int, Tensors]]:
+    """Yield the first identity and the tensors of each part that holds some of the identities, one at a time.
+
+    Raises:
+        UserError: a part is damaged, or some are missing.
+    """
+    import safetensors.torch
+
+    folder = storage.join(run_url, FOLDER, _name(progress).removesuffix(SUFFIX))
+    advice = f"remove {storage.redacted(folder)}{SUFFIX}, and the run goes on from the checkpoint before"
+    reached = identities.start
+    for info in storage.list_files(folder, suffix=SUFFIX):
+        found = re.fullmatch(r"centres-(\d{12,})-(\d{12,})\.safetensors", info.path)
+        start, stop = (int(number) for number in found.groups()) if found else (0, 0)
+        if start >= identities.stop or stop <= identities.start:
+            continue
+        url = storage.join(folder, info.path)
+        try:
+            tensors = safetensors.torch.load(storage.read_bytes(url))
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise UserError(f"{storage.redacted(url)} is damaged ({error}): {advice}") from error
+        if start > reached or any(len(tensor) != stop - start for tensor in tensors.values()):
+            break
+        yield start, tensors
+        reached = stop
+    if reached < identities.stop:
+        raise UserError(f"{storage.redacted(folder)} lacks the centres of identity {reached}: {advice}")
+
+
+def _write(run_url: str, name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
     import safetensors.torch
 
     data = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={STATE_KEY: json.dumps(asdict(progress))},
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=metadata
     )
-    url = storage.join(run_url, FOLDER, _name(progress))
+    url = storage.join(run_url, FOLDER, name)
     for pause_s in (*(FIRST_PAUSE_S * 2**i for i in range(TRIES - 1)), None):
         try:
             storage.write_bytes(url, data)
@@ -105,8 +159,6 @@ def write(run_url: str, progress: Progress, tensors: Tensors) -> None:
                 ) from error
             logger.warning("no checkpoint could be written (%s); trying again in %g s", error, pause_s)
             time.sleep(pause_s)
-    for name in sorted(_names(run_url))[:-NUM_KEPT]:
-        storage.remove(storage.join(run_url, FOLDER, name))
 
 
 def load_newest(run_url: str) -> Checkpoint | None:
@@ -153,12 +205,17 @@ def _progress(data: bytes) -> Progress:
 
 
 def _name(progress: Progress) -> str:
-    return f"epoch-{progress.epoch:06d}-step-{progress.step:010d}.safetensors"
+    return f"epoch-{progress.epoch:06d}-step-{progress.step:010d}{SUFFIX}"
 
 
 def _names(run_url: str) -> list[str]:
-    found = storage.list_files(storage.join(run_url, FOLDER), suffix=".safetensors")
-    return [info.path for info in found if re.fullmatch(r"epoch-\d{6,}-step-\d{10,}\.safetensors", info.path)]
+    found = storage.list_files(storage.join(run_url, FOLDER), suffix=SUFFIX)
+    return [info.path for info in found if "/" not in info.path and _is_checkpoint(info.path)]
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Return whether a file is a checkpoint, or a folder belongs to one."""
+    return bool(re.fullmatch(r"epoch-\d{6,}-step-\d{10,}(\.safetensors)?", name))
 
 
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:

@@ -32,7 +32,7 @@ def begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSp
     lr = config.lr or usual_lr(is_pretrained=model.is_pretrained, has_batch_norm=has_statistics(model))
     logger.info("peak learning rate %g; gradients are clipped at a norm of %g", lr, clip_norm)
     storage.check_writable(config.run_url)
-    phase = first_phase(config.mining.negatives)
+    phase = first_phase(config.negatives)
     progress = Progress(
         epoch=1,
         negatives=phase.negatives,

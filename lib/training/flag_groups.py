@@ -7,9 +7,9 @@ from lib.cluster import Compile, Precision
 from lib.errors import UserError
 from lib.flags import check_values
 from lib.training.augmentation import Level
+from lib.training.loss_terms import CENTRE_MARGINS, LossTerms, loss_terms
 
-BatchKind = Literal["triplets", "identities"]
-BatchLossName = Literal["softmax", "semihard"]
+BatchKind = Literal["triplets", "identities", "photos"]
 BatchNorm = Literal["auto", "batch", "fixed"]
 NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
@@ -56,7 +56,7 @@ class SamplingSettings:
 
     batch: BatchKind = "identities"
     """identities: P people with K photos each, every triplet of them. triplets: one negative for each anchor and
-    positive."""
+    positive. photos: photos in random order, each once an epoch, for a --loss over centres alone."""
     photos_per_person: int = 4
     """Photos of each person in a batch: the K of --batch identities."""
     triplets_per_epoch: int = 0
@@ -81,21 +81,51 @@ class SamplingSettings:
 class LossSettings:
     """The loss."""
 
-    loss: BatchLossName = "softmax"
-    """Loss of --batch identities. softmax: each positive against all negatives. semihard: triplets whose negative is
-    farther than the positive, but by less than --margin."""
+    loss: str = "softmax"
+    """softmax: each positive of the batch against all its negatives. semihard: triplets whose negative is farther than
+    the positive, but by less than --margin. triplet: the triplets of --batch triplets. arcface, cosface, adaface: each
+    photo against a learnt centre of every identity. A sum, such as arcface+0.5*softmax, has one of each kind."""
     temperature: float = 0.1
-    """Temperature of --loss softmax. A lower value puts more weight on the nearest negatives."""
+    """Temperature of softmax. A lower value puts more weight on the nearest negatives."""
     margin: float = 0.2
-    """Distance by which a negative has to be farther than the positive."""
+    """Distance by which a negative has to be farther than the positive, for semihard and triplet."""
     squared: bool = False
-    """Use squared distances in the loss, as the FaceNet paper does."""
+    """Use squared distances in semihard and triplet, as the FaceNet paper does."""
+    center_margin: float | None = None
+    """Margin of the loss over centres. Default: 0.5 for arcface, 0.35 for cosface, 0.4 for adaface."""
+    scale: float = 64.0
+    """Scale of the cosines in the loss over centres."""
+    sub_centers: int = 1
+    """Centres of each identity. With 3, photos with a wrong label gather at a centre of their own."""
+    sample_rate: float = 1.0
+    """Share of the centres that a step compares with; those of the photos in the batch are always among them."""
+    center_lr: float | None = None
+    """Peak learning rate of the centres. Default: 10 times that of the model."""
 
     def __post_init__(self) -> None:
+        margin = self.center_margin
         check_values(
             ("temperature", self.temperature, "above 0", self.temperature > 0),
             ("margin", self.margin, "above 0", self.margin > 0),
+            ("center-margin", margin, "0 up to, not with, 1.5", margin is None or 0 <= margin < 1.5),
+            ("scale", self.scale, "1 to 1000", 1 <= self.scale <= 1000),
+            ("sub-centers", self.sub_centers, "1 or more", self.sub_centers >= 1),
+            ("sample-rate", self.sample_rate, "above 0, at most 1", 0 < self.sample_rate <= 1),
+            ("center-lr", self.center_lr, "above 0", self.center_lr is None or self.center_lr > 0),
         )
+        _ = self.terms
+
+    @property
+    def terms(self) -> LossTerms:
+        """The losses of the sum."""
+        return loss_terms(self.loss)
+
+    @property
+    def margin_of_centres(self) -> float:
+        """The margin of the loss over centres: what the user said, or that of its paper."""
+        if self.center_margin is not None or self.terms.centre is None:
+            return self.center_margin or 0.0
+        return CENTRE_MARGINS[self.terms.centre.name]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ class Worker:
             storage.remove_unfinished(config.run_url)
         self._tell(status="reading the faces")
         self.data = open_data(config, device)
-        self.index = PhotoIndex(self.data.train.labels_N)
+        self.index = PhotoIndex(self.data.train.labels_N, needs_pairs=config.needs_pairs)
         self.state = TrainingState(
             config,
             job.spec,
@@ -120,6 +120,7 @@ class Worker:
             device=device,
             num_photos=len(self.data.train),
             is_first=self.rank == 0,
+            num_identities=len(self.data.train.identities),
         )
         if config.batch_size == "auto":
             self._choose_batch_size()
@@ -131,8 +132,9 @@ class Worker:
             self.data.train.labels_N,
             device=device,
             store=self.upkeep.store if self.upkeep else None,
+            identities=self.data.train.identities,
         )
-        self.anchors_per_step = self.config.anchors_per_step(len(self.index.pairable))
+        self.anchors_per_step = self.config.anchors_per_step(self.index)
         self.anchors_per_epoch = config.sampling.triplets_per_epoch or len(self.data.train)
         self._requests = StopRequests(control)
         self._last_saved = time.monotonic()
@@ -173,10 +175,10 @@ class Worker:
             progress = None
             if record:
                 progress = record.end_epoch(state.progress, outcome, state.evaluated)
-                self._save(progress, outcome)
             state.progress, is_leaving = collective.broadcast(
                 None if progress is None else (progress, self._requests.is_asked())
             )
+            self._save(state.progress, outcome.usage_3N, outcome.suspects)
             if is_leaving and not state.progress.finished:
                 raise JobStopped  # all is in the checkpoint just written
         if record:
@@ -261,7 +263,8 @@ class Worker:
     def _batches(self, first_step: int, num_steps: int) -> EpochBatches:
         data = self.data
         if data.train.failed_rows:
-            self.index = PhotoIndex(data.train.labels_N, excluded_rows=sorted(data.train.failed_rows))
+            failed = sorted(data.train.failed_rows)
+            self.index = PhotoIndex(data.train.labels_N, excluded_rows=failed, needs_pairs=self.config.needs_pairs)
         plan = EpochPlan(
             config=self.config,
             epoch=self.state.progress.epoch,
@@ -269,6 +272,7 @@ class Worker:
             first_step=first_step,
             num_steps=num_steps,
             negatives=self.state.progress.negatives,
+            num_workers=self.num_workers,
         )
         return EpochBatches(
             plan,
@@ -329,10 +333,8 @@ class Worker:
         self.step.settle()
         all_sums, usage_3N = _over_all_workers(sums), collective.summed(self.state.usage.counts_3N)
         suspects = self._all_suspects()
-        if self.rank == 0:
-            progress = dataclasses.replace(self.state.progress, anchors_done=anchors_done, sums=all_sums)
-            self.state.save(self.config.run_url, progress, usage_3N, suspects)
-            self._last_saved = time.monotonic()
+        progress = dataclasses.replace(self.state.progress, anchors_done=anchors_done, sums=all_sums)
+        self._save(progress, usage_3N, suspects)
         if request == LEAVE:
             raise JobStopped
 
@@ -340,8 +342,8 @@ class Worker:
         """Return what all workers have found, on worker 0."""
         return SuspectLog.merged(collective.gathered(self.state.suspects.copied()))
 
-    def _save(self, progress: checkpoints.Progress, outcome: EpochOutcome) -> None:
-        self.state.save(self.config.run_url, progress, outcome.usage_3N, outcome.suspects)
+    def _save(self, progress: checkpoints.Progress, usage_3N: npt.NDArray[np.int32], suspects: SuspectLog) -> None:
+        self.state.save(self.config.run_url, progress, usage_3N, suspects)
         self._last_saved = time.monotonic()
 
     def _tell_progress(self, num_done: int, num_steps: int, images_a_batch: int, note: str) -> None:

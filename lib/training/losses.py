@@ -185,9 +185,16 @@ def gather_batch(embeddings_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tenso
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return embeddings_ND, labels_N
-    labels = [torch.empty_like(labels_N) for _ in range(dist.get_world_size())]
-    dist.all_gather(labels, labels_N.contiguous())
-    return _Gather.apply(embeddings_ND), torch.cat(labels)
+    return _Gather.apply(embeddings_ND), gather_rows(labels_N)
+
+
+def gather_rows(values_N: Tensor) -> Tensor:
+    """Return the values of all workers, in order of rank, without a gradient."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values_N
+    parts = [torch.empty_like(values_N) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, values_N.contiguous())
+    return torch.cat(parts)
 
 
 class _Gather(Function):
@@ -196,9 +203,7 @@ class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, local_ND: Tensor) -> Tensor:
         ctx.num_local = len(local_ND)
-        parts = [torch.empty_like(local_ND) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local_ND.contiguous())
-        return torch.cat(parts)
+        return gather_rows(local_ND)
 
     @staticmethod
     @once_differentiable

@@ -3,6 +3,8 @@
 Shape suffixes: N images of a batch, D dimensions of an embedding.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,19 +34,44 @@ class StepFigures:
 SUM_NAMES = ("steps", "images", "loss", "active", "triplets", "positive", "negative")
 
 
+CentreLoss = Callable[[Tensor, Tensor], Tensor]
+"""Takes embeddings and labels of all workers, and returns the class-centre loss."""
+
+
 def objective(
-    embeddings_ND: Tensor, batch: TrainingBatch, labels_of_rows: npt.NDArray[np.integer], config: TrainConfig
+    embeddings_ND: Tensor,
+    batch: TrainingBatch,
+    labels_of_rows: npt.NDArray[np.integer],
+    config: TrainConfig,
+    centre_loss: CentreLoss | None = None,
 ) -> StepFigures:
     """Return the loss of a step, to be differentiated; images that could not be decoded have no part in it."""
-    if config.sampling.batch == "triplets":
-        return _triplets(embeddings_ND, batch, config)
-    rows_N = batch.loaded.rows.ravel()
-    labels = np.where(batch.loaded.failed, -1, labels_of_rows[rows_N]).astype(np.int64)
-    all_ND, all_labels_N = gather_batch(embeddings_ND, to_device(labels, embeddings_ND.device))
+    terms = config.objective.terms
+    is_of_triplets = config.sampling.batch == "triplets"
+    all_ND, all_labels_N = embeddings_ND, torch.empty(0)
+    if centre_loss is not None or not is_of_triplets:
+        rows_N = batch.loaded.rows.ravel()
+        labels = np.where(batch.loaded.failed, -1, labels_of_rows[rows_N]).astype(np.int64)
+        all_ND, all_labels_N = gather_batch(embeddings_ND, to_device(labels, embeddings_ND.device))
+    with torch.set_grad_enabled(terms.batch is not None and torch.is_grad_enabled()):
+        if is_of_triplets:
+            figures = _triplets(embeddings_ND, batch, config)
+        else:
+            figures = _people(all_ND, all_labels_N, batch, config)
+    loss = torch.zeros((), device=embeddings_ND.device)
+    if terms.batch is not None:
+        loss = terms.batch.weight * figures.loss
+    if terms.centre is not None:
+        assert centre_loss is not None
+        loss = loss + terms.centre.weight * centre_loss(all_ND, all_labels_N)
+    return dataclasses.replace(figures, loss=loss)
+
+
+def _people(all_ND: Tensor, all_labels_N: Tensor, batch: TrainingBatch, config: TrainConfig) -> StepFigures:
     extra, extra_labels = None, None
     if batch.stored is not None:
-        extra = to_device(batch.stored.vectors_QD, embeddings_ND.device)
-        extra_labels = to_device(batch.stored.labels_Q.astype(np.int64), embeddings_ND.device)
+        extra = to_device(batch.stored.vectors_QD, all_ND.device)
+        extra_labels = to_device(batch.stored.labels_Q.astype(np.int64), all_ND.device)
     loss = people_loss(all_ND, all_labels_N, config, extra, extra_labels)
     return StepFigures(
         loss=loss.mean,
@@ -62,13 +89,18 @@ def people_loss(
     extra_negatives_QD: Tensor | None = None,
     extra_labels_Q: Tensor | None = None,
 ) -> BatchLoss:
-    """Return the loss of a people x photos batch by `--loss`; the counts are those of semi-hard triplets by either."""
+    """Return the loss of a people x photos batch; the counts are always those of semi-hard triplets.
+
+    A run whose loss goes by centres alone is measured by the softmax: the centres know no validation people.
+    """
     extra: dict[str, Any] = {"extra_negatives_QD": extra_negatives_QD, "extra_labels_Q": extra_labels_Q}
-    with torch.set_grad_enabled(config.objective.loss == "semihard" and torch.is_grad_enabled()):
+    term = config.objective.terms.batch
+    is_semihard = term is not None and term.name == "semihard"
+    with torch.set_grad_enabled(is_semihard and torch.is_grad_enabled()):
         loss = batch_triplet_loss(
             embeddings_ND, labels_N, margin=config.objective.margin, squared=config.objective.squared, **extra
         )
-    if config.objective.loss == "semihard":
+    if is_semihard:
         return loss
     return loss._replace(
         mean=batch_softmax_loss(embeddings_ND, labels_N, temperature=config.objective.temperature, **extra)

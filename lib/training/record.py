@@ -86,7 +86,7 @@ class RunRecord:
         variances = [*self._history.values("embedding_variance"), figures.variance]
         phase, change = next_phase(
             phase,
-            policy=config.mining.negatives,
+            policy=config.negatives,
             epoch=progress.epoch,
             losses=losses,
             variances=variances if math.isfinite(figures.variance) else [],

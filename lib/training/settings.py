@@ -15,11 +15,13 @@ from lib.training.flag_groups import (
     LossSettings,
     MiningSettings,
     ModelSettings,
+    NegativePolicy,
     OptimizerSettings,
     RunSettings,
     SamplingSettings,
     ValidationSettings,
 )
+from lib.training.triplets import PhotoIndex
 
 FREE_SETTINGS = (
     *("data", "faces", "name", "workers", "gpus", "cache_dir", "loader_threads"),
@@ -82,6 +84,7 @@ class TrainConfig:
                 f"--batch-size {self.batch_size} is too small: two triplets (6 images), or two people "
                 f"({self.smallest_batch} images with --photos-per-person {self.sampling.photos_per_person}) are needed"
             )
+        self._check_loss()
         if self.sampling.batch == "identities" and self.mining.negatives in ("semihard", "exact"):
             raise UserError(
                 f"--negatives {self.mining.negatives} chooses one negative for each pair, as --batch triplets does; "
@@ -95,6 +98,31 @@ class TrainConfig:
             )
         if self.run.deterministic and (self.gpus not in ("auto", 0) or self.workers not in ((), (1,), (1, 1))):
             raise UserError("--deterministic is for one worker on the CPU: leave out --gpus and --workers")
+
+    def _check_loss(self) -> None:
+        """Refuse a loss that the batch cannot have."""
+        loss, batch, terms = self.objective.loss, self.sampling.batch, self.objective.terms
+        if terms.batch is not None and terms.batch.name == "triplet" and batch != "triplets":
+            raise UserError(f"--loss {loss}: triplet is the loss of --batch triplets: add that, or take softmax")
+        if batch == "photos" and (terms.centre is None or terms.batch is not None):
+            raise UserError(
+                f"--batch photos with --loss {loss}: photos in random order hold hardly a pair of one person: take a "
+                "loss over centres alone, such as arcface, or --batch identities"
+            )
+        if batch == "photos" and self.mining.negatives not in ("auto", "random"):
+            raise UserError(f"--negatives {self.mining.negatives}: --batch photos has no negatives to choose")
+        if terms.centre is None and (self.objective.sub_centers, self.objective.sample_rate) != (1, 1.0):
+            raise UserError(f"--sub-centers and --sample-rate are for losses over centres, and --loss is {loss}")
+
+    @property
+    def negatives(self) -> NegativePolicy:
+        """How negatives are chosen: `--negatives`, where the batch has any."""
+        return "random" if self.sampling.batch == "photos" else self.mining.negatives
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether the loss needs identities of two photos."""
+        return self.objective.terms.batch is not None
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
@@ -121,13 +149,15 @@ class TrainConfig:
     @property
     def smallest_batch(self) -> int:
         """Images without which a batch has no negative: two triplets, or two people."""
+        if self.sampling.batch == "photos":
+            return 2
         return 6 if self.sampling.batch == "triplets" else 2 * self.sampling.photos_per_person
 
     def with_batch_of(self, num_images: int | None) -> "TrainConfig":
         """Return the settings with a number in the place of `auto`: what fits into memory, None where nobody asked."""
         if num_images is None:
             return replace(self, batch_size=USUAL_BATCH)
-        whole = 3 if self.sampling.batch == "triplets" else self.sampling.photos_per_person
+        whole = {"triplets": 3, "photos": 1}.get(self.sampling.batch, self.sampling.photos_per_person)
         num_images = min(num_images, LARGEST_BATCH) // whole * whole
         if num_images < self.smallest_batch:
             raise UserError(
@@ -136,24 +166,38 @@ class TrainConfig:
             )
         return replace(self, batch_size=num_images)
 
-    def people_per_batch(self, num_pairable: int) -> int:
-        """Return P of `--batch identities`, where so many people have two photos or more."""
-        assert self.batch_size != "auto"
-        return min(self.batch_size // self.sampling.photos_per_person, num_pairable)
+    @property
+    def photos_of_singles(self) -> int:
+        """People with one photo that take the place of one person in a batch; 0 leaves them out."""
+        return self.sampling.photos_per_person if self.objective.terms.centre is not None else 0
 
-    def anchors_per_step(self, num_pairable: int) -> int:
+    def people_per_batch(self, index: PhotoIndex) -> int:
+        """Return P of `--batch identities`."""
+        assert self.batch_size != "auto"
+        return min(self.batch_size // self.sampling.photos_per_person, index.num_places(self.photos_of_singles))
+
+    def anchors_per_step(self, index: PhotoIndex) -> int:
         """Return the anchors of one step of one worker."""
         assert self.batch_size != "auto"
         if self.sampling.batch == "triplets":
             return self.batch_size // 3
-        return self.people_per_batch(num_pairable) * self.sampling.photos_per_person
+        if self.sampling.batch == "photos":
+            return min(self.batch_size, int(index.usable_N.sum()))
+        return self.people_per_batch(index) * self.sampling.photos_per_person
 
     def loss_settings(self) -> dict[str, str | float]:
         """Return the settings that the loss goes by."""
-        if self.sampling.batch == "identities" and self.objective.loss == "softmax":
-            return {"loss": self.objective.loss, "temperature": self.objective.temperature}
-        loss = "semihard" if self.sampling.batch == "identities" else "triplet margin"
-        return {"loss": loss, "margin": self.objective.margin}
+        objective, terms = self.objective, self.objective.terms
+        settings: dict[str, str | float] = {"loss": objective.loss}
+        if self.sampling.batch == "triplets" and terms.batch is not None:
+            settings["loss"] = "triplet margin" if terms.centre is None else f"{terms.centre.name} and triplet margin"
+        if terms.batch is not None:
+            is_softmax = terms.batch.name == "softmax" and self.sampling.batch != "triplets"
+            settings |= {"temperature": objective.temperature} if is_softmax else {"margin": objective.margin}
+        if terms.centre is not None:
+            settings |= {"center margin": objective.margin_of_centres, "scale": objective.scale}
+            settings |= {"sub-centers": objective.sub_centers, "sample rate": objective.sample_rate}
+        return settings
 
     @property
     def faces_url(self) -> str:

@@ -1,6 +1,7 @@
 """What a run is between two steps: its model, optimiser and counts, and how far it is. A checkpoint is its picture."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -10,8 +11,9 @@ import torch
 
 from lib import device as devices
 from lib.recognition.model import EmbeddingModel, ModelSpec
-from lib.training import checkpoints
+from lib.training import checkpoints, collective
 from lib.training.averaging import AveragedWeights
+from lib.training.centre_store import CentreBlock, CentreStore
 from lib.training.checkpoints import Checkpoint, Progress
 from lib.training.freezing import checkpoint_activations, fix_statistics, freeze_stages
 from lib.training.settings import TrainConfig
@@ -28,6 +30,7 @@ class TrainingState:
         progress: how far the run is.
         model: the model that learns.
         averaged: the average of its weights, None with `--ema 0`.
+        centres: this worker's part of them, None where the loss has none.
         usage, suspects: what this worker has counted and found; a checkpoint's are those of all workers.
     """
 
@@ -40,8 +43,15 @@ class TrainingState:
         device: torch.device,
         num_photos: int,
         is_first: bool,
+        num_identities: int = 0,
     ) -> None:
-        """Take up a checkpoint. The first worker takes the counts, so that their sum over all workers stays right."""
+        """Take up a checkpoint. The first worker takes the counts, so that their sum over all workers stays right.
+
+        Raises:
+            UserError: there are fewer identities than workers to share their centres, or a part of the checkpoint is
+                damaged.
+        """
+        self._is_first = is_first
         tensors = checkpoint.tensors
         self.progress = checkpoint.progress
         self.model = EmbeddingModel(spec).to(device).to(memory_format=torch.channels_last)
@@ -64,6 +74,26 @@ class TrainingState:
             self.usage.counts_3N = tensors["usage"].numpy().copy()
         self.suspects = SuspectLog.from_tensors(checkpoints.without_prefix("suspects", tensors) if is_first else {})
         self._random_state = tensors.get("random_state") if is_first else None
+        self.centres: CentreStore | None = None
+        if config.objective.terms.centre is not None:
+            self.centres = CentreStore(
+                config.objective,
+                num_identities=num_identities,
+                dim=spec.embedding_dim,
+                device=device,
+                seed=config.run.seed,
+                rank=collective.rank(),
+                num_workers=collective.num_workers(),
+            )
+            self._load_centres(config.run_url, checkpoint)
+
+    def _load_centres(self, run_url: str, checkpoint: Checkpoint) -> None:
+        assert self.centres is not None
+        if checkpoint.progress.num_centres:
+            self.centres.norms.sums_3 = checkpoint.tensors["centre_norms"].to(self.centres.norms.sums_3.device)
+            for start, tensors in checkpoints.read_parts(run_url, checkpoint.progress, self.centres.identities):
+                self.centres.load(CentreBlock(start, tensors))
+        self.progress = dataclasses.replace(self.progress, num_centres=self.centres.num_identities)
 
     @property
     def evaluated(self) -> EmbeddingModel:
@@ -101,9 +131,19 @@ class TrainingState:
     def save(self, run_url: str, progress: Progress, usage_3N: Counts, suspects: SuspectLog) -> None:
         """Write a checkpoint, with the counts and suspects of all workers.
 
+        Every worker calls this: each writes its own centres, and the first writes the rest once all of those stand.
+
         Raises:
             JobError: the storage is full or away; earlier checkpoints are as they were.
         """
+        centre_norms = {}
+        if self.centres is not None:
+            for block in self.centres.blocks():
+                checkpoints.write_part(run_url, progress, block.start, block.tensors)
+            collective.broadcast(True)
+            centre_norms = {"centre_norms": self.centres.norms.sums_3}
+        if not self._is_first:
+            return
         averaged = self.averaged.state_dict() if self.averaged is not None else {}
         checkpoints.write(
             run_url,
@@ -113,6 +153,7 @@ class TrainingState:
                 **checkpoints.prefixed("averaged", averaged),
                 **checkpoints.prefixed("optimizer", checkpoints.flat_optimizer(self.optimizer)),
                 **checkpoints.prefixed("suspects", suspects.to_tensors()),
+                **centre_norms,
                 "usage": torch.from_numpy(usage_3N),
                 "random_state": torch.get_rng_state(),
             },

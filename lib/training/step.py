@@ -3,11 +3,14 @@
 import collections
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lib import device as devices
@@ -16,9 +19,13 @@ from lib.recognition.model import EmbeddingModel, normalized_images
 from lib.training import collective
 from lib.training.batches import TrainingBatch
 from lib.training.feature_store import FeatureStore
-from lib.training.objective import EpochSums, objective
+from lib.training.losses import gather_rows
+from lib.training.objective import CentreLoss, EpochSums, objective
 from lib.training.settings import TrainConfig
 from lib.training.state import TrainingState
+
+CENTRES_RATE = 10
+"""Learning rate of the centres over that of the model, where the user gives none."""
 
 MAX_STEPS_UNCHECKED = 32
 """Steps that a GPU may be behind before the oldest one's gradient is waited for, to see whether it is finite."""
@@ -41,8 +48,13 @@ class TrainingStep:
         *,
         device: torch.device,
         store: FeatureStore | None = None,
+        identities: Sequence[str] = (),
     ) -> None:
-        """Train on photos with these labels; a store is given the features that steps compute anyway."""
+        """Train on photos with these labels; a store is given the features that steps compute anyway.
+
+        The names of the identities are for messages.
+        """
+        self._identities = identities
         self._state = state
         self._config = config
         self._labels_N = labels_N
@@ -77,10 +89,13 @@ class TrainingStep:
         with contextlib.ExitStack() as stack:
             if isinstance(self._model, DistributedDataParallel) and not is_last:
                 stack.enter_context(self._model.no_sync())
+            images_NCHW = normalized_images(uploaded.tensor(), state.model.spec)
             with devices.autocast(self._device, self._precision):
-                embeddings_ND = self._model(normalized_images(uploaded.tensor(), state.model.spec))
+                raw_ND = self._model(images_NCHW, raw=True)
+            embeddings_ND = functional.normalize(raw_ND, dim=1) if state.model.spec.normalize else raw_ND
             with devices.exact_products():
-                figures = objective(embeddings_ND, batch, self._labels_N, self._config)
+                centre_loss = self._centre_loss(raw_ND.detach(), lr)
+                figures = objective(embeddings_ND, batch, self._labels_N, self._config, centre_loss)
             (figures.loss if share == 1 else figures.loss * share).backward()
         if is_last:
             self._update(lr)
@@ -91,6 +106,17 @@ class TrainingStep:
         if self._store is not None:
             self._features.append((batch, devices.Fetched(embeddings_ND), state.progress.step))
             self._write_features(wait=self._config.run.deterministic)
+
+    def _centre_loss(self, raw_ND: Tensor, lr: float) -> CentreLoss | None:
+        """Return the class-centre loss of this step, which also moves the centres."""
+        state, centres = self._state, self._state.centres
+        if centres is None:
+            return None
+        norms_N = gather_rows(torch.linalg.vector_norm(raw_ND, dim=1))
+        highest = self._config.objective.center_lr or CENTRES_RATE * state.progress.lr
+        return functools.partial(
+            centres.loss, norms_N=norms_N, step=state.progress.step, lr=highest * lr / state.progress.lr
+        )
 
     def settle(self) -> None:
         """Wait for all that the steps have left to the device.
@@ -123,8 +149,11 @@ class TrainingStep:
         while self._norms and (len(self._norms) > max_left or self._norms[0][1].is_there):
             place, norm = self._norms.popleft()
             if not np.isfinite(norm.numpy()):
+                centres = self._state.centres
+                identity = None if centres is None else centres.broken_identity()
+                what = "the loss" if identity is None else f"the centre of identity {self._identities[identity]!r}"
                 raise JobError(
-                    f"the loss is not finite at {place}: the last checkpoint and the best model are intact; train with "
+                    f"{what} is not finite at {place}: the last checkpoint and the best model are intact; train with "
                     "a lower --lr, or with --precision fp32, under another --name"
                 )
 

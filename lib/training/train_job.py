@@ -74,7 +74,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         return _result(config, run_result(read_rows(config.run_url), progress.best_epoch), started)
     identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
     labels_N = pc.index_in(identities, identities.unique().sort()).to_numpy().astype(np.int32)
-    index = PhotoIndex(labels_N)
+    index = PhotoIndex(labels_N, needs_pairs=config.needs_pairs)
     if config.dry_run:
         from lib.recognition.model import EmbeddingModel
 
@@ -114,7 +114,10 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
     defaults = {**TrainConfig().flat(), "init": plan["init"]}
     earlier, problem = earlier_plan(config.run_url, CONFIG_NAME, plan, defaults=defaults, begun=checkpoints.FOLDER)
     if problem:
-        raise UserError(f"{config.run_url} {problem}: choose another --name, or go back to those settings")
+        raise UserError(
+            f"{storage.redacted(config.run_url)} {problem}: choose another --name (--init RUN goes on from a run's "
+            "model), or go back to those settings"
+        )
     if earlier is None:
         return None
     return checkpoints.newest_progress(config.run_url)
@@ -179,7 +182,7 @@ def with_devices(config: TrainConfig, least: int = 0) -> TrainConfig:
 
 def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_shards: int | None = None) -> FeatureStore | None:
     """Start the feature store of a run, by default a shard a node, where its policy of negatives asks one."""
-    if config.mining.negatives == "random":
+    if config.negatives == "random":
         return None
     return FeatureStore.create(config.run_url, labels_N, dim=config.model.embedding_dim, num_shards=num_shards)
 

@@ -6,6 +6,7 @@ Shape suffixes: N photos (rows), I identities, T triplets, P people of a batch, 
 photos of, S seeds, V neighbours of a seed.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,13 +51,14 @@ class PhotoIndex:
         labels_N: identity number of each row.
         usable_N: False for rows that must not be drawn.
         pairable: identities with two usable photos or more, ascending.
+        singles: rows of the photos whose identity has no other usable photo, ascending.
     """
 
-    def __init__(self, labels_N: Ints, *, excluded_rows: Iterable[int] = ()) -> None:
+    def __init__(self, labels_N: Ints, *, excluded_rows: Iterable[int] = (), needs_pairs: bool = True) -> None:
         """Group the rows; `excluded_rows` (photos found corrupt) are never drawn.
 
         Raises:
-            UserError: only one identity, or none with two photos.
+            UserError: only one identity, or none with two photos where pairs are needed.
         """
         self.labels_N = labels_N
         self.usable_N = np.ones(len(labels_N), bool)
@@ -66,14 +68,19 @@ class PhotoIndex:
         self._counts_I = np.bincount(labels_N[rows])
         self._starts_I = np.cumsum(self._counts_I) - self._counts_I
         self.pairable = np.flatnonzero(self._counts_I >= 2)
+        self.singles = rows[self._counts_I[labels_N[rows]] == 1]
         num_identities = np.count_nonzero(self._counts_I)
         problem = ""
         if num_identities < 2:
             problem = f"the faces ({len(rows)} photos) show {num_identities} identity: a negative needs a second one"
-        elif not len(self.pairable):
+        elif needs_pairs and not len(self.pairable):
             problem = f"none of the {num_identities} identities has two photos, which anchor and positive need"
         if problem:
             raise UserError(f"{problem}; add photos and run jobs/preprocess.py on them first")
+
+    def num_places(self, photos_of_singles: int) -> int:
+        """Return how many people a batch can hold, where so many single photos take the place of one person."""
+        return len(self.pairable) + (len(self.singles) // photos_of_singles if photos_of_singles else 0)
 
     def draw_photos(self, people_M: Ints, num_photos: int, rng: np.random.Generator) -> Ints:
         """Return `num_photos` rows of each person, evenly drawn [M, K].
@@ -111,28 +118,31 @@ def draw_triplets(index: PhotoIndex, num_triplets: int, *, seed: int, epoch: int
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IdentityBatchSampler:
-    """Draws batches of P people x K photos; people with one photo only have no positive and are left out.
+    """Draws batches of P people x K photos.
 
     The people come in random order, each once before any comes again (people left over at the end of a round are
     passed over in that round), so that all serve evenly. With `confusable`, a share of each batch is filled with
-    people near to its seeds instead.
+    people near to its seeds instead. People with one photo have no positive: they are left out, or K of their photos
+    take the place of one person.
     """
 
     index: PhotoIndex
     num_people: int
-    """P, at most the number of identities with two photos."""
+    """P, at most the number of identities with two photos, and of groups of K singles where these take part."""
     num_photos: int
     """K, two or more; people with fewer photos are oversampled."""
     seed: int
     rank: int = 0
     confusable_share: float = 0.75
     """Share of the people that `confusable` fills; the rest are its seeds."""
+    with_singles: bool = False
+    """Whether people with one photo take part, in batches without confusable people."""
 
     def __post_init__(self) -> None:
-        num_pairable = len(self.index.pairable)
-        if not 2 <= self.num_people <= num_pairable:
+        most = self.index.num_places(self.num_photos if self.with_singles else 0)
+        if not 2 <= self.num_people <= most:
             raise UserError(
-                f"{self.num_people} people a batch: allowed are 2 to {num_pairable}, "
+                f"{self.num_people} people a batch: allowed are 2 to {most}, "
                 "the number of identities with two photos or more"
             )
         if self.num_photos < 2:
@@ -143,6 +153,9 @@ class IdentityBatchSampler:
     def batches(self, epoch: int, num_batches: int, confusable: Confusable | None = None) -> Iterator[Ints]:
         """Yield the rows of each batch [P, K]; `confusable` is asked when a batch is drawn, so it may change."""
         rng = np.random.default_rng((self.seed, epoch, self.rank))
+        if self.with_singles and (confusable is None or self.num_people > len(self.index.pairable)):
+            yield from itertools.islice(self._with_groups(rng), num_batches)
+            return
         rounds = self._rounds(rng)
         for _ in range(num_batches):
             people_P = next(rounds)
@@ -156,6 +169,21 @@ class IdentityBatchSampler:
             for start in range(0, len(people) - self.num_people + 1, self.num_people):
                 yield people[start : start + self.num_people]
 
+    def _with_groups(self, rng: np.random.Generator) -> Iterator[Ints]:
+        """Yield batches whose places are people, or groups of singles, each once a round."""
+        num_groups, people = len(self.index.singles) // self.num_photos, self.index.pairable
+        while True:
+            singles = rng.permutation(self.index.singles)[: num_groups * self.num_photos]
+            groups_GK = singles.reshape(-1, self.num_photos)
+            places = rng.permutation(len(people) + num_groups)
+            for start in range(0, len(places) - self.num_people + 1, self.num_people):
+                places_P = places[start : start + self.num_people]
+                is_person_P = places_P < len(people)
+                rows_PK = np.empty((self.num_people, self.num_photos), np.int64)
+                rows_PK[is_person_P] = self.index.draw_photos(people[places_P[is_person_P]], self.num_photos, rng)
+                rows_PK[~is_person_P] = groups_GK[places_P[~is_person_P] - len(people)]
+                yield rows_PK
+
     def _with_confusable(self, people_P: Ints, confusable: Confusable) -> Ints:
         """Keep the first people as seeds, then their nearest, then their second nearest, …, then the other people."""
         num_seeds = max(1, round(self.num_people * (1 - self.confusable_share)))
@@ -165,6 +193,15 @@ class IdentityBatchSampler:
         wanted = wanted[np.isin(wanted, self.index.pairable)]
         _, first_places = np.unique(wanted, return_index=True)
         return wanted[np.sort(first_places)[: self.num_people]]
+
+
+def shuffled_photos(
+    index: PhotoIndex, size: int, *, seed: int, epoch: int, rank: int, num_workers: int
+) -> Iterator[Ints]:
+    """Yield batches of photos in random order [size, 1] without end; the workers share an order of all photos."""
+    order = np.random.default_rng((seed, epoch)).permutation(np.flatnonzero(index.usable_N))[rank::num_workers]
+    for start in itertools.count(0, size):
+        yield order[(start + np.arange(size)) % len(order)][:, None]
 
 
 class UsageCounter:

@@ -128,7 +128,8 @@ class Validation:
                 self._config,
             )
             # All batches have as many pairs, but not as many semi-hard triplets.
-            weight = int(loss.num_semihard.item()) if self._config.objective.loss == "semihard" else 1
+            term = self._config.objective.terms.batch
+            weight = int(loss.num_semihard.item()) if term is not None and term.name == "semihard" else 1
             total += loss.mean.item() * weight
             count += weight
         return total / count if count else 0.0
@@ -173,7 +174,8 @@ def _fixed_batches(index: PhotoIndex, config: TrainConfig) -> list[Ints]:
     """Return batches of as many people as a training step has, or as there are."""
     if config.sampling.batch != "identities":
         return []
-    num_people = config.people_per_batch(len(index.pairable))
+    assert config.batch_size != "auto"
+    num_people = min(config.batch_size // config.sampling.photos_per_person, len(index.pairable))
     if num_people < 2:
         return []
     sampler = IdentityBatchSampler(

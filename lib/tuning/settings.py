@@ -131,7 +131,7 @@ class SweepConfig:
             raise UserError("--heads and --embedding-dim are both given: the last width of a head is the embedding's")
         if len(swept["candidates"]) > 1 and base["batch"] != "triplets":
             raise UserError("--candidate-counts needs --batch triplets: add that, or leave --candidate-counts out")
-        if len(swept["margin"]) > 1 and base["batch"] != "triplets" and base["loss"] != "semihard":
+        if len(swept["margin"]) > 1 and base["batch"] != "triplets" and "semihard" not in base["loss"]:
             raise UserError("--margins needs --loss semihard or --batch triplets: add one of them, or leave it out")
         return swept
 

@@ -28,7 +28,7 @@ def epoch(cache: FaceCache, *, excluded: tuple[int, ...] = (), size: int = 16, *
     settings = plan.pop("settings", {})
     whole = EpochPlan(
         **{
-            "config": TrainConfig.of(**SETTINGS, **settings),
+            "config": TrainConfig.of(**{**SETTINGS, **settings}),
             "epoch": 1,
             "rank": 0,
             "first_step": 0,
@@ -65,14 +65,25 @@ def test_a_batch_of_triplets_has_its_positives_and_negatives(cache: FaceCache) -
         assert (cache.labels_N[anchors] != cache.labels_N[negatives]).all()
 
 
-@pytest.mark.parametrize("kind", ["identities", "triplets"])
-def test_an_epoch_that_goes_on_has_the_batches_that_were_left(cache: FaceCache, kind: str) -> None:
-    whole = epoch(cache, settings={"batch": kind})
-    rest = epoch(cache, settings={"batch": kind}, first_step=4)
+@pytest.mark.parametrize("settings", [{}, {"batch": "triplets"}, {"batch": "photos", "loss": "arcface"}], ids=str)
+def test_an_epoch_that_goes_on_has_the_batches_that_were_left(cache: FaceCache, settings: dict[str, Any]) -> None:
+    whole = epoch(cache, settings=settings)
+    rest = epoch(cache, settings=settings, first_step=4)
     assert len(rest) == 2
     for batch, again in zip(whole[4:], rest, strict=True):
         np.testing.assert_array_equal(batch.rows, again.rows)
         np.testing.assert_array_equal(batch.images, again.images)
+
+
+def test_workers_share_an_order_in_which_each_photo_comes_once(cache: FaceCache) -> None:
+    settings = {"batch": "photos", "loss": "arcface", "batch_size": 5}
+    batches = [
+        batch.rows
+        for rank in range(2)
+        for batch in epoch(cache, settings=settings, rank=rank, num_workers=2, num_steps=5)
+    ]
+    assert {rows.shape for rows in batches} == {(5, 1)}
+    assert sorted(np.concatenate(batches).ravel().tolist()) == list(range(len(cache)))
 
 
 @pytest.mark.parametrize("other", [{"epoch": 2}, {"rank": 1}, {"settings": {"seed": 5}}], ids=str)

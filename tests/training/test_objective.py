@@ -75,8 +75,35 @@ def test_the_settings_of_a_loss_are_those_it_goes_by() -> None:
         "temperature": 0.2,
     }
     assert config(loss="semihard", margin=0.7).loss_settings() == {"loss": "semihard", "margin": 0.7}
+    assert config(loss="2*arcface+softmax", scale=30.0, sample_rate=0.1).loss_settings() == {
+        "loss": "2*arcface+softmax",
+        "temperature": 0.1,
+        "center margin": 0.5,
+        "scale": 30.0,
+        "sub-centers": 1,
+        "sample rate": 0.1,
+    }
     triplets = config(loss="softmax", batch="triplets", margin=0.7)
     assert triplets.loss_settings() == {"loss": "triplet margin", "margin": 0.7}
+
+
+def test_a_sum_of_losses_is_weighted_and_a_failed_image_has_no_part_in_it() -> None:
+    rows, vectors = np.arange(12).reshape(3, 4), embeddings(12)
+    seen: list[torch.Tensor] = []
+
+    def centre_loss(all_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        seen.append(labels_N)
+        return all_ND[0].sum()
+
+    settings = config(loss="3*cosface+0.5*softmax")
+    figures = objective(vectors, batch(rows, [2]), LABELS, settings, centre_loss)
+    alone = objective(vectors, batch(rows, [2]), LABELS, config(loss="softmax"))
+    torch.testing.assert_close(figures.loss, 3 * vectors[0].sum() + 0.5 * alone.loss)
+    assert seen[0].tolist() == [-1 if row == 2 else LABELS[row] for row in range(12)]
+    only = objective(vectors, batch(rows, []), LABELS, config(loss="cosface"), centre_loss)
+    only.loss.backward()
+    torch.testing.assert_close(vectors.grad, torch.eye(12)[:1].T.expand(12, 5))
+    assert only.num_triplets > 0
 
 
 def test_stored_vectors_are_negatives_but_for_those_that_are_not_there() -> None:

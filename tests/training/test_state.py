@@ -1,5 +1,6 @@
 """The state of a run is the same after it was saved and loaded, and trains on to the same weights."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from lib import device as devices
+from lib.errors import UserError
 from lib.recognition.model import EmbeddingModel, ModelSpec
-from lib.training import checkpoints
+from lib.training import checkpoints, collective
 from lib.training.batches import TrainingBatch
 from lib.training.checkpoints import Progress
 from lib.training.face_cache import FaceCache, build_cache
@@ -21,20 +23,23 @@ from lib.training.step import TrainingStep
 from tests.training.learnable_faces import write_faces
 
 CPU = torch.device("cpu")
+NUM_PEOPLE = 8
 SPEC = ModelSpec(backbone="test_convnext", embedding_dim=8, image_size=32)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> FaceCache:
     folder = tmp_path_factory.mktemp("data")
-    write_faces(folder / "faces", people={"train": 8}, photos=6)
+    write_faces(folder / "faces", people={"train": NUM_PEOPLE}, photos=6)
     return FaceCache(build_cache(str(folder / "faces"), ["train"], str(folder)))
 
 
 def loaded(config: TrainConfig, num_photos: int, *, is_first: bool = True) -> TrainingState:
     checkpoint = checkpoints.load_newest(config.run_url)
     assert checkpoint is not None
-    return TrainingState(config, SPEC, checkpoint, device=CPU, num_photos=num_photos, is_first=is_first)
+    return TrainingState(
+        config, SPEC, checkpoint, device=CPU, num_photos=num_photos, is_first=is_first, num_identities=NUM_PEOPLE
+    )
 
 
 def begun(config: TrainConfig, num_photos: int) -> TrainingState:
@@ -54,7 +59,11 @@ def train(state: TrainingState, config: TrainConfig, cache: FaceCache, steps: ra
     step.settle()
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.0}, {"frozen_stages": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema": 0.0}, {"frozen_stages": 1}, {"loss": "adaface+softmax", "sub_centers": 2, "sample_rate": 0.9}],
+    ids=str,
+)
 def test_a_state_that_was_saved_trains_on_to_the_same_weights(
     cache: FaceCache, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -70,6 +79,8 @@ def test_a_state_that_was_saved_trains_on_to_the_same_weights(
     assert len(again.suspects) == 1
     for each in (state, again):
         train(each, config, cache, range(3, 6))
+    if state.centres is not None and again.centres is not None:
+        assert torch.equal(again.centres.centres_RSD, state.centres.centres_RSD)
     for name, tensor in state.evaluated.state_dict().items():
         torch.testing.assert_close(again.evaluated.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
@@ -92,3 +103,62 @@ def test_torch_draws_the_same_in_an_epoch_that_begins_again(cache: FaceCache, tm
     assert torch.equal(torch.rand(3), first)
     state.seed_torch(seed=1, rank=1, first_step=0)
     assert not torch.equal(torch.rand(3), first)
+
+
+def centres_of(folder: Path, cache: FaceCache) -> tuple[TrainConfig, TrainingState]:
+    config = TrainConfig.of(data=str(folder), batch_size=24, loss="arcface")
+    state = begun(config, len(cache))
+    train(state, config, cache, range(2))
+    state.save(config.run_url, state.progress, state.usage.counts_3N, state.suspects)
+    return config, state
+
+
+def test_three_workers_go_on_with_the_centres_of_one(
+    cache: FaceCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, state = centres_of(tmp_path, cache)
+    assert state.centres is not None
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(collective, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(collective, "num_workers", lambda: 3)
+        centres = loaded(config, len(cache), is_first=rank == 0).centres
+        assert centres is not None
+        parts.append(centres.centres_RSD)
+    assert [len(part) for part in parts] == [2, 3, 3]
+    assert torch.equal(torch.cat(parts), state.centres.centres_RSD)
+
+
+def test_more_workers_than_identities_are_refused(
+    cache: FaceCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = centres_of(tmp_path, cache)
+    monkeypatch.setattr(collective, "num_workers", lambda: 9)
+    with pytest.raises(UserError, match="9 workers share the centres of 8 identities: ask for at most --workers 8"):
+        loaded(config, len(cache))
+
+
+@pytest.mark.parametrize(("damage", "words"), [(b"half", "is damaged"), (None, "lacks the centres of identity 0")])
+def test_a_part_that_is_damaged_or_missing_is_named_with_the_way_on(
+    cache: FaceCache, tmp_path: Path, damage: bytes | None, words: str
+) -> None:
+    config, _ = centres_of(tmp_path, cache)
+    part = next(Path(config.run_url, checkpoints.FOLDER).glob("*/centres-*"))
+    if damage is None:
+        part.unlink()
+    else:
+        part.write_bytes(damage)
+    with pytest.raises(UserError, match=f"{words}.*and the run goes on from the checkpoint before"):
+        loaded(config, len(cache))
+
+
+def test_centres_of_old_checkpoints_go_and_those_of_unfinished_ones_too(cache: FaceCache, tmp_path: Path) -> None:
+    config, state = centres_of(tmp_path, cache)
+    assert state.centres is not None
+    block = next(state.centres.blocks())
+    checkpoints.write_part(config.run_url, dataclasses.replace(state.progress, step=3), block.start, block.tensors)
+    for step in (4, 5, 6):
+        progress = dataclasses.replace(state.progress, step=step)
+        state.save(config.run_url, progress, state.usage.counts_3N, state.suspects)
+    folders = sorted(path.name for path in Path(config.run_url, checkpoints.FOLDER).iterdir() if any(path.glob("*")))
+    assert folders == ["epoch-000001-step-0000000005", "epoch-000001-step-0000000006"]

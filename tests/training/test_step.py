@@ -82,8 +82,16 @@ class RefuseToWait(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
+CENTRES: dict[str, Any] = {"loss": "arcface+softmax", "sample_rate": 0.5, "sub_centers": 3}
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss": "semihard"}, {"batch": "triplets"}, {"precision": "bf16"}], ids=lambda s: str(s)
+    "settings",
+    [
+        *({}, {"loss": "semihard"}, {"batch": "triplets"}, {"precision": "bf16"}),
+        *(CENTRES, {"loss": "adaface"}, {"loss": "cosface+triplet", "batch": "triplets"}),
+    ],
+    ids=lambda s: str(s),
 )
 def test_no_operation_of_a_step_waits_for_the_device(faces: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     worker = made(faces, tmp_path, **settings)
@@ -99,7 +107,9 @@ def test_no_operation_of_a_step_waits_for_the_device(faces: Path, tmp_path: Path
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "settings", [{}, {"loss": "semihard"}, {"batch": "triplets"}, {"compile": "on"}], ids=lambda s: str(s)
+    "settings",
+    [{}, {"loss": "semihard"}, {"batch": "triplets"}, {"compile": "on"}, CENTRES, {"loss": "adaface"}],
+    ids=lambda s: str(s),
 )
 def test_no_step_waits_for_a_gpu(faces: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     device = torch.device("cuda", 0)
@@ -128,6 +138,14 @@ def test_a_gradient_that_is_not_finite_names_its_step_before_anything_is_written
         worker.state.model.head[0].bias.fill_(torch.nan)
     with pytest.raises(JobError, match=r"^the loss is not finite at step 2 \(epoch 1, learning rate 0.001\): "):
         worker.step(batch_of(worker, 1), EpochSums(CPU, {}), 1e-3)
+
+
+def test_a_centre_that_is_not_finite_is_named_with_its_identity(faces: Path, tmp_path: Path) -> None:
+    worker = made(faces, tmp_path, loss="arcface")
+    assert worker.state.centres is not None
+    worker.state.centres.centres_RSD[3] = torch.nan
+    with pytest.raises(JobError, match=r"^the centre of identity 'person 3' is not finite at step 1 "):
+        worker.step(batch_of(worker), EpochSums(CPU, {}), 1e-3)
 
 
 def test_what_has_not_come_yet_is_looked_at_before_a_checkpoint(faces: Path, tmp_path: Path) -> None:

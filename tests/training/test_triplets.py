@@ -178,3 +178,24 @@ def test_use_is_counted_as_a_plain_loop_counts_it_and_ranks_add_up(triplets, spl
     assert table.column_names == ["photo", "anchor", "positive", "negative"]
     for role, rows_T in zip(("anchor", "positive", "negative"), rows_T3.T, strict=True):
         assert table[role].to_pylist() == np.bincount(rows_T, minlength=10).tolist()
+
+
+def test_photos_of_single_people_take_places_in_a_batch_each_once_a_round():
+    labels_N = np.concatenate([labels_of([3] * 4), np.arange(4, 14)]).astype(np.int32)
+    index = PhotoIndex(labels_N)
+    assert index.singles.tolist() == list(range(12, 22))
+    assert index.num_places(2) == 4 + 5
+    sampler = IdentityBatchSampler(index=index, num_people=3, num_photos=2, seed=0, with_singles=True)
+    rows = np.stack(list(sampler.batches(1, 3)))
+    singles = rows[rows >= 12]
+    assert sorted(singles.tolist()) == list(range(12, 22))
+    people = labels_N[rows[(rows < 12).all(axis=2)]]
+    assert sorted(people[:, 0].tolist()) == [0, 1, 2, 3]
+    assert (people[:, 0] == people[:, 1]).all()
+
+
+def test_only_single_photos_will_do_where_no_pairs_are_needed():
+    index = PhotoIndex(np.arange(9, dtype=np.int32), needs_pairs=False)
+    sampler = IdentityBatchSampler(index=index, num_people=2, num_photos=4, seed=0, with_singles=True)
+    (rows,) = sampler.batches(1, 1)
+    assert len(set(rows.ravel().tolist())) == 8
