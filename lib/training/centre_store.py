@@ -28,9 +28,9 @@ from lib.training.flag_groups import LossSettings
 DECAYS, EPSILON = (0.9, 0.999), 1e-8
 """Of Adam (Kingma and Ba 2015)."""
 
-SMALLEST_CHUNK = 2**20
+SMALLEST_CHUNK = 2**18
 """Numbers that a chunk may always have."""
-NUM_CHUNKS = 48
+NUM_CHUNKS = 96
 """Chunks of a large range: what one needs for a moment is then a few percent of what the range takes."""
 
 DRAWN_AT_ONCE = 4096
@@ -147,6 +147,7 @@ class CentreStore:
         chunks = self._chunks(labels_N, step)
         kept, sums_KN, own_N = None, [], torch.zeros_like(share_N)
         for rows_C in chunks:
+            kept = None
             with torch.set_grad_enabled(len(chunks) == 1):
                 kept = self._logits(leaf_ND, rows_C, labels_N, quality_N)
             logits_NC = kept.logits_NC.detach()
@@ -158,13 +159,15 @@ class CentreStore:
         sum_N, own_N = self._over_workers(torch.stack(sums_KN).logsumexp(dim=0), own_N)
         for rows_C in chunks:
             if len(chunks) > 1:
+                kept = None  # frees the chunk before
                 with torch.enable_grad():
                     kept = self._logits(leaf_ND, rows_C, labels_N, quality_N)
             assert kept is not None
             errors_NC = (kept.logits_NC.detach() - sum_N[:, None]).exp_().sub_(kept.is_own_NC.float())
             kept.logits_NC.backward(errors_NC * share_N[:, None])
             if lr is not None:
-                self._move(rows_C, _gradient(kept.centres_CSD), lr, torch.isfinite(sum_N).all())
+                rate = lr * torch.isfinite(sum_N).all()
+                self._move(rows_C, kept.centres_CSD, _gradient(kept.centres_CSD), rate)
         value = ((sum_N - own_N).where(is_known_N, 0) * share_N).sum()
         slope = (embeddings_ND * (_gradient(leaf_ND) * self._num_workers)).sum()
         return value + (slope - slope.detach())
@@ -206,22 +209,27 @@ class CentreStore:
         return sums_WN.logsumexp(dim=0), own_WN.sum(dim=0)
 
     @torch.no_grad()
-    def _move(self, rows_C: Tensor, gradient_CSD: Tensor, lr: float, is_finite: Tensor) -> None:
-        """Do a step of Adam, with a count of steps for each centre; none where the loss is not finite."""
+    def _move(self, rows_C: Tensor, centres_CSD: Tensor, gradient_CSD: Tensor, lr: Tensor) -> None:
+        """Do a step of Adam, with a count of steps for each centre.
+
+        The rate is zero in a step whose loss is not finite: no centre moves then. It works in place, for the memory's
+        sake.
+        """
+        gradient_CSD.nan_to_num_(0.0, 0.0, 0.0)
         steps_C = self._steps_R.index_select(0, rows_C) + 1
         means_CSD = self._means_RSD.index_select(0, rows_C).lerp_(gradient_CSD, 1 - DECAYS[0])
         squares_CSD = self._squares_RSD.index_select(0, rows_C).mul_(DECAYS[1])
         squares_CSD.addcmul_(gradient_CSD, gradient_CSD, value=1 - DECAYS[1])
         first_C11, second_C11 = (1 - decay ** steps_C.float()[:, None, None] for decay in DECAYS)
-        scale_CSD = (squares_CSD / second_C11).sqrt_().add_(EPSILON).mul_(first_C11)
-        moved_CSD = torch.addcdiv(self.centres_RSD.index_select(0, rows_C), means_CSD, scale_CSD, value=-lr)
+        way_CSD = (squares_CSD / second_C11).sqrt_().add_(EPSILON).mul_(first_C11)
+        way_CSD.reciprocal_().mul_(means_CSD).mul_(lr)
         for all_RSD, new_CSD in (
-            (self.centres_RSD, moved_CSD),
+            (self.centres_RSD, centres_CSD.detach().sub_(way_CSD)),
             (self._means_RSD, means_CSD),
             (self._squares_RSD, squares_CSD),
             (self._steps_R, steps_C),
         ):
-            all_RSD.index_copy_(0, rows_C, torch.where(is_finite, new_CSD, all_RSD.index_select(0, rows_C)))
+            all_RSD.index_copy_(0, rows_C, new_CSD)
 
     def broken_identity(self) -> int | None:
         """Return an identity, of any worker, whose centre was not finite in a step; waits for the device."""

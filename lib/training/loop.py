@@ -162,9 +162,7 @@ class Worker:
     def run(self) -> None:
         """Train the epochs that are left."""
         state = self.state
-        record = RunRecord(self.config, state.progress, self.data.train, self.control) if self.rank == 0 else None
-        if record and self.validation.problem:
-            record.note(self.validation.problem)
+        record = self._record() if self.rank == 0 else None
         if state.progress.step:
             place = f"epoch {state.progress.epoch}, step {state.progress.step}"
             self._tell(line=f"going on from the checkpoint of {place}, with {self.num_workers} worker(s)")
@@ -175,6 +173,7 @@ class Worker:
             progress = None
             if record:
                 progress = record.end_epoch(state.progress, outcome, state.evaluated)
+                state.best_scores_P = record.best_scores_P
             state.progress, is_leaving = collective.broadcast(
                 None if progress is None else (progress, self._requests.is_asked())
             )
@@ -185,6 +184,22 @@ class Worker:
             record.finish(state.progress)
         # Nobody leaves before the record stands: Ray Train ends all workers with the first that fails.
         collective.broadcast(True)
+
+    def _record(self) -> RunRecord:
+        state, validation = self.state, self.validation
+        record = RunRecord(
+            self.config,
+            state.progress,
+            self.data.train,
+            self.control,
+            ahead=validation.ahead,
+            best_scores_P=state.best_scores_P,
+        )
+        if validation.problem:
+            record.note(validation.problem)
+        elif validation.notice and not state.progress.step:
+            record.note(validation.notice)
+        return record
 
     def compile(self) -> None:
         """Compile the model where that pays."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from lib.errors import UserError
 from lib.recognition.model import VALIDATION_SPLIT, EmbeddingModel, save_model
 from lib.training import collective
 from lib.training.checkpoints import Progress
+from lib.training.epoch_choice import Difference
 from lib.training.face_cache import FaceCache
 from lib.training.history import MODEL_FOLDER, History, has_plateaued, is_overfitting, run_result
 from lib.training.schedule import Phase, next_phase
@@ -22,6 +23,8 @@ from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
 from lib.training.triplets import UsageCounter
 from lib.training.validation import Figures
+
+Floats = npt.NDArray[np.float32]
 
 OUTCOME_NAME = "outcome.json"
 
@@ -52,8 +55,24 @@ class EpochOutcome:
 class RunRecord:
     """Writes what a run leaves behind."""
 
-    def __init__(self, config: TrainConfig, progress: Progress, cache: FaceCache, control: Any) -> None:
-        """Take up the history from the epoch that comes next."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        progress: Progress,
+        cache: FaceCache,
+        control: Any,
+        *,
+        ahead: Callable[[Floats, Floats], Difference] | None = None,
+        best_scores_P: Floats | None = None,
+    ) -> None:
+        """Take up the history from the epoch that comes next.
+
+        Args:
+            ahead: compares the scores of two epochs; without it only a better figure makes an epoch the kept one.
+            best_scores_P: of the best epoch so far.
+        """
+        self.best_scores_P = best_scores_P
+        self._ahead = ahead
         self._config = config
         self._cache = cache
         self._control = control
@@ -75,9 +94,7 @@ class RunRecord:
         self._usage.counts_3N = outcome.usage_3N
         row = self._row(progress, outcome)
         value = figure_of(row, config.validation.best_by)
-        is_best = value is not None and (progress.best is None or value > progress.best)
-        if is_best:
-            progress = dataclasses.replace(progress, best=value, best_epoch=progress.epoch)
+        is_best, progress = self._compared(value, progress, figures, row)
         phase = Phase(negatives=progress.negatives, first_epoch=progress.phase_first_epoch)  # type: ignore[arg-type]
         losses, train_losses, val_losses = (
             [*self._since(phase, key), row[key]] if row.get(key) is not None else []
@@ -91,6 +108,8 @@ class RunRecord:
             losses=losses,
             variances=variances if math.isfinite(figures.variance) else [],
             patience=config.validation.patience,
+            were_kept=[*self._were_kept(phase), is_best] if value is not None else [],
+            had_hard=any(each["negatives"] == "hard" for each in self._history.rows),
         )
         if change:
             self.note(change)
@@ -117,6 +136,26 @@ class RunRecord:
             finished=finished,
             sums={},
         )
+
+    def _compared(
+        self, value: float | None, progress: Progress, figures: Figures, row: dict[str, Any]
+    ) -> tuple[bool, Progress]:
+        """Return whether the epoch is kept: it is the best, or not worse than the best by more than chance."""
+        if value is None:
+            return False, progress
+        if progress.best is None or value > progress.best:
+            self.best_scores_P = figures.scores_P
+            return True, dataclasses.replace(progress, best=value, best_epoch=progress.epoch)
+        if self._ahead is None or figures.scores_P is None or self.best_scores_P is None:
+            return False, progress
+        ahead = self._ahead(figures.scores_P, self.best_scores_P)
+        row["ahead_of_best"], row["ahead_of_best_interval"] = ahead
+        if ahead.is_worse:
+            return False, progress
+        return True, dataclasses.replace(progress, best_epoch=progress.epoch)
+
+    def _were_kept(self, phase: Phase) -> list[bool]:
+        return [bool(row["is_best"]) for row in self._history.rows if int(row["epoch"] or 0) >= phase.first_epoch]
 
     def finish(self, progress: Progress) -> None:
         """Tell the driver what the run made."""
@@ -248,4 +287,7 @@ def _line(row: dict[str, Any], config: TrainConfig) -> str:
         f"waited {100 * row['data_wait_share']:.0f} % for crops, {100 * row['store_wait_share']:.0f} % for store"
     )
     parts.append(f"{row['time_min']:.1f} min, {row['minutes_left']:.1f} left")
-    return ", ".join(parts) + (" (best)" if row["is_best"] else "")
+    if "ahead_of_best" in row:
+        parts.append(f"{100 * row['ahead_of_best']:+.2f} ± {100 * row['ahead_of_best_interval']:.2f} against the best")
+    mark = " (kept)" if "ahead_of_best" in row else " (best)"
+    return ", ".join(parts) + (mark if row["is_best"] else "")

@@ -48,7 +48,15 @@ def first_phase(policy: str) -> Phase:
 
 
 def next_phase(
-    phase: Phase, *, policy: str, epoch: int, losses: Sequence[float], variances: Sequence[float], patience: int
+    phase: Phase,
+    *,
+    policy: str,
+    epoch: int,
+    losses: Sequence[float],
+    variances: Sequence[float],
+    patience: int,
+    were_kept: Sequence[bool] = (),
+    had_hard: bool = False,
 ) -> tuple[Phase, str]:
     """Return the phase of the epoch after `epoch`, and what to tell the user where it is another one.
 
@@ -56,7 +64,14 @@ def next_phase(
         policy: `--negatives`; only `auto` and `hard` ever change.
         losses: validation losses with random negatives, of every epoch of the phase.
         variances: of the validation embeddings, of every epoch so far.
+        were_kept: of every epoch of the phase, whether its model was as good as the best so far.
+        had_hard: whether there was a phase of hard negatives before this one: there is one at most.
     """
+    if policy == "auto" and phase.negatives == "hard" and len(were_kept) >= patience and not any(were_kept):
+        note = f"{len(were_kept)} epochs of hard negatives were all worse than before: random negatives again"
+        return Phase(negatives="random", first_epoch=epoch + 1), note
+    if had_hard and phase.negatives == "random":
+        return phase, ""
     if policy == "auto" and phase.negatives == "random" and has_plateaued(losses, patience=patience):
         note = f"the validation loss has not fallen for {patience} epochs: hard negatives from now on"
         return Phase(negatives="hard", first_epoch=epoch + 1), note

@@ -31,6 +31,7 @@ class TrainingState:
         model: the model that learns.
         averaged: the average of its weights, None with `--ema 0`.
         centres: this worker's part of them, None where the loss has none.
+        best_scores_P: of the validation pairs, by the best epoch; None where there is none.
         usage, suspects: what this worker has counted and found; a checkpoint's are those of all workers.
     """
 
@@ -74,6 +75,7 @@ class TrainingState:
             self.usage.counts_3N = tensors["usage"].numpy().copy()
         self.suspects = SuspectLog.from_tensors(checkpoints.without_prefix("suspects", tensors) if is_first else {})
         self._random_state = tensors.get("random_state") if is_first else None
+        self.best_scores_P = tensors["best_scores"].numpy().copy() if "best_scores" in tensors else None
         self.centres: CentreStore | None = None
         if config.objective.terms.centre is not None:
             self.centres = CentreStore(
@@ -154,6 +156,7 @@ class TrainingState:
                 **checkpoints.prefixed("optimizer", checkpoints.flat_optimizer(self.optimizer)),
                 **checkpoints.prefixed("suspects", suspects.to_tensors()),
                 **centre_norms,
+                **({} if self.best_scores_P is None else {"best_scores": torch.from_numpy(self.best_scores_P)}),
                 "usage": torch.from_numpy(usage_3N),
                 "random_state": torch.get_rng_state(),
             },

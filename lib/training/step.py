@@ -151,9 +151,11 @@ class TrainingStep:
             if not np.isfinite(norm.numpy()):
                 centres = self._state.centres
                 identity = None if centres is None else centres.broken_identity()
-                what = "the loss" if identity is None else f"the centre of identity {self._identities[identity]!r}"
+                problem = "the loss is not finite"
+                if identity is not None:
+                    problem = f"the centre of identity {self._identities[identity]!r} is not finite"
                 raise JobError(
-                    f"{what} is not finite at {place}: the last checkpoint and the best model are intact; train with "
+                    f"{problem} at {place}: the last checkpoint and the best model are intact; train with "
                     "a lower --lr, or with --precision fp32, under another --name"
                 )
 

@@ -18,6 +18,7 @@ from lib.evaluation.curves import far_key
 from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import Pairs, made_pairs
 from lib.training import mining
+from lib.training.epoch_choice import INTERVAL, Difference, difference, pair_scores
 from lib.training.face_cache import FaceCache
 from lib.training.losses import triplet_margin_loss
 from lib.training.objective import people_loss
@@ -29,6 +30,8 @@ Ints = npt.NDArray[np.integer]
 
 NUM_FOLDS = 10
 REPORTED_FAR = 1e-3
+ENOUGH_PEOPLE = 200
+"""Validation people below which a run says how little its figures mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class Figures:
     """Sum over the dimensions of the variance of the embeddings; near 0 where all are alike."""
     metrics: dict[str, Any]
     """Of the verification, as `lib.evaluation.metrics.verification_figures` names them; empty where there is none."""
+    scores_P: Floats | None = None
+    """Each pair's part in the metric of `--best-by`; None where that is no metric of pairs."""
 
 
 class Validation:
@@ -53,12 +58,13 @@ class Validation:
     Attributes:
         rows_V: rows of the cache to embed, ascending; empty where the split shows too few people.
         problem: why there are no figures, or no verification; empty where there are all.
+        notice: how little the figures say where the people are few; else empty.
     """
 
     def __init__(self, cache: FaceCache | None, config: TrainConfig) -> None:
         """Choose whole people by the seed until there are `--val-photos` of them, then pairs and triplets."""
         self._config = config
-        self.problem = ""
+        self.problem = self.notice = ""
         self.rows_V: Ints = np.empty(0, np.int64)
         self._index: PhotoIndex | None = None
         self._pairs: Pairs | None = None
@@ -74,6 +80,7 @@ class Validation:
             self._pairs = made_pairs(
                 photos, identities, num_pairs=config.validation.val_pairs, num_folds=NUM_FOLDS, seed=config.run.seed
             )
+            self.notice = _notice(len(set(identities)))
         except UserError as error:
             self.problem = f"the validation people are too few: {error}"
         if self._index is not None:
@@ -96,9 +103,12 @@ class Validation:
         else:
             loss = self._triplet_loss(embeddings_VD, self._mined(embeddings_VD, negatives))
         metrics: dict[str, Any] = {}
+        scores_P: Floats | None = None
         if self._pairs is not None:
             distances_P = pair_distances(embeddings_VD, self._pairs.a_P, self._pairs.b_P)
             metrics = verification_figures(distances_P, self._pairs)
+            if self._config.validation.best_by != "loss":
+                scores_P = pair_scores(distances_P, self._pairs, self._config.validation.best_by)
         row = {
             "val_loss": loss,
             "num_val_triplets": len(self._triplets),
@@ -107,7 +117,15 @@ class Validation:
             **{name: metrics[name] for name in ("accuracy", "accuracy_std", "auc", "eer") if metrics},
             **({"tar_at_far_1e-3": metrics["tar_at_far"][far_key(REPORTED_FAR)]} if metrics else {}),
         }
-        return Figures(row=row, loss=loss, loss_random=loss_random, variance=variance, metrics=metrics)
+        return Figures(
+            row=row, loss=loss, loss_random=loss_random, variance=variance, metrics=metrics, scores_P=scores_P
+        )
+
+    def ahead(self, scores_P: Floats, earlier_P: Floats) -> Difference:
+        """Return how far an epoch's scores are ahead of an earlier one's, with the error of that."""
+        assert self._index is not None
+        assert self._pairs is not None
+        return difference(scores_P, earlier_P, self._pairs, self._index.labels_N)
 
     def _triplet_loss(self, embeddings_VD: Floats, triplets: Triplets) -> float:
         anchors, positives, negatives = (
@@ -160,6 +178,17 @@ class Validation:
             positives=fixed.positives,
             negatives=np.where(found.rows == mining.NO_ROW, fixed.negatives, found.rows),
         )
+
+
+def _notice(num_people: int) -> str:
+    """Return a warning where an accuracy of 90 % is known to no better than a few points."""
+    if num_people >= ENOUGH_PEOPLE:
+        return ""
+    points = 100 * INTERVAL * math.sqrt(0.9 * 0.1 / num_people)
+    return (
+        f"only {num_people} validation people: an accuracy near 90 % is known to about ± {points:.0f} points, and a "
+        "later epoch is kept unless it is worse by more than chance"
+    )
 
 
 def _chosen_rows(labels_N: Ints, max_photos: int, seed: int) -> Ints:

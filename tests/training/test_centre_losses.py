@@ -92,7 +92,7 @@ def test_loss_and_gradients_equal_those_of_pytorch_metric_learning(
     with torch.no_grad():
         theirs.W.copy_(centres.centres_RSD.flatten(0, 1).T)
     moved: list[torch.Tensor] = []
-    monkeypatch.setattr(centres, "_move", lambda _, gradient, *__: moved.append(gradient))
+    monkeypatch.setattr(centres, "_move", lambda _, __, gradient, ___: moved.append(gradient))
     ours, twin = (draw(20, DIM).requires_grad_() for _ in range(2))
     labels = torch.arange(20) % NUM
     value = centres.loss(ours, labels, step=0, lr=0.1)
