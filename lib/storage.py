@@ -131,7 +131,7 @@ def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
     if is_local(url):
         refuse_special(url)
     if max_bytes is not None:
-        return _read_range(url, 0, max_bytes)
+        return read_range(url, 0, max_bytes)
     return _act(url, "read", lambda files, path: files.cat_file(path))
 
 
@@ -199,7 +199,7 @@ def open_parquet(url: str, wanted: Sequence[pa.Field] = (), *, buffer_size: int 
                 raise UserError(
                     f"{shown(url)}: the server does not say how long the file is: copy it here, and name that"
                 )
-            source = pa.PythonFile(parquet_files.RangedFile(num_bytes, partial(_read_range, url)), mode="r")
+            source = pa.PythonFile(parquet_files.RangedFile(num_bytes, partial(read_range, url)), mode="r")
         with parquet_files.opened(source, shown(url), wanted, buffer_size) as file:
             yield file
 
@@ -306,7 +306,12 @@ def check_writable(url: str) -> None:
         raise UserError(str(error)) from error
 
 
-def _read_range(url: str, start: int, end: int) -> bytes:
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Return the bytes of a file from `start` up to `end`, fewer if it ends before; raises as `read_bytes`."""
+    if is_local(url):
+        with explained(url, "read"), local_path(url).open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(end - start)
     try:
         return _act(url, "read", lambda files, path: files.cat_file(path, start=start, end=end))
     except JobError as error:

@@ -14,7 +14,7 @@ from lib.faces import table
 from lib.faces.identities import folder_identities, read_identities
 from lib.faces.images import PHOTO_SUFFIXES
 from lib.faces.sources.folder import FolderSource
-from lib.faces.sources.source import SCAN_SCHEMA, Source
+from lib.faces.sources.source import SCAN_SCHEMA, ContainerSource, Source
 from lib.faces.splits import split_of
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,10 @@ def read_manifest(
     if isinstance(source, FolderSource):
         if not len(scanned) and not has_list:
             kinds = f" ({_counted(source.passed_over)} lie there)" if source.passed_over else ""
-            raise UserError(f"{shown} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} and .parquet are read")
+            raise UserError(
+                f"{shown} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} are read, and .parquet, .rec, .tar, .zip "
+                "and .arrow files of photos"
+            )
     elif not len(scanned):
         raise UserError(f"{shown} holds no rows")
     else:
@@ -95,7 +98,12 @@ def read_manifest(
     if has_list:
         listed = read_identities(identities_url or "", names, photos_url=source.url, min_listed_share=min_listed_share)
     if not isinstance(source, FolderSource):
-        identities = [listed.get(name) for name in names] if has_list else scanned["identity"].to_pylist()
+        if has_list:
+            identities = [listed.get(name) for name in names]
+        elif isinstance(source, ContainerSource) and source.has_folders and not _any_identity(scanned):
+            identities = folder_identities(_inner_names(source, names, scanned["source"].to_pylist()))
+        else:
+            identities = scanned["identity"].to_pylist()
         statuses = [table.NO_IDENTITY if identities_required and one is None else None for one in identities]
         photos_table = _table(names, identities, statuses, split_seed)
         for place, column in enumerate(MANIFEST_SCHEMA.names):
@@ -120,6 +128,21 @@ def _scanned(source: Source) -> tuple[pa.Table, int]:
             batches.append(batch.select(["photo", "identity", "source", "group", "row"]))
     schema = pa.schema([SCAN_SCHEMA.field(name) for name in ("photo", "identity", "source", "group", "row")])
     return pa.Table.from_batches(batches, schema), num_bytes
+
+
+def _any_identity(scanned: pa.Table) -> bool:
+    return scanned["identity"].null_count < len(scanned)
+
+
+def _inner_names(source: ContainerSource, names: list[str], files: list[str]) -> list[str]:
+    """Return the names of photos in archives without those of the archives; of one without folders, below its stem."""
+    several = len(set(files)) > 1
+    inner = []
+    for name, file in zip(names, files, strict=True):
+        stem = source.stem(file)
+        below = name[len(stem) + 1 :]
+        inner.append(f"{stem.split('.')[0]}/{below}" if several and "/" not in below else below)
+    return inner
 
 
 def _check_distinct(source: Source, scanned: pa.Table) -> None:

@@ -56,9 +56,10 @@ class PreprocessConfig:
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     photos: str | None = None
-    """Photos: a folder of any depth, or Parquet files with image bytes. Default: photos/ below --data."""
+    """Photos: a folder of any depth; .rec, .tar, .parquet, .arrow or .zip files of photos, or a folder of those; a .lst
+    file. {000..123} and * name many files. Default: photos/ below --data."""
     photos_format: str = AUTO
-    """Format of the photos: folder or parquet. auto: by the names of the first files."""
+    """Format of the photos: folder, rec, tar, arrow, parquet, zip or lst. auto: by the names of the first files."""
     identities: str | None = None
     """File of lines "photo-name identity". Default: identities.txt below --data, else the folder of each photo."""
     min_listed_share: float = MIN_LISTED_SHARE
@@ -88,11 +89,11 @@ class PreprocessConfig:
     split_seed: int = 0
     """Seed of the split of identities into train, val and test."""
     image_column: str = "image"
-    """Parquet photos: column with the image, binary or a struct with `bytes`."""
+    """Parquet and Arrow photos: column with the image, binary or a struct with `bytes`."""
     identity_column: str = "identity"
-    """Parquet photos: column with the identity."""
+    """Parquet and Arrow photos: column with the identity. Tars: key of a sample's .json."""
     photo_column: str = "photo"
-    """Parquet photos: column with a unique name. Without it, file and row are the name."""
+    """Parquet and Arrow photos: column with a unique name. Without it, file and row are the name."""
     gpus: cluster.Gpus = "auto"
     """GPUs to use. auto: all of the cluster. 0: none."""
     wait_minutes: float = 0.0

@@ -2,18 +2,27 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 from lib import storage
 from lib.errors import UserError
 from lib.faces.images import PHOTO_SUFFIXES
 from lib.faces.photo_names import junk
+from lib.faces.sources.archives import TarSource, ZipSource
+from lib.faces.sources.arrow import ArrowSource
 from lib.faces.sources.folder import FolderSource
+from lib.faces.sources.image_list import ListSource
 from lib.faces.sources.parquet import ParquetSource
-from lib.faces.sources.source import PhotoColumns, Source, suffix_of
+from lib.faces.sources.patterns import matches, split_pattern
+from lib.faces.sources.recordio import RecordioSource
+from lib.faces.sources.source import PhotoColumns, Source
 
 logger = logging.getLogger(__name__)
 
-FORMATS: dict[str, type[Source]] = {each.format: each for each in (FolderSource, ParquetSource)}
+FORMATS: dict[str, type[Source]] = {
+    each.format: each
+    for each in (FolderSource, RecordioSource, TarSource, ArrowSource, ParquetSource, ZipSource, ListSource)
+}
 """Every format, by the name that `--photos-format` takes."""
 
 AUTO = "auto"
@@ -21,7 +30,7 @@ AUTO = "auto"
 _SAMPLE = 1000
 """Files of a folder that are looked at first."""
 
-_NOT_READ = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar", ".rec")
+_NOT_READ = (".tar.zst", ".7z", ".rar")
 
 
 def open_source(
@@ -31,7 +40,7 @@ def open_source(
     columns: PhotoColumns | None = None,
     identities_required: bool = False,
 ) -> Source:
-    """Return the photos at a URL: a folder of any format, or one file of a format with many photos in a file.
+    """Return the photos at a URL: a folder of any format, one file that holds many photos, or a pattern of such files.
 
     With the format `auto` the first files of the folder decide, and a later file of another format ends the scan.
 
@@ -39,21 +48,28 @@ def open_source(
         UserError: nothing is there, or nothing that can be read.
     """
     check_format(photos_format)
-    shown = storage.redacted(url)
-    if not storage.exists(url):
+    folder, patterns = (url, ()) if storage.exists(url) else split_pattern(url)
+    if not storage.exists(folder):
         raise UserError(
-            f"--photos {shown} is not there: put the photos there, name their folder by --photos, or set DATA_URL to "
-            "the folder above photos/ (jobs/sample.py draws some to try)"
+            f"--photos {storage.redacted(folder)} is not there: put the photos there, name their folder by --photos, "
+            "or set DATA_URL to the folder above photos/ (jobs/sample.py draws some to try)"
         )
-    name = photos_format if photos_format != AUTO else _format_of_file(url) or _format_of_folder(url)
+    name = photos_format if photos_format != AUTO else _format_of_file(url) or _format_of_folder(folder, patterns)
+    chosen = FORMATS[name]
+    others = [each for each in FORMATS.values() if each is not chosen and photos_format == AUTO]
     foreign = {
         suffix: each.what
-        for other, each in FORMATS.items()
-        if other != name and photos_format == AUTO
+        for each in others
         for suffix in each.suffixes
+        if each is not ListSource and suffix not in chosen.companions
     }
-    columns = columns or PhotoColumns()
-    return FORMATS[name](url, columns, foreign=foreign, identities_required=identities_required)
+    return chosen(
+        folder,
+        columns or PhotoColumns(),
+        foreign=foreign,
+        identities_required=identities_required,
+        patterns=patterns,
+    )
 
 
 def check_format(photos_format: str) -> None:
@@ -77,16 +93,22 @@ def _format_of_file(url: str) -> str | None:
     return None
 
 
-def _format_of_folder(url: str) -> str:
-    """Return the format of the first file in a folder that has one, `folder` where none has."""
-    formats = {suffix: each.format for each in FORMATS.values() for suffix in each.suffixes}
-    for limit in (_SAMPLE, None):
+def _format_of_folder(url: str, patterns: Sequence[str]) -> str:
+    """Return the format of the first files in a folder that have one, `folder` where none has."""
+    formats = [each for each in FORMATS.values() if each is not ListSource]
+    named = frozenset(patterns)
+    for limit in (None,) if patterns else (_SAMPLE, None):
         found = Counter(
-            formats[suffix]
+            each
             for info in storage.list_files(url, skip_prefixes=(), limit=limit)
-            if (suffix := suffix_of(info.path)) in formats and not junk(info.path)
+            if not junk(info.path) and (not named or matches(info.path, named))
+            for each in formats
+            if info.path.lower().endswith(each.suffixes)
         )
-        if found:
+        for each, _ in found.most_common():
             # Whatever else is there ends the scan with both named.
-            return FolderSource.format if FolderSource.format in found else found.most_common(1)[0][0]
+            if all(other is each or set(other.suffixes) <= {*each.companions} for other in found):
+                return each.format
+        if found:
+            return (FolderSource if FolderSource in found else found.most_common(1)[0][0]).format
     return FolderSource.format

@@ -5,7 +5,7 @@ A format is one file in this folder with one class: see `ContainerSource` for fi
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -16,6 +16,7 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces.images import PHOTO_SUFFIXES
 from lib.faces.photo_names import junk
+from lib.faces.sources.patterns import matches
 from lib.listing import FileInfo
 
 SCAN_SCHEMA = pa.schema(
@@ -72,9 +73,17 @@ class Source(ABC):
     """Its files in words, for messages."""
     suffixes: ClassVar[tuple[str, ...]]
     """What the names of its files end in, in lower case."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of files that may lie beside them, and hold no photos."""
 
     def __init__(
-        self, url: str, columns: PhotoColumns, *, foreign: Mapping[str, str], identities_required: bool = False
+        self,
+        url: str,
+        columns: PhotoColumns,
+        *,
+        foreign: Mapping[str, str],
+        identities_required: bool = False,
+        patterns: Sequence[str] = (),
     ) -> None:
         """Make a source.
 
@@ -83,10 +92,12 @@ class Source(ABC):
             columns: where images, identities and names are, if the format has columns.
             foreign: suffixes of other formats with what they are; such a file ends a scan.
             identities_required: a file without identities is refused.
+            patterns: only files below the URL that one of these names are taken.
         """
         self.url = url
         self.columns = columns
         self.identities_required = identities_required
+        self._patterns = frozenset(patterns)
         self.passed_over: Counter[str] = Counter()
         self._foreign = foreign
 
@@ -122,34 +133,49 @@ class Source(ABC):
         Raises:
             UserError: files of another format lie among them.
         """
-        if self.url.lower().endswith(self.suffixes):
+        if self.url.lower().endswith(self.suffixes) and not self._patterns:
             yield FileInfo("", *storage.file_info(self.url)[1:])
             return
         ours = theirs = ""
+        foreign = tuple(self._foreign)
+        unmatched = set(self._patterns)
         for info in storage.list_files(self.file_url(folder), skip_prefixes=()):
             path = storage.join(folder, info.path) if folder else info.path
-            suffix = suffix_of(path)
+            if self._patterns:
+                if (pattern := matches(path, self._patterns)) is None:
+                    continue
+                unmatched.discard(pattern)
             if kind := junk(path):
                 self.passed_over[kind] += 1
                 continue
-            if is_ours := path.lower().endswith(self.suffixes):
+            name = path.lower()
+            if is_ours := name.endswith(self.suffixes):
                 ours = ours or path
-            elif suffix in self._foreign:
+            elif name.endswith(foreign):
                 theirs = theirs or path
             else:
-                self.passed_over[suffix or "no suffix"] += 1
+                self.passed_over[suffix_of(path) or "no suffix"] += 1
             if ours and theirs:
+                other = next(what for suffix, what in self._foreign.items() if theirs.lower().endswith(suffix))
                 raise UserError(
-                    f"{storage.redacted(self.url)} holds both {self.what} (such as {ours}) and "
-                    f"{self._foreign[suffix_of(theirs)]} (such as {theirs}): name the folder of the ones or of the "
-                    f"others by --photos, or give --photos-format {self.format}, which passes over the others"
+                    f"{storage.redacted(self.url)} holds both {self.what} (such as {ours}) and {other} (such as "
+                    f"{theirs}): name the folder of the ones or of the others by --photos, or give --photos-format "
+                    f"{self.format}, which passes over the others"
                 )
             if is_ours:
                 yield info._replace(path=path)
+        if unmatched:
+            raise UserError(
+                f"{len(unmatched)} of the {len(self._patterns)} files that --photos names are not in "
+                f"{storage.redacted(self.url)}, such as {min(unmatched)}: copy them there, or correct --photos"
+            )
 
 
 class ContainerSource(Source):
     """Files that each hold many photos. A format adds how one is scanned and read."""
+
+    has_folders: ClassVar[bool] = False
+    """Whether photos lie in folders there, which are identities where no photo has another."""
 
     def shards(self) -> list[Shard]:
         """Return one shard per file."""
@@ -167,6 +193,29 @@ class ContainerSource(Source):
     def stem(self, name: str) -> str:
         """Return what the names of a file's photos begin with."""
         return name or self.url.rstrip("/").rpartition("/")[2]
+
+
+def scan_batch(
+    shard: Shard,
+    names: Sequence[str | None],
+    identities: Sequence[str | None],
+    rows: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    group: int = 0,
+) -> pa.RecordBatch:
+    """Return photos of one file as a batch of `SCAN_SCHEMA`."""
+    num = len(names)
+    arrays = [
+        pa.array(names, pa.string()),
+        pa.array(identities, pa.string()),
+        pa.repeat(pa.scalar(shard.name, pa.string()), num),
+        pa.repeat(pa.scalar(group, pa.int64()), num),
+        pa.array(rows, pa.int64()),
+        pa.array(sizes, pa.int64()),
+        pa.repeat(pa.scalar(shard.mark, pa.string()), num),
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=SCAN_SCHEMA)
 
 
 def suffix_of(path: str) -> str:

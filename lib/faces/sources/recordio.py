@@ -1,0 +1,282 @@
+"""Photos in RecordIO files of MXNet: `train.rec`, with or without `train.idx`.
+
+A file holds records, each `magic, cflag and length` (two little-endian uint32), its data, and zeros up to a multiple of
+four bytes. Data that holds the magic number at a multiple of four bytes is cut there into pieces, and the magic is left
+out (dmlc-core, `include/dmlc/recordio.h`). The data of a photo is `flag, label, id, id` (`<IfQQ`), `flag` labels more,
+then the image (MXNet, `python/mxnet/recordio.py`).
+
+Two layouts are common. InsightFace writes two labels for each image, and records without an image: key 0 and one for
+each person. im2rec and others write one label and images alone. A record without an image is no photo in both. The
+person is always the image's own label. The ranges that InsightFace keeps for each person are float32, and are wrong
+from 2^24 on.
+"""
+
+import logging
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.images import MAX_PHOTO_BYTES
+from lib.faces.sources.source import BATCH_ROWS, ContainerSource, Photo, Row, Shard, scan_batch
+from lib.ranged_files import RangedFile
+
+logger = logging.getLogger(__name__)
+
+MAGIC = bytes.fromhex("0a23d7ce")
+_FRAME = struct.Struct("<4sI")
+_HEADER = struct.Struct("<IfQQ")
+_LABEL = struct.Struct("<f")
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+
+SHARD_BYTES = 256 * 2**20
+"""Of a file that one task scans."""
+
+_CHECKED = 64
+"""Offsets of an index that are looked up in its file."""
+
+_SEARCH_BYTES = 2**20
+
+
+class Record(NamedTuple):
+    """Where a record lies.
+
+    Attributes:
+        start: of its first frame.
+        pieces: place and length of its data.
+        stop: where the next record begins.
+    """
+
+    start: int
+    pieces: tuple[tuple[int, int], ...]
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of its data, with the magic put back between the pieces."""
+        return sum(length for _, length in self.pieces) + len(MAGIC) * (len(self.pieces) - 1)
+
+
+class CutOffError(ValueError):
+    """The file ends before the record does."""
+
+
+class RecordioSource(ContainerSource):
+    """RecordIO files. A photo is named by the place of its record: `train.rec#4096`; that is its `row` too."""
+
+    format = "rec"
+    what = "RecordIO files"
+    suffixes = (".rec",)
+    companions = (".idx", ".lst")
+
+    def shards(self) -> list[Shard]:
+        """Return ranges of the files, once their indexes are found to be theirs."""
+        shards = []
+        for info in self.files():
+            self._check_index(info.path, info.num_bytes)
+            starts = range(0, max(info.num_bytes, 1), SHARD_BYTES)
+            shards += [Shard(info.path, start, min(start + SHARD_BYTES, info.num_bytes), info.mark) for start in starts]
+        return shards
+
+    def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
+        """Yield the photos whose records begin in the range of a shard.
+
+        What is damaged, cut off, or holds no image is counted, and the scan goes on with the next whole record.
+        """
+        file = RangedFile(self.file_url(shard.name))
+        rows: list[tuple[str | None, int, int]] = []
+        damaged = self.passed_over["damaged records"]
+        for record in self._records(file, shard):
+            labelled = self._label_and_size(file, record)
+            if labelled is not None:
+                rows.append((labelled[0], record.start, labelled[1]))
+            if len(rows) == BATCH_ROWS:
+                yield self._batch(shard, rows)
+                rows = []
+        if rows:
+            yield self._batch(shard, rows)
+        if num := self.passed_over["damaged records"] - damaged:
+            logger.warning("%s: %d damaged stretches are passed over", storage.redacted(file.url), num)
+
+    def read_file(self, name: str, rows: Iterable[Row]) -> Iterator[Photo]:
+        """Yield the photos of rows, with one block of the file in memory; `corrupt` where the record is gone."""
+        file = RangedFile(self.file_url(name))
+        for row in rows:
+            try:
+                record = record_at(file, row["row"])
+                head = content(file, record, 0, _HEADER.size)
+                yield row, content(file, record, _HEADER.size + 4 * _HEADER.unpack(head)[0], MAX_PHOTO_BYTES + 1)
+            except (ValueError, struct.error):
+                yield row, table.CORRUPT
+
+    def _records(self, file: RangedFile, shard: Shard) -> Iterator[Record]:
+        """Yield the whole records that begin in a range."""
+        position = shard.start
+        if position == 0 and file.at(0, 4) != MAGIC:
+            raise UserError(
+                f"{storage.redacted(file.url)} is no RecordIO file (it does not begin with its magic number): name "
+                "another by --photos, or its format by --photos-format"
+            )
+        if position:
+            position = _next_start(file, position, shard.stop)
+        while position < shard.stop:
+            try:
+                record = record_at(file, position)
+            except CutOffError:
+                following = _next_start(file, position + 4, file.num_bytes)
+                if following >= file.num_bytes:
+                    self.passed_over["records cut off"] += 1
+                    logger.warning(
+                        "%s is cut off: its last %d bytes hold no whole record",
+                        *(storage.redacted(file.url), file.num_bytes - position),
+                    )
+                    return
+                self.passed_over["damaged records"] += 1
+                position = following
+                continue
+            except ValueError:
+                self.passed_over["damaged records"] += 1
+                position = _next_start(file, position + 4, file.num_bytes)
+                continue
+            if not _is_followed(file, record):
+                within = _next_start(file, position + 4, record.stop)
+                if within < record.stop:  # its length is wrong, since another record begins within it
+                    self.passed_over["damaged records"] += 1
+                    position = within
+                    continue
+            yield record
+            position = record.stop
+
+    def _label_and_size(self, file: RangedFile, record: Record) -> tuple[str | None, int] | None:
+        """Return a photo's label as text and its size, None for a record without an image."""
+        head = content(file, record, 0, _HEADER.size + _LABEL.size)
+        if len(head) < _HEADER.size:
+            self.passed_over["damaged records"] += 1
+            return None
+        num_labels, label, _, _ = _HEADER.unpack_from(head)
+        size = record.num_bytes - _HEADER.size - _LABEL.size * num_labels
+        if size <= 0:
+            self.passed_over["records without an image" if size == 0 else "damaged records"] += 1
+            return None
+        if num_labels:
+            (label,) = _LABEL.unpack_from(head, _HEADER.size)
+        if not math.isfinite(label):
+            self.passed_over["labels that are no numbers"] += 1
+            return None if size <= 0 else ("", size)
+        return (str(int(label)) if label == int(label) else f"{label:.9g}"), size
+
+    def _batch(self, shard: Shard, rows: list[tuple[str | None, int, int]]) -> pa.RecordBatch:
+        labels, starts, sizes = zip(*rows, strict=True)
+        names = [f"{self.stem(shard.name)}#{start}" for start in starts]
+        return scan_batch(shard, names, [label or None for label in labels], starts, sizes)
+
+    def _check_index(self, name: str, num_bytes: int) -> None:
+        """Count the records that an index names beyond the end of its file.
+
+        Raises:
+            UserError: it is no index, or that of another file.
+        """
+        url = self.file_url(name)[: -len(".rec")] + ".idx"
+        if not storage.exists(url):
+            return
+        shown = storage.redacted(url)
+        next_step = "remove or replace it (without an index the .rec file is read just as well)"
+        try:
+            options = csv.ReadOptions(column_names=["key", "offset"])
+            types = csv.ConvertOptions(column_types={"key": pa.int64(), "offset": pa.int64()})
+            data = pa.BufferReader(storage.read_bytes(url))
+            offsets = csv.read_csv(data, options, csv.ParseOptions(delimiter="\t"), types)["offset"].to_numpy()
+        except pa.ArrowInvalid as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{shown} is no index of a RecordIO file ({reason}): {next_step}") from error
+        within = np.sort(offsets[offsets < num_bytes])
+        file = RangedFile(self.file_url(name), num_bytes, block_bytes=_FRAME.size)
+        sample = within[:: max(1, len(within) // _CHECKED)]
+        wrong = [int(offset) for offset in sample if file.at(int(offset), 4) != MAGIC]
+        if 2 * len(wrong) > len(sample) or (len(offsets) and not len(within)):
+            example = wrong[0] if wrong else int(offsets[0])
+            raise UserError(
+                f"{shown} is the index of another file: no record of {storage.redacted(file.url)} begins at {example}, "
+                f"as it says: {next_step}"
+            )
+        if num_beyond := len(offsets) - len(within):
+            self.passed_over["records cut off"] += num_beyond
+            logger.warning(
+                "%s names %d records beyond the end of its file, which is cut off: they are lost", shown, num_beyond
+            )
+
+
+def record_at(file: RangedFile, start: int) -> Record:
+    """Return the record that begins at a place.
+
+    Raises:
+        CutOffError: the file ends within it.
+        ValueError: none begins there, or its pieces do not follow each other.
+    """
+    pieces: list[tuple[int, int]] = []
+    position = start
+    while True:
+        frame = file.at(position, _FRAME.size)
+        if len(frame) < _FRAME.size:
+            raise CutOffError
+        magic, lrec = _FRAME.unpack(frame)
+        cflag, length = lrec >> 29, lrec & (1 << 29) - 1
+        if magic != MAGIC or cflag not in ((_MIDDLE, _LAST) if pieces else (_WHOLE, _FIRST)):
+            raise ValueError
+        pieces.append((position + _FRAME.size, length))
+        position += _FRAME.size + length
+        if position > file.num_bytes:
+            raise CutOffError
+        position += -length % 4
+        if cflag in (_WHOLE, _LAST):
+            return Record(start, tuple(pieces), position)
+
+
+def content(file: RangedFile, record: Record, start: int, length: int) -> bytes:
+    """Return `length` bytes of a record's data from `start` on, with the magic between its pieces; fewer at its end."""
+    if len(record.pieces) == 1:
+        ((place, num_bytes),) = record.pieces
+        return file.at(place + start, min(length, num_bytes - start)) if start < num_bytes else b""
+    data = bytearray()
+    for number, (place, num_bytes) in enumerate(record.pieces):
+        data += (MAGIC if number else b"") + file.at(place, min(num_bytes, start + length))
+        if len(data) >= start + length:
+            break
+    return bytes(data[start : start + length])
+
+
+def _next_start(file: RangedFile, position: int, stop: int) -> int:
+    """Return where the next whole record begins at or after a place, `stop` where none does before it."""
+    position += -position % 4
+    while position < stop:
+        data = file.at(position, _SEARCH_BYTES)
+        found = data.find(MAGIC)
+        while found >= 0:
+            if found % 4 == 0 and position + found < stop and _is_start(file, position + found):
+                return position + found
+            found = data.find(MAGIC, found + 1)
+        # The magic stands at multiples of four bytes, so no two stretches share one.
+        position += _SEARCH_BYTES
+    return stop
+
+
+def _is_start(file: RangedFile, position: int) -> bool:
+    """Return whether a whole record begins at a place, and another, or the end of the file, follows it.
+
+    Writers that do not cut records leave the magic within images.
+    """
+    try:
+        return _is_followed(file, record_at(file, position))
+    except ValueError:
+        return False
+
+
+def _is_followed(file: RangedFile, record: Record) -> bool:
+    return record.stop >= file.num_bytes or file.at(record.stop, len(MAGIC)) == MAGIC
