@@ -15,7 +15,7 @@ EYES = "eyes"
 ARCFACE = "arcface-112"
 TEMPLATES = (EYES, ARCFACE)
 
-_ARCFACE_52 = np.array(
+ARCFACE_52 = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 """Positions of the five landmarks in a crop of 112 pixels, for ArcFace (Deng et al. 2019) and most public models."""
@@ -53,7 +53,7 @@ def alignment_matrix(box_4: np.ndarray, landmarks_52: np.ndarray, alignment: Ali
     five landmarks to their positions by least squares.
     """
     if alignment.template == ARCFACE:
-        return _similarity(np.asarray(landmarks_52, np.float64), _ARCFACE_52 * (alignment.image_size / 112))
+        return _similarity(np.asarray(landmarks_52, np.float64), ARCFACE_52 * (alignment.image_size / 112))
     left_eye, right_eye = np.asarray(landmarks_52[:2], np.float64)
     box = np.asarray(box_4, np.float64)
     side = max(box[2] - box[0], box[3] - box[1], 1.0) * (1.0 + alignment.margin)

@@ -71,16 +71,24 @@ class ExtractionSettings:
 
 
 def fingerprint(settings: ExtractionSettings) -> dict[str, Any]:
-    """Return what a crop depends on, flat and fit for JSON, with a short `id` of all of it."""
-    content: dict[str, Any] = {
+    """Return what a crop depends on, flat and JSON-able, with a short `id` over all of it."""
+    detection = {
         "detector": settings.detector,
         "detector_sha256": detector_sha256(settings.detector, settings.detector_weights),
         "detection_size": settings.detection_size,
         "min_score": settings.min_score,
         "min_face": settings.min_face,
         "faces_policy": settings.policy,
+    }
+    return fingerprint_of(settings.alignment, detection)
+
+
+def fingerprint_of(alignment: Alignment, detection: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of crops that lie so and were found so."""
+    content: dict[str, Any] = {
+        **detection,
         "jpeg_quality": JPEG_QUALITY,
-        **_alignment_parameters(settings.alignment),
+        **_alignment_parameters(alignment),
         "code_version": CODE_VERSION,
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -96,8 +104,15 @@ def _alignment_parameters(alignment: Alignment) -> dict[str, Any]:
 
 
 def fingerprint_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return `name: ours here, theirs there` for each entry in which two fingerprints differ."""
+    """Return one `name: ours, theirs` for each entry in which two fingerprints differ.
+
+    Crops that came aligned have no detector. There, only the places of the landmarks and the size count.
+    """
     names = sorted((set(ours) | set(theirs)) - {"id"})
+    if ours.get("aligned") != theirs.get("aligned"):
+        aligned = ours.get("aligned") or theirs.get("aligned")
+        names = ["aligned"] if aligned == "none" else ["image_size", "template"]
+        names += ["eye_height", "margin"] if aligned == EYES else []
     return [
         f"{name}: {ours.get(name)} here, {theirs.get(name)} there"
         for name in names

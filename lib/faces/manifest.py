@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +15,7 @@ from lib.faces.identities import folder_identities, read_identities
 from lib.faces.images import PHOTO_SUFFIXES
 from lib.faces.sources.folder import FolderSource
 from lib.faces.sources.source import SCAN_SCHEMA, ContainerSource, Source
-from lib.faces.splits import split_of
+from lib.faces.splits import Splits, named_people
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,11 @@ def read_manifest(
     source: Source,
     identities_url: str | None,
     *,
-    split_seed: int,
+    split_seed: int = 0,
+    splits: Splits | None = None,
     identities_required: bool,
     min_listed_share: float = MIN_LISTED_SHARE,
+    exclude: Sequence[str] = (),
 ) -> Manifest:
     """List the photos of a source and give each its identity and split.
 
@@ -79,6 +81,7 @@ def read_manifest(
     Raises:
         UserError: no photos, or an identities file that cannot be trusted.
     """
+    chosen = splits or Splits(seed=split_seed)
     has_list = identities_url is not None and storage.exists(identities_url)
     scanned, num_bytes = _scanned(source)
     shown = storage.redacted(source.url)
@@ -105,7 +108,7 @@ def read_manifest(
         else:
             identities = scanned["identity"].to_pylist()
         statuses = [table.NO_IDENTITY if identities_required and one is None else None for one in identities]
-        photos_table = _table(names, identities, statuses, split_seed)
+        photos_table = _table(names, identities, statuses, _without(chosen, exclude, names, identities))
         for place, column in enumerate(MANIFEST_SCHEMA.names):
             if column in ("source", "group", "row"):
                 photos_table = photos_table.set_column(place, MANIFEST_SCHEMA.field(place), scanned[column])
@@ -114,7 +117,7 @@ def read_manifest(
         photos, identities, statuses = _join(names, listed)
     else:
         photos, identities, statuses = _by_folder(names, source.url, identities_url, required=identities_required)
-    photos_table = _table(photos, identities, statuses, split_seed)
+    photos_table = _table(photos, identities, statuses, _without(chosen, exclude, photos, identities))
     order = pc.sort_indices(photos_table, sort_keys=[("split", "ascending"), ("photo", "ascending")])
     return Manifest(photos_table.take(order), num_bytes, dict(source.passed_over))
 
@@ -178,19 +181,25 @@ def _by_folder(
     return names, folders, statuses
 
 
+def _without(splits: Splits, exclude: Sequence[str], photos: Sequence[str], identities: Sequence[str | None]) -> Splits:
+    """Return splits whose training leaves out the people that lists at the URLs `exclude` name."""
+    excluded: set[str] = set()
+    for url in exclude:
+        people = {identity for identity in identities if identity is not None}
+        found = named_people(url, people, dict(zip(photos, identities, strict=True)))
+        (logger.info if found else logger.warning)(
+            "%s names %d of the %d people here: they are left out of training",
+            *(storage.redacted(url), len(found), len(people)),
+        )
+        excluded |= found
+    return replace(splits, excluded=frozenset(excluded)) if exclude else splits
+
+
 def _table(
-    photos: Iterable[str | None], identities: Iterable[str | None], statuses: Iterable[str | None], seed: int
+    photos: Iterable[str], identities: Iterable[str | None], statuses: Iterable[str | None], splits: Splits
 ) -> pa.Table:
-    splits: dict[str, str] = {}
     photos, identities = list(photos), list(identities)
-    split_names = []
-    for photo, identity in zip(photos, identities, strict=True):
-        # Who stands for nobody is split by its own name.
-        key = identity if identity is not None else f"photo:{photo}"
-        if identity is None:
-            split_names.append(split_of(key, seed))
-        else:
-            split_names.append(splits.get(key) or splits.setdefault(key, split_of(key, seed)))
+    split_names = [splits.of(photo, identity) for photo, identity in zip(photos, identities, strict=True)]
     nothing = pa.nulls(len(photos))
     arrays = [
         pa.array(photos, pa.string()),

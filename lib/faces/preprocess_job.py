@@ -7,21 +7,26 @@ name and content follow from the manifest and the settings alone: see `lib.parts
 import json
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import card, table
-from lib.faces.alignment import Alignment
+from lib.faces.aligned import ARCFACE_SIDE, AlignedCrops, aligned_tables
+from lib.faces.alignment import ARCFACE, EYES, Alignment
 from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
 from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, read_manifest
 from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
 from lib.faces.sources.opening import AUTO, check_format, open_source
 from lib.faces.sources.source import PhotoColumns, Source
+from lib.faces.splits import SHARES, Splits, listed_splits
 from lib.layout import Layout
 from lib.parts import (
     PLAN_NAME,
@@ -66,8 +71,13 @@ class PreprocessConfig:
     """Smallest share of the photos listed in --identities that has to exist. Below it the names do not match."""
     faces: str | None = None
     """Folder for the faces table. Default: faces/ below --data."""
-    image_size: int = 240
-    """Side of a crop, in pixels."""
+    aligned: str | None = None
+    """The photos are aligned crops already: arcface-112 (as InsightFace's sets), eyes (as this job makes them), or none
+    (as they are). No face is detected, and a JPEG of the right size is taken byte for byte."""
+    verify: bool = False
+    """With --aligned: decode every crop, to find those that are damaged."""
+    image_size: int | None = None
+    """Side of a crop, in pixels. Default: 240, with --aligned arcface-112 112."""
     eye_height: float = 0.4
     """Height of the eyes in a crop: distance from the top as a share of the side."""
     margin: float = 0.1
@@ -88,6 +98,15 @@ class PreprocessConfig:
     """Largest photo that is decoded, in megapixels."""
     split_seed: int = 0
     """Seed of the split of identities into train, val and test."""
+    split_shares: tuple[float, float, float] = SHARES
+    """Shares of the identities in train, val and test, in percent, such as 95 5 0."""
+    split_from: str | None = None
+    """What decides the split instead: the level of a folder named train, val or test (1: the topmost), or a file of
+    lines "identity split" or "photo split"."""
+    exclude_identities: tuple[str, ...] = ()
+    """Files that name people, one a line. They are left out of training: their split is test."""
+    exclude_pairs: tuple[str, ...] = ()
+    """Pair files of test sets, such as LFW's pairs.txt. The people in them are left out of training."""
     image_column: str = "image"
     """Parquet and Arrow photos: column with the image, binary or a struct with `bytes`."""
     identity_column: str = "identity"
@@ -107,6 +126,12 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         self.settings()  # refuses what cannot be before anything starts
+        self.aligned_crops()
+        Splits(shares=self.split_shares)
+        if self.aligned is not None and self.faces_policy != "prominent":
+            raise UserError("--aligned has one face per photo: leave --faces-policy out")
+        if self.verify and self.aligned is None:
+            raise UserError("--verify is for --aligned: other photos are always decoded")
         if not 0.0 <= self.min_listed_share <= 1.0:
             raise UserError(f"--min-listed-share is {self.min_listed_share}: allowed is 0 to 1")
         check_format(self.photos_format)
@@ -141,8 +166,41 @@ class PreprocessConfig:
             min_face=self.min_face,
             policy=self.faces_policy,
             max_megapixels=self.max_megapixels,
-            alignment=Alignment(image_size=self.image_size, eye_height=self.eye_height, margin=self.margin),
+            alignment=self._alignment(),
         )
+
+    def _alignment(self) -> Alignment:
+        is_arcface = self.aligned == ARCFACE
+        size = self.image_size if self.image_size is not None else ARCFACE_SIDE if is_arcface else 240
+        template = ARCFACE if is_arcface else EYES
+        return Alignment(image_size=size, eye_height=self.eye_height, margin=self.margin, template=template)
+
+    def splits(self) -> Splits:
+        """Return what decides the splits.
+
+        Raises:
+            UserError: shares that do not add up, or a file that cannot be read.
+        """
+        level, listed = None, None
+        if self.split_from is not None:
+            if self.split_from.isdigit():
+                level = int(self.split_from)
+                if level < 1:
+                    raise UserError("--split-from is 0: levels of folders begin with 1")
+            else:
+                listed = listed_splits(absolute_url(self.split_from, "--split-from"))
+        return Splits(seed=self.split_seed, shares=self.split_shares, level=level, listed=listed)
+
+    def aligned_crops(self) -> AlignedCrops | None:
+        """Return how crops that are aligned already become rows, None where faces are detected."""
+        if self.aligned is None:
+            return None
+        return AlignedCrops(template=self.aligned, alignment=self._alignment(), verify=self.verify)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what a crop depends on."""
+        crops = self.aligned_crops()
+        return crops.fingerprint() if crops else fingerprint(self.settings())
 
     def source(self) -> Source:
         """Return the photos.
@@ -204,7 +262,8 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
 def _check_detector(config: PreprocessConfig) -> None:
     """Raise UserError where the workers' detector could not be loaded: so it is told in one line."""
-    load_detector(config.detector, config.settings().detector_weights)
+    if config.aligned is None:
+        load_detector(config.detector, config.settings().detector_weights)
 
 
 def _make(
@@ -250,17 +309,30 @@ def _make(
 def _plan(config: PreprocessConfig, source: Source) -> tuple[Manifest, dict[str, Any]]:
     """Return the photos, and all that decides the table made of them."""
     logger.info("listing %s: %s", storage.redacted(config.photos_url), source.what)
+    exclude = [
+        absolute_url(url, flag)
+        for flag, urls in (
+            ("--exclude-identities", config.exclude_identities),
+            ("--exclude-pairs", config.exclude_pairs),
+        )
+        for url in urls
+    ]
+    splits = config.splits()
     manifest = read_manifest(
         source,
         config.identities_url,
-        split_seed=config.split_seed,
+        splits=splits,
+        exclude=exclude,
         identities_required=config.faces_policy != "all",
         min_listed_share=config.min_listed_share,
     )
     return manifest, {
-        "fingerprint": fingerprint(config.settings()),
+        "fingerprint": config.fingerprint(),
         "split_seed": config.split_seed,
+        **({"split_shares": [*config.split_shares]} if config.split_shares != SHARES else {}),
+        **({"split_from": config.split_from} if config.split_from is not None else {}),
         "max_megapixels": config.max_megapixels,
+        **({"verify": True} if config.verify else {}),
         "image_column": config.image_column,
         "photos": len(manifest),
         "photo_bytes": manifest.num_bytes,
@@ -315,11 +387,13 @@ class PartWorker:
     def __init__(
         self, config: PreprocessConfig, source: Source, fingerprint: dict[str, Any], num_cpus: int, use_gpu: bool
     ) -> None:
-        self._faces_url = config.faces_url
+        self._config, self._source = config, source
         self._fingerprint_json = json.dumps(fingerprint)
-        extractor = _gpu_extractor(config, num_cpus) if use_gpu else FaceExtractor(config.settings())
-        self._made_on = extractor.made_on
-        self._reader = PhotoReader(source, extractor)
+        self._crops = config.aligned_crops()
+        if self._crops is None:
+            extractor = _gpu_extractor(config, num_cpus) if use_gpu else FaceExtractor(config.settings())
+            self._made_on = extractor.made_on
+            self._reader = PhotoReader(source, extractor)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         """Process one part, an item of `part_item`, and return its summary."""
@@ -327,15 +401,25 @@ class PartWorker:
 
     def _process(self, part: dict[str, Any]) -> int:
         num_photos = 0
-        for split, made in self._reader.rows(part).items():
-            faces_table = table.faces_table(made.rows, self._fingerprint_json)
-            about = {card.BYTES_KEY: str(made.num_bytes).encode(), card.MADE_ON_KEY: self._made_on.encode()}
+        for split, faces_table, made_on, photos, num_bytes in self._tables(part):
+            about = {card.BYTES_KEY: str(num_bytes).encode(), card.MADE_ON_KEY: made_on.encode()}
             metadata = {**faces_table.schema.metadata, **about}
-            url = storage.join(self._faces_url, part_name(split, part["index"]))
+            url = storage.join(self._config.faces_url, part_name(split, part["index"]))
             # JPEG does not shrink; the other columns are small beside it.
             storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), compression="none")
-            num_photos += made.num_photos
+            num_photos += photos
         return num_photos
+
+    def _tables(self, part: dict[str, Any]) -> Iterator[tuple[str, pa.Table, str, int, int]]:
+        """Yield split, faces table, what made it, and the number and bytes of its photos."""
+        if self._crops is not None:
+            made = aligned_tables(self._source, part, self._crops, self._config.max_megapixels)
+            for split, (faces_table, num_bytes) in made.items():
+                yield split, faces_table, "copied", len(faces_table), num_bytes
+            return
+        for split, rows in self._reader.rows(part).items():
+            faces_table = table.faces_table(rows.rows, self._fingerprint_json)
+            yield split, faces_table, self._made_on, rows.num_photos, rows.num_bytes
 
 
 def _process(
@@ -352,7 +436,7 @@ def _process(
     with cluster.connected():
         if config.gpus != "auto":
             cluster.wait_for("GPU", config.gpus, limit_s=60 * config.wait_minutes)
-        gpus = 0 if config.detector == "batch-face" else cluster.chosen_gpus(config.gpus)
+        gpus = 0 if config.detector == "batch-face" or config.aligned is not None else cluster.chosen_gpus(config.gpus)
         share = Share.of_gpus(gpus, most_a_gpu=WORKERS_A_GPU)
         return run_parts(
             [part_item(manifest, part) for part in todo],
