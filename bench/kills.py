@@ -211,8 +211,7 @@ def wrong_end(status: int, errors: str, ending: str | None) -> str:
 def rows_of(faces: Path) -> list[str]:
     """Return the rows of a finished faces table, in the order of their photos, and its counts."""
     success = table.read_success(str(faces))
-    files = sorted(faces.glob("split=*/*.parquet"))
-    rows = [row for path in files for row in storage.read_parquet(str(path)).to_pylist()]
+    rows = [row for name in success["parts"] for row in storage.read_parquet(str(faces / name)).to_pylist()]
     return [repr(success["counts"]), *(repr(row) for row in sorted(rows, key=lambda row: str(row["photo"])))]
 
 

@@ -50,7 +50,7 @@ Workers = Callable[[TrainConfig, ModelSpec, np.ndarray], dict[str, Any] | None]
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]:
-    """Train a model, on the workers of Ray Train unless told otherwise, and return what the last line of the job says.
+    """Train a model, by default on the workers of Ray Train, and return the result for the job's last line.
 
     Raises:
         UserError: something about the input, the flags or the cluster; JobError: storage or workers failed for good;
@@ -323,23 +323,23 @@ def _show(news: News, progress: ProgressLine) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the last line of an error that has the story of another one inside."""
+    """Return the last line of an error whose text contains another error."""
     return str(error).strip().splitlines()[-1]
 
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """Set the event at SIGTERM and SIGUSR1, as Slurm and Kubernetes send before they end a job."""
+    """Set the event at SIGTERM and SIGUSR1, which Slurm and Kubernetes send before they end a job."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
-    def heed(number: int, _: object) -> None:
-        note_signal(number)  # Ray may have died of it, where it went to the whole process group
+    def on_signal(number: int, _: object) -> None:
+        note_signal(number)  # a signal to the whole process group also kills Ray
         asked.set()
 
-    before = [signal.signal(kind, heed) for kind in STOP_SIGNALS]
+    before = [signal.signal(kind, on_signal) for kind in STOP_SIGNALS]
     try:
         yield asked
     finally:
