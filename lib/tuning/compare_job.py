@@ -62,6 +62,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         logger.info("%d runs would be compared into %s", len(urls), output)
         return {"job": "compare", "dry_run": True, "runs": urls, "output": output}
     storage.check_writable(output)
+    logger.info("comparing %d run%s", len(urls), "" if len(urls) == 1 else "s")
     runs = _distinct([read_run(url) for url in urls])
     result = write_comparison(output, " and ".join(config.runs) or layout.url, runs)
     return {"job": "compare", **result, "seconds": round(time.monotonic() - started, 1)}
