@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lib import ray_watch
 from lib.errors import JobError, UserError
 from lib.ray_internals import lean_start, read_token_settings
 
@@ -41,7 +42,7 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         _give_token()
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
         try:
-            with lean_start():
+            with ray_watch.watched_start(daemons, lambda: _last_words(folder / "r")), lean_start():
                 # A folder inside ours, because Ray opens its own folder to everybody.
                 ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
         except Exception as error:
@@ -78,7 +79,8 @@ def daemons() -> dict[str, int]:
         with suppress(OSError):  # the process has ended meanwhile
             pid_and_name, _, rest = status.read_text().rpartition(")")
             pid, _, name = pid_and_name.partition(" (")
-            if name in ("gcs_server", "raylet") and int(rest.split()[1]) == os.getpid():
+            state, parent = rest.split()[:2]
+            if name in ("gcs_server", "raylet") and int(parent) == os.getpid() and state != "Z":
                 found[name] = int(pid)
     return found
 

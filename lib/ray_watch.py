@@ -7,7 +7,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -42,6 +42,34 @@ def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[
         yield
     finally:
         leaving.set()
+        thread.join()
+
+
+@contextmanager
+def watched_start(daemons: Callable[[], Mapping[str, int]], last_words: Callable[[], str]) -> Iterator[None]:
+    """End this process with one line if a daemon is killed while Ray starts, which would hang for a minute and abort.
+
+    A daemon that dies of an error of its own has `last_words`, which Ray's start reports.
+    """
+    started = threading.Event()
+
+    def watch() -> None:
+        seen: dict[str, int] = {}
+        while not started.wait(0.5):
+            now = daemons()
+            dead = [name for name, pid in seen.items() if now.get(name) != pid]
+            if dead and last_words():
+                return
+            if dead and not started.wait(1.0):
+                _end(f"{_NAMES[dead[0]]} has died: killed, or out of memory")
+            seen.update(now)
+
+    thread = threading.Thread(target=watch, daemon=True, name="ray-start-watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        started.set()
         thread.join()
 
 

@@ -40,7 +40,7 @@ _IF_KILLED = f"""
 read -r ended && exit 0
 if [ -s "$1" ]; then
     echo "{_TAIL_TITLE} $1:"
-    grep -v '^ ' "$1" | tail -n {TAIL_LINES} | sed 's/^/    /; s#://[^ ]*[@?][^ ]*#://***#g'
+    grep -v -e '^ ' -e '\\[0x' "$1" | tail -n {TAIL_LINES} | sed 's/^/    /; s#://[^ ]*[@?][^ ]*#://***#g'
 fi
 echo "failed: the process was killed, or a library has crashed"
 """

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from lib import local_ray, remote_ray
 from lib.errors import UserError
 from tests.job_runner import (
     ROOT,
+    children,
     environment,
     finish,
     kill_session,
@@ -223,6 +225,23 @@ def test_a_local_ray_that_does_not_start_is_explained_in_one_line(sample_data: P
     assert done.last_error.startswith(
         "failed: Ray does not start on this machine: its gcs_server died: Unsupported GCS storage type: nonsense: free "
     )
+    assert "Traceback" not in done.errors
+
+
+@pytest.mark.slow
+def test_a_head_service_that_is_killed_while_ray_starts_ends_the_job_in_one_line(
+    sample_data: Path, tmp_path: Path
+) -> None:
+    """Ray itself would wait for a minute and abort with a dump of its stack."""
+    with start_job("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path / "faces"), extra={}) as job:
+        wait_until(lambda: any("gcs_server" in command for command in children(job.pid).values()), job)
+        time.sleep(0.7)  # so that the job has seen it
+        for pid, command in children(job.pid).items():
+            if "gcs_server" in command:
+                os.kill(pid, signal.SIGKILL)
+        done = finish(job, 40)
+    assert done.status == 1
+    assert done.last_error.startswith("failed: Ray's head service (gcs_server) has died")
     assert "Traceback" not in done.errors
 
 
