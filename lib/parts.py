@@ -1,87 +1,126 @@
-"""Work in parts that may be stopped at any moment: a plan, files that are there or not, and Ray Data for the rest.
+"""Tables made of parts, in versions: their job may be killed at any moment, and they can be read at any moment.
 
-The name and content of a part's files follow from the plan alone. So what is there is done, whoever wrote it, and a
-part that was done twice is the same file. The plan is written first, `_SUCCESS` last.
+The name of a part's file holds a digest of what the part is made of. So a file that is there is done, whoever wrote it,
+and a part of other content is another file beside the first. `_plan.json` is written first: it says which version is
+being made, and with which settings. `_SUCCESS` is written last: it names the files of the version that readers see.
+Only then are the files of older versions removed, except those of the newest, whose names `_versions/` keeps.
 """
 
+import hashlib
 import logging
-import platform
-import threading
-import time
+import re
 import uuid
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from lib import cluster, storage
+from lib import storage
 from lib.errors import JobError, UserError
-from lib.progress import ProgressLine
-from lib.terminal import send_log_to_driver
 
 logger = logging.getLogger(__name__)
 
 PLAN_NAME = "_plan.json"
 SUCCESS_NAME = "_SUCCESS"
+VERSIONS_FOLDER = "_versions"
 PART_PREFIX = "split="
 """What the folders begin with that hold the files of the parts."""
-TRIES_OF_A_PART = 10
-"""A worker that dies is replaced; one that always dies over the same part would be so for ever."""
-READER_LIMIT_S = 10.0
+
+KEEP_VERSIONS = 2
+"""The version before stays by default: a job that began to read it can finish."""
+
+_DIGEST_CHARACTERS = 12
+_NAME = re.compile(
+    rf"split=(?P<split>[^/]+)/part-(?P<key>.+)-[0-9a-f]{{{_DIGEST_CHARACTERS}}}(?P<again>\.v\d+)?\.parquet"
+)
 
 Plan = Mapping[str, Any]
 
-
 SUCCESS_ENTRIES = {"run_id": str, "fingerprint": dict, "counts": dict}
-"""What `_SUCCESS` holds, with their types; `parts`, the size of each file in bytes, is not in older ones."""
+"""What `_SUCCESS` holds, with their types. Tables made before there were versions lack `version`, the number of this
+one, and `content`, the digest of its files' names; the oldest lack `parts`, the size of each file in bytes."""
 
 
-def settle(
-    url: str,
-    plan: Plan,
-    *,
-    flag: str,
-    overwrite: bool,
-    file_names: Sequence[str],
-    other_names: Sequence[str] = (),
-    before_removal: Callable[[], object] = lambda: None,
-) -> dict[str, Any] | None:
-    """Return the `_SUCCESS` of a finished output of this very plan, or None where there is work to do.
+def part_name(split: str, key: str, digest: str) -> str:
+    """Return the path of the file that a part becomes in a split. `digest` says what it is made of, in hexadecimals."""
+    return f"split={split}/part-{key}-{digest[:_DIGEST_CHARACTERS]}.parquet"
 
-    A finished output that has lost some of its `file_names` is work to do: those are made again. With `overwrite` the
-    output of another plan is removed, and nothing else: its parts, `other_names`, its plan. `before_removal` is called
-    first, and raises where the new output could not be made.
+
+def part_key(name: str) -> str | None:
+    """Return the key of the part that a file holds, None for a file of a table without versions."""
+    match = _NAME.fullmatch(name)
+    return match["key"] if match else None
+
+
+def split_in(name: str) -> str:
+    """Return the split of a part's file."""
+    return name.split("/")[0].removeprefix(PART_PREFIX)
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """Return a digest of texts in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}:{text}".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the folder of a table holds before a job works on it.
+
+    Attributes:
+        plan: of the version begun last.
+        success: of the version that readers see.
+        present: the sizes in bytes of the files that are there, by their paths.
+    """
+
+    url: str
+    plan: Plan | None = None
+    success: dict[str, Any] | None = None
+    present: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether the table was begun before there were versions: the names of its files say nothing of the content."""
+        return self.plan is not None and "content" not in self.plan
+
+    def current(self, names: Sequence[str]) -> list[str]:
+        """Return the names with those in place of them that the finished version has for the same content."""
+        made_again = {name: name for name in self.success["parts"]} if self.success else {}
+        made_again = {_without_again(name): name for name in made_again}
+        return [made_again.get(name, name) for name in names]
+
+    def missing(self, names: Sequence[str]) -> set[str]:
+        """Return the files of these that are not there, or not as they were written."""
+        sizes = self.success["parts"] if self.success else {}
+        return {name for name in names if self.present.get(name) != sizes.get(name, self.present.get(name, -1))}
+
+    def is_finished(self, names: Sequence[str]) -> bool:
+        """Return whether the version that readers see has these files and no other, and all are there."""
+        return self.success is not None and self.success["parts"].keys() == set(names) and not self.missing(names)
+
+
+def settle(url: str, plan: Plan, *, flag: str, overwrite: bool) -> Found:
+    """Return what a folder holds, once a table of this plan may be made in it. Nothing is removed or written.
+
+    The plan is what decides the content besides the input: a table of other settings needs `overwrite`.
 
     Raises:
-        UserError: the folder holds the output of another plan, or files of someone else. `flag` names the folder.
+        UserError: the folder holds a table of other settings, or files of someone else. `flag` names the folder.
     """
     earlier, problem = earlier_plan(url, PLAN_NAME, plan)
     if earlier is not None and earlier.get("job") != plan.get("job"):
         raise UserError(
             f"{url} holds what another job made, which is never overwritten: choose another folder by {flag}"
         )
-    if not problem:
-        return None if earlier is None else _finished(url, file_names)
-    if not overwrite:
+    if problem and earlier is None:
+        raise UserError(f"{url} {problem}: --overwrite replaces what this job made only; choose another folder")
+    if problem and not overwrite:
         raise UserError(
             f"{url} {problem}: choose another folder by {flag}, go back to those settings, or replace it with "
             "--overwrite"
         )
-    if earlier is None:
-        raise UserError(f"{url} {problem}: --overwrite replaces what this job made only; choose another folder")
-    before_removal()
-    logger.info("removing what was made earlier in %s", storage.redacted(url))
-    # What says that all is there goes first, and what says whose it is goes last.
-    storage.remove(storage.join(url, SUCCESS_NAME))
-    for info in storage.list_files(url, suffix=".parquet"):
-        if info.path.startswith(PART_PREFIX):
-            storage.remove(storage.join(url, info.path))
-    for name in other_names:
-        storage.remove(storage.join(url, name))
-    storage.remove(storage.join(url, PLAN_NAME))
-    return None
+    return Found(url, earlier, _success(url), present_files(url)) if earlier is not None else Found(url)
 
 
 def earlier_plan(
@@ -102,14 +141,87 @@ def earlier_plan(
     return None, f"holds files but no {plan_name}, such as {first.path}"
 
 
-def write_plan(url: str, plan: Plan) -> str:
-    """Write the plan unless it is there, and return the id of the run that wrote it."""
-    plan_url = storage.join(url, PLAN_NAME)
-    if storage.exists(plan_url):
-        return str(storage.read_json(plan_url, {"run_id": str})["run_id"])
-    run_id = uuid.uuid4().hex[:12]
-    storage.write_json(plan_url, {"run_id": run_id, **plan})
-    return run_id
+def is_same_old_table(found: Found, old_plan: Callable[[], Plan]) -> bool:
+    """Return whether a table without versions is finished and whole, and was made of what `old_plan` says."""
+    if found.plan is None or not found.is_old or found.success is None or found.missing(list(found.success["parts"])):
+        return False
+    return all(found.plan.get(name) == value for name, value in old_plan().items())
+
+
+def begin(found: Found, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
+    """Write the plan of the version that has these files, unless it is there, and return it with its run_id.
+
+    A version that was begun goes on under its run_id; so does a finished one that lost files.
+    """
+    content = digest_of(sorted(names))
+    earlier, success = found.plan or {}, found.success or {}
+    if earlier.get("content") == content and not differences(plan, earlier):
+        return dict(earlier)
+    if success.get("content") == content:
+        about = {"run_id": success["run_id"], "version": success["version"]}
+    else:
+        about = {"run_id": uuid.uuid4().hex[:12], "version": next_version(found)}
+    begun = {**about, "content": content, **plan}
+    storage.write_json(storage.join(found.url, PLAN_NAME), begun)
+    return begun
+
+
+def next_version(found: Found) -> int:
+    """Return the number of the version after the finished one."""
+    return int((found.success or {}).get("version", 0)) + 1
+
+
+def made_again(name: str, version: int) -> str:
+    """Return the name of a file that is made again of the same content for this version."""
+    return f"{_without_again(name).removesuffix('.parquet')}.v{version}.parquet"
+
+
+def check_ours(url: str, begun: Plan) -> None:
+    """Raise JobError where another job has begun another version since `begin` returned."""
+    now = read_plan(url)
+    if now["run_id"] != begun["run_id"]:
+        raise JobError(
+            f"{storage.redacted(url)}: another job began version {now.get('version')} of this table while this one "
+            "ran: wait until it has ended, and run the same command again"
+        )
+
+
+def finish_version(
+    url: str, begun: Plan, names: Sequence[str], about: Plan, *, keep_versions: int = KEEP_VERSIONS
+) -> None:
+    """Make the version of these files the one that readers see, then remove what no kept version needs.
+
+    Raises:
+        JobError: another job began another version meanwhile, or files are gone.
+    """
+    check_ours(url, begun)
+    present = present_files(url)
+    if gone := [name for name in names if name not in present]:
+        raise JobError(f"{len(gone)} new parts of {storage.redacted(url)} are gone, such as {gone[0]}: run it again")
+    earlier = _success(url)
+    if earlier is not None and earlier["run_id"] != begun["run_id"]:
+        storage.write_json(_version_url(url, earlier), earlier)
+    entries = {name: begun[name] for name in ("run_id", "version", "content")}
+    success = {**entries, **about, "parts": {name: present[name] for name in names}}
+    storage.write_json(storage.join(url, SUCCESS_NAME), success)
+    remove_unused(url, success, present, keep_versions=keep_versions)
+
+
+def remove_unused(url: str, success: Plan, present: Iterable[str], *, keep_versions: int) -> None:
+    """Remove the parts that neither the finished version nor one of the newest before it has, and their lists."""
+    kept, used = keep_versions - 1, set(success["parts"])
+    for number, name in sorted(_kept_versions(url), reverse=True):
+        version_url = storage.join(url, VERSIONS_FOLDER, name)
+        if kept > 0 and number < success["version"]:
+            used |= storage.read_json(version_url, SUCCESS_ENTRIES)["parts"].keys()
+            kept -= 1
+        else:
+            storage.remove(version_url)
+    unused = [name for name in present if name.startswith(PART_PREFIX) and name not in used]
+    if unused:
+        logger.info("removing %d files of older versions of %s", len(unused), storage.redacted(url))
+    for name in unused:
+        storage.remove(storage.join(url, name))
 
 
 def present_files(url: str) -> dict[str, int]:
@@ -117,18 +229,23 @@ def present_files(url: str) -> dict[str, int]:
     return {info.path: info.num_bytes for info in storage.list_files(url, suffix=".parquet")}
 
 
-def read_success(url: str, *, what: str, job: str) -> dict[str, Any]:
-    """Return what a finished output says of itself, once all its parts are there.
+def read_success(url: str, *, what: str, job: str, run_id: str | None = None) -> dict[str, Any]:
+    """Return what a finished table says of itself, its `parts` among it, once all of them are there.
+
+    With `run_id`, it is the version of that id, where it is still kept, and else the present one.
 
     Raises:
         UserError: there is none, it is not finished, or parts of it are gone. `what` and `job` name it and its maker.
     """
-    success_url = storage.join(url, SUCCESS_NAME)
     shown = storage.redacted(url)
-    if not storage.exists(success_url):
+    success = _success(url)
+    if success is None:
         raise UserError(f"no finished {what} at {shown} (no {SUCCESS_NAME}): run {job} first")
-    success = storage.read_json(success_url, SUCCESS_ENTRIES)
-    if lost := _lost(url, success):
+    if run_id is not None and success["run_id"] != run_id:
+        success = next((kept for kept in _kept_successes(url) if kept["run_id"] == run_id), success)
+    present = present_files(url)
+    lost = [name for name, num_bytes in success["parts"].items() if present.get(name) != num_bytes]
+    if lost:
         raise UserError(
             f"{len(lost)} of the {len(success['parts'])} parts of {shown} are gone or not as they were written, such "
             f"as {lost[0]}: run {job} again with the settings of that table, and it makes them again"
@@ -136,172 +253,47 @@ def read_success(url: str, *, what: str, job: str) -> dict[str, Any]:
     return success
 
 
-def _lost(url: str, success: Mapping[str, Any]) -> list[str]:
-    """Return the parts that `_SUCCESS` names and that are not there, or of another size."""
-    parts = success.get("parts")
-    if not isinstance(parts, dict):
-        return []
-    present = present_files(url)
-    return [name for name, num_bytes in parts.items() if present.get(name) != num_bytes]
+def finished_run_id(url: str) -> str | None:
+    """Return the run_id of the finished version, None where there is none."""
+    success = _success(url)
+    return None if success is None else success["run_id"]
 
 
-def _finished(url: str, file_names: Sequence[str]) -> dict[str, Any] | None:
-    """Return `_SUCCESS` where all is there; else remove the parts that were changed, so that they are made again."""
+def read_plan(url: str) -> dict[str, Any]:
+    """Return the plan of the version that was begun last."""
+    return storage.read_json(storage.join(url, PLAN_NAME), {"run_id": str, "fingerprint": dict})
+
+
+def _success(url: str) -> dict[str, Any] | None:
+    """Return the content of `_SUCCESS`, None where there is none. The oldest say nothing of their parts."""
     success_url = storage.join(url, SUCCESS_NAME)
     if not storage.exists(success_url):
         return None
     success = storage.read_json(success_url, SUCCESS_ENTRIES)
-    present = present_files(url)
-    lost = set(_lost(url, success)) | {name for name in file_names if name not in present}
-    if not lost:
-        return success
-    logger.warning("%d parts of %s are gone or damaged: they are made again", len(lost), storage.redacted(url))
-    for name in lost & set(file_names) & set(present):
-        storage.remove(storage.join(url, name))
-    return None
+    if "parts" not in success:
+        success["parts"] = {name: size for name, size in present_files(url).items() if part_key(name) is None}
+    if not isinstance(success["parts"], dict) or not isinstance(success.get("version", 0), int):
+        raise UserError(f"{storage.redacted(success_url)} names no parts: remove it and run the job that made it again")
+    return success
 
 
-def summary(process: Callable[[dict[str, Any]], int], item: dict[str, Any]) -> dict[str, Any]:
-    """Process an item on a worker, and return what `run_parts` wants to know of it.
-
-    What ends the job, such as a full disk, comes as `failure`: raised, it would be logged with the stack of everything
-    between.
-    """
-    started = time.monotonic()
-    count, failure = 0, ""
-    try:
-        count = process(item)
-    except (UserError, JobError) as error:
-        failure = str(error)
-    return {"count": count, "seconds": time.monotonic() - started, "failure": failure, "node": platform.node()}
+def _kept_versions(url: str) -> list[tuple[int, str]]:
+    """Return number and file name of each version before the finished one that is kept."""
+    listed = storage.list_files(storage.join(url, VERSIONS_FOLDER), suffix=".json")
+    return [(int(info.path.removesuffix(".json")), info.path) for info in listed if info.path[:-5].isdigit()]
 
 
-class Worker:
-    """A worker that tells what kept it from starting, where Ray would try again and print the stack each time."""
-
-    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
-        self._failure = ""
-        send_log_to_driver()
-        try:
-            self._worker = worker(*arguments)
-        except (UserError, JobError) as error:
-            self._failure = str(error)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Return the summary of an item."""
-        if self._failure:
-            return {"count": 0, "seconds": 0.0, "failure": self._failure, "node": platform.node()}
-        done: dict[str, Any] = self._worker(item)
-        return done
+def _kept_successes(url: str) -> Iterable[dict[str, Any]]:
+    for _, name in _kept_versions(url):
+        yield storage.read_json(storage.join(url, VERSIONS_FOLDER, name), SUCCESS_ENTRIES)
 
 
-@dataclass(frozen=True)
-class Share:
-    """What a worker holds: a CPU, or a part of a GPU and the CPUs that feed it.
-
-    Attributes:
-        num_workers: 0 for as many as the cluster has room for.
-    """
-
-    num_workers: int = 0
-    num_cpus: int = 1
-    num_gpus: float = 0.0
-
-    @classmethod
-    def of_gpus(cls, gpus: int, *, most_a_gpu: int) -> "Share":
-        """Return the shares of so many GPUs of the connected cluster; of none, a CPU each.
-
-        Several workers keep a GPU busy where one would wait for its CPU; each has two CPUs, or what is there.
-        """
-        if not gpus:
-            return cls()
-        cpus_a_gpu = cluster.cpus_a_gpu()
-        a_gpu = max(1, min(most_a_gpu, cpus_a_gpu // 2))
-        return cls(gpus * a_gpu, max(1, cpus_a_gpu // a_gpu), 1 / a_gpu)
+def _version_url(url: str, success: Plan) -> str:
+    return storage.join(url, VERSIONS_FOLDER, f"{success.get('version', 0):06d}.json")
 
 
-def run_parts(
-    items: Sequence[dict[str, Any]],
-    worker: type,
-    worker_arguments: tuple[Any, ...],
-    *,
-    unit: str,
-    num_done: int,
-    num_all: int,
-    share: "Share | None" = None,
-) -> tuple[int, float]:
-    """Run the parts on the connected cluster; return the units processed and the seconds since the first of them.
-
-    A worker takes an item and returns its `summary`. Each has its `share` of the GPUs, or a CPU.
-
-    Raises:
-        JobError: a worker's failure.
-    """
-    share = share or Share()
-    num_workers = min(len(items), share.num_workers or cluster.num_cpus())
-    summaries = _summaries(items, (worker, worker_arguments), num_workers, share)
-    logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
-    started, num_processed, num_by_node = 0.0, 0, Counter[str]()
-    with ProgressLine("working", unit=unit, total=num_all, done=num_done) as progress:
-        for done in _rows(summaries):
-            if done["failure"]:
-                raise JobError(done["failure"])
-            # The clock starts with the first worker's first photo: Ray's own start says nothing of the rate.
-            started = started or time.monotonic() - done["seconds"]
-            num_processed += done["count"]
-            num_by_node[done["node"]] += done["count"]
-            progress.add(done["count"])
-    seconds = time.monotonic() - started
-    by_node = ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items()))
-    logger.info("%.0f %ss/s, %ss by node: %s", num_processed / max(seconds, 1e-9), unit, unit, by_node)
-    return num_processed, seconds
-
-
-def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_workers: int, share: "Share") -> Any:
-    """Return the dataset of what so many `Worker`s of these arguments say of the items."""
-    import ray
-    from ray.util.annotations import RayDeprecationWarning
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    with warnings.catch_warnings():
-        # Ray calls `max_task_retries` deprecated here, and names nothing in its place.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return ray.data.from_items(list(items), override_num_blocks=len(items)).map(
-            Worker,
-            fn_constructor_args=arguments,
-            max_task_retries=TRIES_OF_A_PART - 1,
-            num_cpus=share.num_cpus,
-            num_gpus=share.num_gpus or None,
-            # Nodes that join later are used too.
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=num_workers, max_size=num_workers if share.num_gpus else len(items)
-            ),
-        )
-
-
-def _rows(summaries: Any) -> Iterator[dict[str, Any]]:
-    """Yield what the workers return. That they died is told in one line, and an error of ours keeps its stack."""
-    from ray.exceptions import RayError, RayTaskError
-
-    batches = summaries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    try:
-        with closing(iter(batches)) as tables:
-            for rows in tables:
-                yield from rows.to_pylist()
-    except RayTaskError:
-        raise
-    except RayError as error:
-        raise JobError(
-            f"workers died {TRIES_OF_A_PART} times over one part ({type(error).__name__}): give them more memory, or "
-            "find the photo that ends the process; what is done stays, and the same command goes on from here"
-        ) from error
-    finally:
-        # Ray ends a process that leaves it while a thread of Ray Data still asks for rows.
-        for thread in threading.enumerate():
-            if thread.name == "iter_threaded":
-                thread.join(READER_LIMIT_S)
+def _without_again(name: str) -> str:
+    return re.sub(r"\.v\d+\.parquet$", ".parquet", name)
 
 
 def differences(ours: Plan, theirs: Plan, defaults: Plan | None = None) -> list[str]:
@@ -318,6 +310,4 @@ def differences(ours: Plan, theirs: Plan, defaults: Plan | None = None) -> list[
     flat_ours = {**ours, **ours["fingerprint"], "fingerprint": None, "id": None}
     flat_theirs = {**theirs, **theirs.get("fingerprint", {}), "fingerprint": None, "id": None, "run_id": None}
     names = sorted(name for name in flat_ours if flat_ours[name] != flat_theirs.get(name))
-    if names == ["manifest"]:
-        return ["other photos or identities, as many as before"]
-    return [f"{name}: {flat_theirs.get(name)} there, {flat_ours[name]} now" for name in names if name != "manifest"]
+    return [f"{name}: {flat_theirs.get(name)} there, {flat_ours[name]} now" for name in names]

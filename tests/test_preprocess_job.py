@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 
 from lib.faces import table
+from lib.faces.manifest import read_manifest
+from lib.faces.preprocess_job import PreprocessConfig
 from lib.faces.splits import split_of
+from lib.parts import split_in
 from tests.job_runner import ROOT, Finished, RayHead, environment, run_here
 
 pytestmark = pytest.mark.timeout(300)
@@ -153,14 +156,143 @@ def test_other_settings_over_a_table_are_refused_by_name(data: Path, first_run: 
     assert "--overwrite" in refused.last_error
 
 
-def test_other_photos_of_the_same_names_are_refused(data: Path, first_run: Finished, tmp_path: Path) -> None:
+def test_photos_that_have_little_to_do_with_the_table_are_refused(
+    data: Path, first_run: Finished, sample_data: Path
+) -> None:
     assert first_run.status == 0
-    shutil.copytree(data / "photos", tmp_path / "smaller ones")
-    picture = cv2.imread(str(tmp_path / "smaller ones" / "flat.jpg"))
-    cv2.imwrite(str(tmp_path / "smaller ones" / "flat.jpg"), picture[::2, ::2])
-    others = run_here("preprocess.py", "--data", str(data), "--photos", str(tmp_path / "smaller ones"))
+    others = run_here("preprocess.py", "--data", str(data), "--photos", str(sample_data / "photos"))
     assert others.status == 2
-    assert "photo_bytes: " in others.last_error
+    num = first_run.result["photos"]
+    assert f"{num} of the {num} photos of {data}/faces are not in {sample_data}/photos: correct" in others.last_error
+
+
+@pytest.fixture
+def grown(data: Path, first_run: Finished, tmp_path: Path) -> Path:
+    """Return a copy of the data and its table."""
+    assert first_run.status == 0
+    return Path(shutil.copytree(data, tmp_path / "grown é"))
+
+
+def version(faces: Path) -> tuple[dict, dict[str, dict]]:
+    """Return the version that readers see: what it says of itself, and its rows by photo."""
+    success = table.read_success(str(faces))
+    rows = [row for name in success["parts"] for row in pq.ParquetFile(faces / name).read().to_pylist()]
+    assert len(rows) == success["counts"]["photos"]
+    return success, {row["photo"]: row for row in rows}
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_the_same_command_over_photos_that_changed_does_those_alone(grown: Path) -> None:
+    before, rows_before = version(grown / "faces")
+    good = (grown / "photos" / "flat.jpg").read_bytes()
+    (grown / "photos" / "odd ones" / "new.jpg").write_bytes(good)
+    (grown / "photos" / "odd ones" / "zero.jpg").write_bytes(good)
+    (grown / "photos" / "odd ones" / "text.jpg").unlink()
+    moved = next(path for path in sorted((grown / "photos").glob("person */*.jpg")))
+    (grown / "photos" / "somebody else").mkdir()
+    moved.rename(grown / "photos" / "somebody else" / moved.name)
+    done = run_here("preprocess.py", "--data", str(grown))
+    assert done.status == 0, done.errors
+    assert "2 photos are new, 1 changed, 2 gone, 0 of another identity" in done.errors
+    assert done.result["photos_processed"] == 3
+    assert done.result["version"] == 2
+    after, rows = version(grown / "faces")
+    assert rows["odd ones/zero.jpg"]["status"] == table.ALIGNED
+    assert "odd ones/text.jpg" not in rows
+    same = rows.keys() & rows_before.keys() - {"odd ones/zero.jpg"}
+    assert all(rows[photo] == rows_before[photo] for photo in same)
+    assert len(same) == len(rows) - 3
+    # The version before can still be read, and a run on it goes on.
+    old = table.read_success(str(grown / "faces"), run_id=before["run_id"])
+    assert old["parts"] == before["parts"]
+    assert after["run_id"] != before["run_id"]
+    again = run_here("preprocess.py", "--data", str(grown))
+    assert (again.status, again.result["photos_processed"]) == (0, 0)
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_other_identities_cost_no_detection(grown: Path) -> None:
+    _, rows_before = version(grown / "faces")
+    lines = [
+        f"{photo} {'joined' if (row['identity'] or '').startswith('person') else row['identity']}\n"
+        for photo, row in rows_before.items()
+        if row["identity"] is not None and "\n" not in photo
+    ]
+    (grown / "identities.txt").write_text("".join(lines))
+    done = run_here("preprocess.py", "--data", str(grown))
+    assert done.status == 0, done.errors
+    # It is nobody's now, and is not looked at.
+    assert done.result["photos_processed"] == 1
+    success, rows = version(grown / "faces")
+    people = [row for row in rows.values() if row["identity"] == "joined"]
+    assert len(people) > 20
+    assert [row["crop"] for row in people] == [rows_before[row["photo"]]["crop"] for row in people]
+    splits = {
+        split_in(name)
+        for name in success["parts"]
+        for photo in pq.ParquetFile(grown / "faces" / name).read(columns=["identity"])["identity"].to_pylist()
+        if photo == "joined"
+    }
+    assert splits == {split_of("joined", 0)}
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_a_retry_looks_again_at_what_failed(grown: Path) -> None:
+    _, rows_before = version(grown / "faces")
+    num = sum(row["status"] in (table.CORRUPT, table.TOO_SMALL) for row in rows_before.values())
+    done = run_here("preprocess.py", "--data", str(grown), "--retry", "corrupt", "too_small")
+    assert done.status == 0, done.errors
+    assert done.result["photos_processed"] == num > 0
+    success, rows = version(grown / "faces")
+    assert rows == rows_before
+    assert success["version"] == 2
+    # What was retried is what there is: nothing is left to do.
+    assert run_here("preprocess.py", "--data", str(grown)).result["photos_processed"] == 0
+
+
+def test_an_unknown_status_to_retry_is_refused(data: Path) -> None:
+    refused = run_here("preprocess.py", "--data", str(data), "--retry", "corupt")
+    assert refused.status == 2
+    assert "--retry is corupt: allowed are" in refused.last_error
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_an_old_table_is_read_and_left_alone_until_it_grows(grown: Path) -> None:
+    faces = grown / "faces"
+    success, rows_before = version(faces)
+    old = {}
+    for number, name in enumerate(sorted(success["parts"])):
+        old[name] = f"{name.split('/')[0]}/part-{number:06d}.parquet"
+        (faces / name).rename(faces / old[name])
+    config = PreprocessConfig(data=str(grown))
+    manifest = read_manifest(config.source(), config.identities_url, split_seed=0, identities_required=True)
+    about = {"photos": len(manifest), "photo_bytes": manifest.num_bytes, "manifest": manifest.old_digest()}
+    plan = {name: json.loads((faces / "_plan.json").read_text())[name] for name in ("fingerprint", "split_seed")}
+    plan |= {"max_megapixels": 100.0, "image_column": "image", "run_id": success["run_id"], **about}
+    (faces / "_plan.json").write_text(json.dumps(plan))
+    kept = {name: success[name] for name in ("run_id", "fingerprint", "counts")}
+    (faces / "_SUCCESS").write_text(json.dumps(kept))
+    left = run_here("preprocess.py", "--data", str(grown))
+    assert (left.status, left.result["photos_processed"]) == (0, 0)
+    assert json.loads((faces / "_plan.json").read_text()) == plan
+    (grown / "photos" / "odd ones" / "text.jpg").unlink()
+    done = run_here("preprocess.py", "--data", str(grown))
+    assert done.status == 0, done.errors
+    assert done.result["photos_processed"] == len(rows_before) - 1
+    _, rows = version(faces)
+    assert {photo: row["crop"] for photo, row in rows.items()} == {
+        photo: row["crop"] for photo, row in rows_before.items() if photo != "odd ones/text.jpg"
+    }
+    assert set(table.read_success(str(faces), run_id=success["run_id"])["parts"]) == set(old.values())
+
+
+def test_an_overwrite_that_cannot_start_leaves_the_table(data: Path, first_run: Finished) -> None:
+    before = {path: path.read_bytes() for path in (data / "faces").rglob("*") if path.is_file()}
+    flags = ["--min-face", "40", "--overwrite", "--detector-weights", str(data / "photos" / "flat.jpg")]
+    refused = run_here("preprocess.py", "--data", str(data), *flags)
+    assert refused.status == 2, refused.errors
+    assert before == {path: path.read_bytes() for path in (data / "faces").rglob("*") if path.is_file()}
+    assert first_run.status == 0
 
 
 def test_a_limit_that_decides_what_is_refused_is_part_of_the_plan(data: Path, first_run: Finished) -> None:

@@ -47,7 +47,7 @@ OTHERS = [None, True, -1, 1e308, "", "é", [], [None], {}, {"a": 1}]
 
 
 def settle(url):
-    return parts.settle(url, PLAN, flag="--x", overwrite=False, file_names=[])
+    return parts.settle(url, PLAN, flag="--x", overwrite=False)
 
 
 def mutations(content):
@@ -98,7 +98,7 @@ def other_part(changed):
 )
 def test_a_part_of_other_columns_is_refused(changed, said, tmp_path):
     url = str(tmp_path)
-    storage.write_json(f"{url}/_SUCCESS", SUCCESS)
+    storage.write_json(f"{url}/_SUCCESS", {name: value for name, value in SUCCESS.items() if name != "parts"})
     storage.write_parquet(f"{url}/split=train/part-000000.parquet", part(**changed))
     with pytest.raises(UserError, match=said + ".*run the job that made it again"):
         read_identities(url, ["train"])
@@ -126,7 +126,7 @@ def test_damage_that_only_shows_while_reading_is_told_of(tmp_path):
 
 def test_embeddings_of_another_model_in_one_part_are_refused(tmp_path):
     url = str(tmp_path)
-    storage.write_json(f"{url}/_SUCCESS", SUCCESS)
+    storage.write_json(f"{url}/_SUCCESS", {name: value for name, value in SUCCESS.items() if name != "parts"})
     for number, dim in enumerate((2, 3)):
         about = json.dumps({"digest": "1", "embedding_dim": dim, "template": []})
         rows = [{"photo": "a", "status": "aligned", "embedding": [1.0] * dim}]

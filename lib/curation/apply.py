@@ -12,7 +12,6 @@ from lib.curation.changes import ABOUT_NAME, CURATION_NAME, SCHEMA, digest_of_ta
 from lib.curation.proposals import DUPLICATE, KINDS
 from lib.errors import UserError
 from lib.faces import table
-from lib.parts import present_files
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def apply_decisions(
         )
     changes = storage.read_parquet(storage.join(output, CURATION_NAME), list(SCHEMA)).to_pylist()
     accepted = _accepted(changes, decisions_url, over)
-    before = _identities(faces_url)
+    before = _identities(faces_url, success)
     after = changed(before, accepted)
     num_photos = sum(after[photo] != identity for photo, identity in before.items())
     earlier_url = storage.join(output, EARLIER_NAME)
@@ -129,15 +128,14 @@ def _accepted(
     return [each for each in changes if each["proposal"] in numbers]
 
 
-def _identities(faces_url: str) -> dict[str, str | None]:
+def _identities(faces_url: str, success: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the identity of each photo of the table, but for those that do not exist."""
     found: dict[str, str | None] = {}
-    for name in sorted(present_files(faces_url)):
-        if name.startswith("split="):
-            rows = storage.read_parquet(storage.join(faces_url, name), table.columns("photo", "identity", "status"))
-            for row in rows.to_pylist():
-                if row["status"] != table.MISSING:
-                    found[row["photo"]] = row["identity"]
+    for name in table.part_names(success, table.SPLITS):
+        rows = storage.read_parquet(storage.join(faces_url, name), table.columns("photo", "identity", "status"))
+        for row in rows.to_pylist():
+            if row["status"] != table.MISSING:
+                found[row["photo"]] = row["identity"]
     if not found:
         raise UserError(f"{storage.redacted(faces_url)} holds no photos")
     return found

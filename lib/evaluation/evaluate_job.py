@@ -27,6 +27,7 @@ from lib.evaluation.report_content import present
 from lib.faces import table
 from lib.faces.manifest import Manifest
 from lib.layout import Layout
+from lib.parts import split_in
 from lib.recognition.embed_job import (
     FacesSource,
     PhotosSource,
@@ -262,7 +263,7 @@ def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | Non
         for name in source.file_names
     ]
     rows = pa.concat_tables(parts)
-    in_split = [name.split("/")[0].removeprefix("split=") for name in source.file_names]
+    in_split = [split_in(name) for name in source.file_names]
     splits = [split for split, part in zip(in_split, parts, strict=True) for _ in range(len(part))]
     names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
     return names, identities, statuses, splits

@@ -79,6 +79,7 @@ class _Rows:
     crops: list[bytes | None] = field(default_factory=list)
     statuses: list[str] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
+    made_of: list[int] = field(default_factory=list)
     num_bytes: int = 0
 
 
@@ -105,6 +106,7 @@ def _add(rows: _Rows, entry: Row, data: bytes | str, how: AlignedCrops, max_mega
     rows.crops.append(crop)
     rows.statuses.append(status)
     rows.reasons.append(reason)
+    rows.made_of.append(entry["made_of"])
     rows.num_bytes += 0 if isinstance(data, str) else len(data)
 
 
@@ -117,6 +119,7 @@ def _table(rows: _Rows, how: AlignedCrops) -> pa.Table:
         "status": pa.array(rows.statuses, pa.string()),
         "crop": pa.array(rows.crops, pa.binary()),
         "reason": pa.array(rows.reasons, pa.string()),
+        "made_of": pa.array(rows.made_of, pa.int64()),
     }
     side = how.alignment.image_size
     columns["box"] = _constant([0.0, 0.0, side, side], is_aligned)

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +15,10 @@ from lib import storage
 from lib.faces import table
 from lib.faces.images import to_jpeg
 from lib.faces.manifest import Manifest
-from lib.parts import present_files
+from lib.faces.part_plan import BUCKETS, SIZE
+from lib.parts import KEEP_VERSIONS, check_ours, finish_version, split_in
 
 logger = logging.getLogger(__name__)
-
-BYTES_KEY = b"conv-facenet.photo-bytes"
-"""Key in a part's Parquet metadata: bytes of the photos that the part was made from."""
-
-MADE_ON_KEY = b"conv-facenet.made-on"
-"""Key there: the device and the arithmetic of the detector, such as `cuda float16`."""
 
 CARD_NAME, README_NAME, SHEET_NAME = "card.json", "README.md", "contact_sheet.jpg"
 NAMES = (CARD_NAME, README_NAME, SHEET_NAME)
@@ -52,23 +48,29 @@ def finish(
     manifest: Manifest,
     file_names: list[str],
     *,
-    run_id: str,
-    fingerprint: dict[str, Any],
+    begun: Mapping[str, Any],
     photos_per_s: float | None,
+    keep_versions: int = KEEP_VERSIONS,
 ) -> dict[str, Any]:
     """Count every row, write card and contact sheet, then `_SUCCESS`; return the counts.
 
-    The parts are read without their crops, a few at a time.
+    The parts are read without their crops, a few at a time. `begun` is the plan of the version.
+
+    Raises:
+        JobError: another job began another version of this table meanwhile.
     """
+    check_ours(faces_url, begun)
+    fingerprint = begun["fingerprint"]
     logger.info("counting %d parts", len(file_names))
     totals = _Totals()
     with ThreadPoolExecutor(8) as pool:
         for name, part in zip(file_names, pool.map(lambda name: _read_part(faces_url, name), file_names), strict=True):
-            _add(totals, name.split("/")[0].removeprefix("split="), *part)
+            _add(totals, split_in(name), *part)
     assert fingerprint["faces_policy"] == "all" or totals.num_rows == len(manifest), "each photo has exactly one row"
     counts = _counts(totals, len(manifest))
     card = {
-        "run_id": run_id,
+        "run_id": begun["run_id"],
+        "version": begun["version"],
         "fingerprint": fingerprint,
         "counts": counts,
         "splits": {split: _split_figures(totals, split) for split in table.SPLITS},
@@ -82,10 +84,8 @@ def finish(
     storage.write_json(storage.join(faces_url, CARD_NAME), card)
     storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
     storage.write_bytes(storage.join(faces_url, SHEET_NAME), _contact_sheet(faces_url, file_names))
-    present = present_files(faces_url)
-    parts = {name: present[name] for name in file_names}
-    success = {"run_id": run_id, "fingerprint": fingerprint, "counts": counts, "parts": parts}
-    storage.write_json(storage.join(faces_url, table.SUCCESS_NAME), success)
+    about = {"fingerprint": fingerprint, "counts": counts, SIZE: begun[SIZE], BUCKETS: begun[BUCKETS]}
+    finish_version(faces_url, begun, file_names, about, keep_versions=keep_versions)
     for line in _split_lines(card):
         logger.info(line)
     return counts
@@ -102,8 +102,8 @@ def _read_part(
         num_bytes = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
     names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
     reasons = rows["reason"].to_pylist() if "reason" in rows.column_names else [None] * len(names)
-    made_on = metadata.get(MADE_ON_KEY, b"").decode()
-    return names, identities, statuses, reasons, int(metadata.get(BYTES_KEY, b"0")), num_bytes, made_on
+    made_on = metadata.get(table.MADE_ON_KEY, b"").decode()
+    return names, identities, statuses, reasons, int(metadata.get(table.BYTES_KEY, b"0")), num_bytes, made_on
 
 
 def _add(
@@ -117,7 +117,7 @@ def _add(
     bytes_after: int,
     made_on: str,
 ) -> None:
-    totals.made_on |= {made_on} - {""}
+    totals.made_on |= set(made_on.split(", ")) - {""}
     totals.statuses[split].update(statuses)
     totals.bytes_before += bytes_before
     totals.bytes_after += bytes_after

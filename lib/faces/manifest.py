@@ -28,11 +28,15 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("identity", pa.string()),
         pa.field("split", pa.string(), nullable=False),
         pa.field("status", pa.string()),  # missing or no_identity where there is nothing to look at, else null
-        pa.field("source", pa.string()),  # these three as in `SCAN_SCHEMA`
+        pa.field("source", pa.string()),  # these five as in `SCAN_SCHEMA`
         pa.field("group", pa.int64()),
         pa.field("row", pa.int64()),
+        pa.field("num_bytes", pa.int64()),
+        pa.field("mark", pa.string()),
     ]
 )
+
+SCANNED = ("source", "group", "row", "num_bytes", "mark")
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,10 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.photos)
 
-    def digest(self) -> str:
-        """Return a hash over names, identities and splits: the same input gives the same, on any machine."""
+    def old_digest(self) -> str:
+        """Return the hash over names, identities and splits by which tables without versions tell their input."""
         digest = hashlib.sha256()
-        for name in self.photos.column_names:
+        for name in ("photo", "identity", "split", "status", "source", "group", "row"):
             if name == "group" and self.photos[name].null_count == len(self):
                 continue  # photos in files had their digest before there was such a column
             for batch in self.photos.select([name]).to_batches(max_chunksize=65536):
@@ -110,7 +114,7 @@ def read_manifest(
         statuses = [table.NO_IDENTITY if identities_required and one is None else None for one in identities]
         photos_table = _table(names, identities, statuses, _without(chosen, exclude, names, identities))
         for place, column in enumerate(MANIFEST_SCHEMA.names):
-            if column in ("source", "group", "row"):
+            if column in SCANNED:
                 photos_table = photos_table.set_column(place, MANIFEST_SCHEMA.field(place), scanned[column])
         return Manifest(photos_table, num_bytes, dict(source.passed_over))
     if has_list:
@@ -118,6 +122,12 @@ def read_manifest(
     else:
         photos, identities, statuses = _by_folder(names, source.url, identities_url, required=identities_required)
     photos_table = _table(photos, identities, statuses, _without(chosen, exclude, photos, identities))
+    for column, absent in (("num_bytes", 0), ("mark", "")):
+        field = MANIFEST_SCHEMA.field(column)
+        values = pa.concat_arrays(
+            [*scanned[column].chunks, pa.repeat(pa.scalar(absent, field.type), len(photos) - len(names))]
+        )
+        photos_table = photos_table.set_column(MANIFEST_SCHEMA.get_field_index(column), field, values)
     order = pc.sort_indices(photos_table, sort_keys=[("split", "ascending"), ("photo", "ascending")])
     return Manifest(photos_table.take(order), num_bytes, dict(source.passed_over))
 
@@ -128,9 +138,8 @@ def _scanned(source: Source) -> tuple[pa.Table, int]:
     for shard in source.shards():
         for batch in source.scan(shard):
             num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
-            batches.append(batch.select(["photo", "identity", "source", "group", "row"]))
-    schema = pa.schema([SCAN_SCHEMA.field(name) for name in ("photo", "identity", "source", "group", "row")])
-    return pa.Table.from_batches(batches, schema), num_bytes
+            batches.append(batch)
+    return pa.Table.from_batches(batches, SCAN_SCHEMA), num_bytes
 
 
 def _any_identity(scanned: pa.Table) -> bool:
@@ -209,6 +218,8 @@ def _table(
         nothing.cast(pa.string()),
         nothing.cast(pa.int64()),
         nothing.cast(pa.int64()),
+        nothing.cast(pa.int64()),
+        nothing.cast(pa.string()),
     ]
     return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
 

@@ -1,20 +1,21 @@
 """Photos of a manifest, part by part, as rows of the faces table: what preprocess writes and what embed embeds."""
 
 import itertools
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lib import storage
+from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.faces.extraction import FaceExtractor
-from lib.faces.manifest import Manifest
+from lib.faces.part_plan import MADE_OF, Part, PartPlan
 from lib.faces.sources.folder import ahead
 from lib.faces.sources.source import Photo, Row, Source
 
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-
-# Small enough that an interruption costs little, large enough that ten million photos are ten thousand files.
-MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
-
-PIECES_OF_A_GROUP = 4
-"""A Parquet row group of at most `MAX_PART` photos is cut into no more parts, for each reads it from its beginning."""
 
 READ_AHEAD = 16
 """Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
@@ -42,71 +37,66 @@ Extracted = tuple[Row, int, list[dict[str, Any]]]
 """An entry, the length of its file, and its rows of the faces table."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Photos `start` to `stop` of the manifest, and the files they become."""
-
-    index: int
-    start: int
-    stop: int
-    splits: tuple[str, ...]
-
-    def file_names(self) -> list[str]:
-        """Return the files of this part below the faces folder."""
-        return [part_name(split, self.index) for split in self.splits]
-
-
-def part_name(split: str, index: int) -> str:
-    """Return the path of the file that a part becomes in a split."""
-    return f"split={split}/part-{index:06d}.parquet"
-
-
-def plan_parts(manifest: Manifest) -> list[Part]:
-    """Cut the manifest into parts; a part of files holds one split, a part of Parquet rows those that come."""
-    size = min(MAX_PART, max(MIN_PART, len(manifest) // PARTS_WANTED))
-    splits = manifest.photos["split"].combine_chunks()
-    if manifest.photos["row"].null_count < len(manifest):
-        stops = _parquet_stops(manifest, size)
-    else:
-        runs = [0, *pc.run_end_encode(splits).run_ends.to_pylist()]
-        stops = [min(first + size, end) for start, end in pairwise(runs) for first in range(start, end, size)]
-    parts: list[Part] = []
-    for first, stop in pairwise([0, *stops]):
-        present = pc.unique(splits.slice(first, stop - first)).to_pylist()
-        parts.append(Part(len(parts), first, stop, tuple(sorted(present))))
-    return parts
-
-
-def _parquet_stops(manifest: Manifest, size: int) -> list[int]:
-    """Return where parts of about so many rows end: between row groups where they can, for each reads its own anew."""
-    sources = manifest.photos["source"].combine_chunks().dictionary_encode().indices.to_numpy()
-    groups = manifest.photos["group"].to_numpy()
-    ends = [*(np.flatnonzero(np.diff(sources) | np.diff(groups)) + 1).tolist(), len(manifest)]
-    stops = [0]
-    for start, end in pairwise([0, *ends]):
-        if end - stops[-1] > size and start > stops[-1]:
-            stops.append(start)
-        num_pieces = min(-(-(end - start) // size), max(PIECES_OF_A_GROUP, -(-(end - start) // MAX_PART)))
-        stops += [start + (end - start) * piece // num_pieces for piece in range(1, num_pieces)]
-    return [*stops[1:], len(manifest)]
-
-
-def part_item(manifest: Manifest, part: Part) -> dict[str, Any]:
-    """Return what travels to a worker: the part's number, and its rows of the manifest as an Arrow stream."""
-    photos = manifest.photos.slice(part.start, part.stop - part.start)
+def part_item(plan: PartPlan, part: Part, earlier: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what travels to a worker: its rows of the manifest as an Arrow stream, its files, and older ones."""
+    photos = plan.photos.slice(part.start, part.stop - part.start)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, photos.schema) as writer:
         writer.write_table(photos)
-    return {"index": part.index, "photos": sink.getvalue().to_pybytes()}
+    # As text, because Ray would give all items the keys of each.
+    names, files = json.dumps(dict(part.names)), json.dumps(list(earlier))
+    return {"names": names, "photos": sink.getvalue().to_pybytes(), "earlier": files}
 
 
 @dataclass
 class SplitRows:
-    """The rows of one part in one split, and the number and size of the photos that they were made from."""
+    """The rows of one part in one split, and the number and size of the photos that they were made from.
+
+    Attributes:
+        num_copied: photos whose rows come from an older file.
+        made_on: devices that made the rows.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     num_photos: int = 0
     num_bytes: int = 0
+    num_copied: int = 0
+    made_on: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class EarlierRows:
+    """Rows of older files, by the hash of what their photo is."""
+
+    rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    made_on: dict[int, str] = field(default_factory=dict)
+
+
+def read_earlier(faces_url: str, names: Sequence[str], wanted: pa.Array, not_of: Collection[str]) -> EarlierRows:
+    """Return the rows of older files whose `made_of` is wanted, except those of a status in `not_of`.
+
+    The files are read until all are found. One that is gone or damaged holds none: those photos are looked at again.
+    """
+    found = EarlierRows()
+    for name in names:
+        if len(found.rows) == len(wanted):
+            break
+        try:
+            url = storage.join(faces_url, name)
+            with storage.open_parquet(url, table.columns(MADE_OF)) as file:
+                is_wanted = pc.is_in(file.read(columns=[MADE_OF])[MADE_OF], wanted)
+                if not pc.any(is_wanted).as_py():
+                    continue
+                made_on = (file.schema_arrow.metadata or {}).get(table.MADE_ON_KEY, b"").decode()
+                rows = file.read().filter(is_wanted).to_pylist()
+        except (UserError, JobError) as error:
+            logger.warning("%s: its photos are looked at again", error)
+            continue
+        for row in rows:
+            if row["status"] not in not_of:
+                found.rows.setdefault(row[MADE_OF], []).append(row)
+                found.made_on[row[MADE_OF]] = made_on
+    return found
 
 
 class PhotoReader:
@@ -116,16 +106,32 @@ class PhotoReader:
         self._source = source
         self._extractor = extractor
 
-    def rows(self, item: dict[str, Any]) -> dict[str, SplitRows]:
-        """Return the rows of a part made by `part_item`, by split."""
-        entries = pa.ipc.open_stream(item["photos"]).read_all().to_pylist()
+    def rows(self, item: dict[str, Any], faces_url: str = "", retry: Collection[str] = ()) -> dict[str, SplitRows]:
+        """Return the rows of a part made by `part_item`, by split.
+
+        Rows of photos that have not changed come from older files below `faces_url`, with the identity of now. Those of
+        a status in `retry` are made again.
+        """
+        photos = pa.ipc.open_stream(item["photos"]).read_all()
+        entries = photos.to_pylist()
+        earlier = read_earlier(faces_url, json.loads(item["earlier"]), photos[MADE_OF].combine_chunks(), retry)
         splits = {entry["split"]: SplitRows() for entry in entries}
+        new = [entry for entry in entries if entry[MADE_OF] not in earlier.rows]
         with ThreadPoolExecutor(BATCHES_AT_ONCE) as extractors:
-            for entry, length, faces in self._extracted(self._read(entries), extractors):
-                made = splits[entry["split"]]
-                made.num_photos += 1
-                made.num_bytes += length
-                made.rows.extend(faces)
+            made = self._extracted(self._read(new), extractors)
+            for entry in entries:
+                split = splits[entry["split"]]
+                if (rows := earlier.rows.get(entry[MADE_OF])) is not None:
+                    split.rows.extend({**row, "identity": entry["identity"]} for row in rows)
+                    split.num_copied += 1
+                    split.num_bytes += entry["num_bytes"] if entry["status"] is None else 0
+                    split.made_on.add(earlier.made_on[entry[MADE_OF]])
+                else:
+                    _, length, faces = next(made)
+                    split.rows.extend(faces)
+                    split.num_bytes += length and (entry["num_bytes"] or length)
+                    split.made_on.add(self._extractor.made_on)
+                split.num_photos += 1
         return splits
 
     @property
@@ -156,6 +162,7 @@ class PhotoReader:
         for number, face in enumerate(faces):
             face["photo"] = f"{entry['photo']}#{number}" if several and "box" in face else entry["photo"]
             face["identity"] = entry["identity"]
+            face[MADE_OF] = entry[MADE_OF]
         return entry, 0 if isinstance(data, str) else len(data), faces
 
     def _read(self, entries: list[Row]) -> Iterator[Photo]:

@@ -1,15 +1,13 @@
 """Photos in, the faces table out: planned in parts, spread by Ray Data, resumable at any moment.
 
-A part is a run of photos of the manifest. It becomes one Parquet file a split (one split where photos are files), whose
-name and content follow from the manifest and the settings alone: see `lib.parts`.
+Started again over photos that have changed, it makes the parts that changed, beside the finished ones: see `lib.parts`.
 """
 
 import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,23 +20,28 @@ from lib.faces.aligned import ARCFACE_SIDE, AlignedCrops, aligned_tables
 from lib.faces.alignment import ARCFACE, EYES, Alignment
 from lib.faces.detection import load_detector
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint
+from lib.faces.growth import changes, names_to_retry, refuse_other_photos
 from lib.faces.manifest import MIN_LISTED_SHARE, Manifest, read_manifest
-from lib.faces.photo_parts import Part, PhotoReader, part_item, part_name, plan_parts
+from lib.faces.part_plan import Part, PartPlan, content_of, earlier_files, plan_parts
+from lib.faces.photo_parts import PhotoReader, SplitRows, part_item
 from lib.faces.sources.opening import AUTO, check_format, open_source
 from lib.faces.sources.source import PhotoColumns, Source
 from lib.faces.splits import SHARES, Splits, listed_splits
 from lib.layout import Layout
+from lib.part_workers import Processed, Share, run_parts, summary
 from lib.parts import (
-    PLAN_NAME,
-    SUCCESS_ENTRIES,
+    KEEP_VERSIONS,
     SUCCESS_NAME,
-    Share,
+    Found,
+    begin,
     differences,
-    present_files,
-    run_parts,
+    digest_of,
+    finished_run_id,
+    is_same_old_table,
+    next_version,
+    read_plan,
+    remove_unused,
     settle,
-    summary,
-    write_plan,
 )
 from lib.storage_errors import MissingFileError
 
@@ -117,8 +120,12 @@ class PreprocessConfig:
     """GPUs to use. auto: all of the cluster. 0: none."""
     wait_minutes: float = 0.0
     """Minutes to wait for the GPUs, on a cluster that adds nodes on demand."""
+    retry: tuple[str, ...] = ()
+    """Statuses whose photos are looked at again, such as corrupt missing no_face. Default: none."""
+    keep_versions: int = KEEP_VERSIONS
+    """Versions of the table that stay readable, the newest among them."""
     overwrite: bool = False
-    """Replace a faces table that was made with other settings or other photos."""
+    """Replace a faces table that was made with other settings or other photos. It stays until the new one is done."""
     dry_run: bool = False
     """Check the input and print the plan, then stop."""
     until_done: bool = False
@@ -138,6 +145,11 @@ class PreprocessConfig:
         cluster.check_gpus(self.gpus)
         if self.gpus not in ("auto", 0) and self.detector == "batch-face":
             raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
+        unknown = [status for status in self.retry if status not in table.STATUSES]
+        if unknown:
+            raise UserError(f"--retry is {' '.join(self.retry)}: allowed are {', '.join(table.STATUSES)}")
+        if self.keep_versions < 1:
+            raise UserError(f"--keep-versions is {self.keep_versions}: 1 or more")
         if self.wait_minutes < 0:
             raise UserError(f"--wait-minutes is {self.wait_minutes}: 0 or more")
 
@@ -202,6 +214,11 @@ class PreprocessConfig:
         crops = self.aligned_crops()
         return crops.fingerprint() if crops else fingerprint(self.settings())
 
+    def content(self) -> str:
+        """Return a digest of the settings that decide what becomes of a photo."""
+        content = content_of(self.fingerprint(), self.max_megapixels, self.image_column)
+        return digest_of([content, "verify"]) if self.verify else content
+
     def source(self) -> Source:
         """Return the photos.
 
@@ -222,8 +239,7 @@ class PreprocessConfig:
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
-    """Make the faces table, or go on with it, and return its counts."""
-    started = time.monotonic()
+    """Make the faces table, or go on with it, or make a new version of it, and return its counts."""
     if config.identities is not None and not storage.exists(config.identities_url):
         raise UserError(f"--identities {config.identities_url} is not there: correct the path, or leave the flag out")
     if f"{config.faces_url}/".startswith(f"{config.photos_url.rstrip('/')}/"):
@@ -233,81 +249,103 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
         )
     if config.until_done:
         return _wait_until_done(config)
-    source = config.source()
-    manifest, plan = _plan(config, source)
-    parts = plan_parts(manifest)
+    source, settings = config.source(), _settings_plan(config)
     if config.dry_run:
-        logger.info("%d photos in %d parts would go to %s", len(manifest), len(parts), config.faces_url)
-        return {"job": "preprocess", "dry_run": True, "faces": config.faces_url, "parts": len(parts), **plan}
+        manifest = _manifest(config, source)
+        plan = plan_parts(manifest, config.content())
+        logger.info("%d photos in %d parts would go to %s", len(manifest), len(plan.parts), config.faces_url)
+        about = {"parts": len(plan.parts), "photos": len(manifest), "photo_bytes": manifest.num_bytes}
+        return {"job": "preprocess", "dry_run": True, "faces": config.faces_url, **about, **settings}
 
     storage.check_writable(config.faces_url)
-    file_names = [name for part in parts for name in part.file_names()]
-    with ExitStack() as cluster_kept:
-
-        def check_all() -> None:
-            _check_detector(config)
-            cluster_kept.enter_context(cluster.connected())
-
-        success = settle(
-            config.faces_url,
-            plan,
-            flag="--faces",
-            overwrite=config.overwrite,
-            file_names=file_names,
-            other_names=card.NAMES,
-            before_removal=check_all,
-        )
-        return _make(config, source, manifest, plan, parts, success, started)
+    found = settle(config.faces_url, settings, flag="--faces", overwrite=config.overwrite)
+    manifest = _manifest(config, source)
+    planned = _planned(config, manifest, found)
+    result: dict[str, Any] = {"job": "preprocess", "faces": config.faces_url}
+    if planned is None or found.is_finished(planned.file_names()):
+        assert found.success is not None
+        logger.info("%s is complete: nothing to do", config.faces_url)
+        if planned is not None:
+            begin(found, {**settings, **planned.layout}, planned.file_names())
+            remove_unused(config.faces_url, found.success, found.present, keep_versions=config.keep_versions)
+        return {**result, **found.success["counts"], "photos_processed": 0}
+    return {**result, **_make(config, source, manifest, planned, found, settings)}
 
 
-def _check_detector(config: PreprocessConfig) -> None:
-    """Raise UserError where the workers' detector could not be loaded: so it is told in one line."""
-    if config.aligned is None:
-        load_detector(config.detector, config.settings().detector_weights)
+def _planned(config: PreprocessConfig, manifest: Manifest, found: Found) -> PartPlan | None:
+    """Return the parts of the table, None where an old table is whole, and of these photos."""
+    if is_same_old_table(found, lambda: _old_plan(manifest)):
+        return None
+    plan = plan_parts(manifest, config.content(), found.plan)
+    names = plan.file_names()
+    plan = plan.renamed(dict(zip(names, found.current(names), strict=True)))
+    return plan.renamed(names_to_retry(found, plan.file_names(), config.retry)) if config.retry else plan
 
 
 def _make(
     config: PreprocessConfig,
     source: Source,
     manifest: Manifest,
-    plan: dict[str, Any],
-    parts: list[Part],
-    success: dict[str, Any] | None,
-    started: float,
+    plan: PartPlan,
+    found: Found,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Make what of the table is not there yet, and return its counts."""
-    if success is not None:
-        logger.info("%s is complete: nothing to do", config.faces_url)
-        return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
-    _check_detector(config)
-    run_id = write_plan(config.faces_url, plan)
-    present = present_files(config.faces_url)
-    todo = [part for part in parts if not present.keys() >= set(part.file_names())]
-    num_done = sum(part.stop - part.start for part in parts) - sum(part.stop - part.start for part in todo)
-    if num_done:
-        logger.info("going on: %d of %d photos are done", num_done, len(manifest))
-    num_processed, seconds = _process(config, source, manifest, todo, num_done, plan["fingerprint"])
+    """Make what of the table is not there yet beside what is, then the version of it, and return its counts."""
+    started = time.monotonic()
+    if config.aligned is None:
+        load_detector(config.detector, config.settings().detector_weights)  # told in one line here, not by each worker
+    names = plan.file_names()
+    missing = found.missing(names)
+    todo = [part for part in plan.parts if missing & set(part.file_names())]
+    _tell_what_changed(config, found, plan, len(todo))
+    begun = begin(found, {**settings, **plan.layout}, names)
+    processed = _process(config, source, plan, todo, found, settings["fingerprint"])
     storage.remove_unfinished(config.faces_url)
     counts = card.finish(
         config.faces_url,
         manifest,
-        [name for part in parts for name in part.file_names()],
-        run_id=run_id,
-        fingerprint=plan["fingerprint"],
-        photos_per_s=num_processed / seconds if num_processed else None,
+        names,
+        begun=begun,
+        photos_per_s=processed.per_s(),
+        keep_versions=config.keep_versions,
     )
     return {
-        "job": "preprocess",
-        "faces": config.faces_url,
         **counts,
-        "photos_processed": num_processed,
-        "photos_per_s": round(num_processed / seconds, 1) if num_processed else 0.0,
+        "version": begun["version"],
+        "photos_processed": processed.num,
+        "photos_copied": processed.num_copied,
+        "photos_per_s": round(processed.per_s() or 0.0, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _plan(config: PreprocessConfig, source: Source) -> tuple[Manifest, dict[str, Any]]:
-    """Return the photos, and all that decides the table made of them."""
+def _tell_what_changed(config: PreprocessConfig, found: Found, plan: PartPlan, num_todo: int) -> None:
+    """Say in one line what there is to do, and refuse photos that have little to do with the table's."""
+    if found.success is None:
+        return
+    if found.success["fingerprint"] != _settings_plan(config)["fingerprint"] or "content" not in found.success:
+        logger.info("version %d is made from all photos: %d parts", next_version(found), num_todo)
+        return
+    changed = changes(found, plan, plan.file_names(), policy=config.faces_policy)
+    if not config.overwrite:
+        refuse_other_photos(found, changed, config.photos_url)
+    logger.info("%s: %d of %d parts to make", changed, num_todo, len(plan.parts))
+
+
+def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
+    """Return what decides the table besides the photos."""
+    return {
+        "fingerprint": config.fingerprint(),
+        "split_seed": config.split_seed,
+        **({"split_shares": [*config.split_shares]} if config.split_shares != SHARES else {}),
+        **({"split_from": config.split_from} if config.split_from is not None else {}),
+        "max_megapixels": config.max_megapixels,
+        **({"verify": True} if config.verify else {}),
+        "image_column": config.image_column,
+    }
+
+
+def _manifest(config: PreprocessConfig, source: Source) -> Manifest:
     logger.info("listing %s: %s", storage.redacted(config.photos_url), source.what)
     exclude = [
         absolute_url(url, flag)
@@ -317,27 +355,19 @@ def _plan(config: PreprocessConfig, source: Source) -> tuple[Manifest, dict[str,
         )
         for url in urls
     ]
-    splits = config.splits()
-    manifest = read_manifest(
+    return read_manifest(
         source,
         config.identities_url,
-        splits=splits,
+        splits=config.splits(),
         exclude=exclude,
         identities_required=config.faces_policy != "all",
         min_listed_share=config.min_listed_share,
     )
-    return manifest, {
-        "fingerprint": config.fingerprint(),
-        "split_seed": config.split_seed,
-        **({"split_shares": [*config.split_shares]} if config.split_shares != SHARES else {}),
-        **({"split_from": config.split_from} if config.split_from is not None else {}),
-        "max_megapixels": config.max_megapixels,
-        **({"verify": True} if config.verify else {}),
-        "image_column": config.image_column,
-        "photos": len(manifest),
-        "photo_bytes": manifest.num_bytes,
-        "manifest": manifest.digest(),
-    }
+
+
+def _old_plan(manifest: Manifest) -> dict[str, Any]:
+    """Return what tables without versions say of their photos."""
+    return {"photos": len(manifest), "photo_bytes": manifest.num_bytes, "manifest": manifest.old_digest()}
 
 
 def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
@@ -350,13 +380,13 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
     passed_over, told = None, time.monotonic()
     while True:
         try:
-            success = _success(config.faces_url)
-            if success is not None and success["run_id"] != passed_over:
-                different = differences(_plan(config, config.source())[1], _read_plan(config.faces_url))
-                if not different:
+            run_id = finished_run_id(config.faces_url)
+            if run_id is not None and run_id != passed_over:
+                success, different = _finished(config)
+                if success is not None:
                     return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
-                passed_over = success["run_id"]
-                logger.info("still waiting: what is there was made otherwise (%s)", "; ".join(different))
+                passed_over = run_id
+                logger.info("still waiting: what is there was made otherwise (%s)", different)
         except (JobError, MissingFileError) as error:  # Storage is away, or the table is just being replaced.
             logger.warning("still waiting: %s", error)
         if time.monotonic() - told > WAIT_TOLD_EVERY_S:
@@ -365,13 +395,16 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
         time.sleep(WAIT_EVERY_S)
 
 
-def _success(faces_url: str) -> dict[str, Any] | None:
-    url = storage.join(faces_url, SUCCESS_NAME)
-    return storage.read_json(url, SUCCESS_ENTRIES) if storage.exists(url) else None
-
-
-def _read_plan(faces_url: str) -> dict[str, Any]:
-    return storage.read_json(storage.join(faces_url, PLAN_NAME), {"run_id": str, "fingerprint": dict})
+def _finished(config: PreprocessConfig) -> tuple[dict[str, Any] | None, str]:
+    """Return the content of `_SUCCESS` if the table is one of these photos and settings, else why it is not."""
+    different = differences(_settings_plan(config), read_plan(config.faces_url))
+    if different:
+        return None, "; ".join(different)
+    found = settle(config.faces_url, _settings_plan(config), flag="--faces", overwrite=False)
+    plan = _planned(replace(config, retry=()), _manifest(config, config.source()), found)
+    if plan is None or found.is_finished(plan.file_names()):
+        return found.success, ""
+    return None, "other photos or identities"
 
 
 def _gpu_extractor(config: PreprocessConfig, num_cpus: int) -> "BatchExtractor":
@@ -392,58 +425,64 @@ class PartWorker:
         self._crops = config.aligned_crops()
         if self._crops is None:
             extractor = _gpu_extractor(config, num_cpus) if use_gpu else FaceExtractor(config.settings())
-            self._made_on = extractor.made_on
             self._reader = PhotoReader(source, extractor)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         """Process one part, an item of `part_item`, and return its summary."""
         return summary(self._process, part)
 
-    def _process(self, part: dict[str, Any]) -> int:
-        num_photos = 0
-        for split, faces_table, made_on, photos, num_bytes in self._tables(part):
-            about = {card.BYTES_KEY: str(num_bytes).encode(), card.MADE_ON_KEY: made_on.encode()}
+    def _process(self, part: dict[str, Any]) -> tuple[int, int]:
+        num_photos, num_copied = 0, 0
+        names = json.loads(part["names"])
+        for split, faces_table, made in self._tables(part):
+            made_on = ", ".join(sorted(made.made_on)).encode()
+            about = {table.BYTES_KEY: str(made.num_bytes).encode(), table.MADE_ON_KEY: made_on}
             metadata = {**faces_table.schema.metadata, **about}
-            url = storage.join(self._config.faces_url, part_name(split, part["index"]))
+            url = storage.join(self._config.faces_url, names[split])
             # JPEG does not shrink; the other columns are small beside it.
             storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), compression="none")
-            num_photos += photos
-        return num_photos
+            num_photos += made.num_photos
+            num_copied += made.num_copied
+        return num_photos, num_copied
 
-    def _tables(self, part: dict[str, Any]) -> Iterator[tuple[str, pa.Table, str, int, int]]:
-        """Yield split, faces table, what made it, and the number and bytes of its photos."""
+    def _tables(self, part: dict[str, Any]) -> Iterator[tuple[str, pa.Table, SplitRows]]:
+        """Yield split, faces table, and what it was made from."""
         if self._crops is not None:
-            made = aligned_tables(self._source, part, self._crops, self._config.max_megapixels)
-            for split, (faces_table, num_bytes) in made.items():
-                yield split, faces_table, "copied", len(faces_table), num_bytes
+            aligned = aligned_tables(self._source, part, self._crops, self._config.max_megapixels)
+            for split, (faces_table, num_bytes) in aligned.items():
+                yield split, faces_table, SplitRows(num_photos=len(faces_table), num_bytes=num_bytes, made_on={"copied"})
             return
-        for split, rows in self._reader.rows(part).items():
-            faces_table = table.faces_table(rows.rows, self._fingerprint_json)
-            yield split, faces_table, self._made_on, rows.num_photos, rows.num_bytes
+        for split, made in self._reader.rows(part, self._config.faces_url, self._config.retry).items():
+            yield split, table.faces_table(made.rows, self._fingerprint_json), made
 
 
 def _process(
     config: PreprocessConfig,
     source: Source,
-    manifest: Manifest,
+    plan: PartPlan,
     todo: list[Part],
-    num_done: int,
+    found: Found,
     faces_fingerprint: dict[str, Any],
-) -> tuple[int, float]:
-    """Run the parts on the cluster; return the photos processed and the seconds since the first of them."""
+) -> Processed:
+    """Run the parts on the cluster."""
     if not todo:
-        return 0, 0.0
+        return Processed()
+    num_all = len(plan.photos)
+    num_done = num_all - sum(part.stop - part.start for part in todo)
+    if num_done:
+        logger.info("going on: %d of %d photos are done", num_done, num_all)
+    earlier = earlier_files(todo, plan.layout, found.success)
     with cluster.connected():
         if config.gpus != "auto":
             cluster.wait_for("GPU", config.gpus, limit_s=60 * config.wait_minutes)
         gpus = 0 if config.detector == "batch-face" or config.aligned is not None else cluster.chosen_gpus(config.gpus)
         share = Share.of_gpus(gpus, most_a_gpu=WORKERS_A_GPU)
         return run_parts(
-            [part_item(manifest, part) for part in todo],
+            [part_item(plan, part, files) for part, files in zip(todo, earlier, strict=True)],
             PartWorker,
             (config, source, faces_fingerprint, share.num_cpus, bool(gpus)),
             share=share,
             unit="photo",
             num_done=num_done,
-            num_all=len(manifest),
+            num_all=num_all,
         )

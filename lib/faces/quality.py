@@ -35,6 +35,7 @@ COLUMNS = (
 - `yaw`, `pitch`, `roll`: degrees by which the head is turned to the right of the picture, bowed, and turned clockwise.
 - `quality`: 0 to 1, the worst of the terms of `quality_score`.
 """
+NAMES = tuple(column.name for column in COLUMNS)
 
 _SIDE = 128
 _MIDDLE = 0.6
@@ -126,7 +127,12 @@ def quality_score(measures: dict[str, float], score: float) -> float:
 
 
 def with_quality(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the faces table with the measures of its face, or as it is where it has no face to measure."""
-    if not row.get("crop") or row.get("landmarks") is None or row.get("score") is None:
+    """Return a row of the faces table with the measures of its face; as it is where it has them, or has no face."""
+    if (
+        row.get("quality") is not None
+        or not row.get("crop")
+        or row.get("landmarks") is None
+        or row.get("score") is None
+    ):
         return row
     return {**row, **face_quality(row["crop"], row["landmarks"], row["score"])}

@@ -1,6 +1,7 @@
 """The aligned faces of some photos of a source, for people to look at."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -9,7 +10,7 @@ from lib import storage
 from lib.faces import table
 from lib.faces.extraction import FaceExtractor
 from lib.faces.manifest import Manifest
-from lib.faces.photo_parts import PhotoReader, part_item, plan_parts
+from lib.faces.photo_parts import PhotoReader, part_item
 from lib.recognition.embed_job import PhotosSource, Source
 
 
@@ -23,10 +24,10 @@ def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
             sorted({form for name in set(names) for form in (name, name.rpartition("#")[0])}), pa.string()
         )
         photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files))
-        manifest = Manifest(photos, 0, {})
         reader = PhotoReader(source.files, FaceExtractor(source.settings))
-        for part in plan_parts(manifest) if len(photos) else ():
-            for made in reader.rows(part_item(manifest, part)).values():
+        plan = replace(source, manifest=Manifest(photos, 0, {})).parts()
+        for part in plan.parts:
+            for made in reader.rows(part_item(plan, part)).values():
                 crops |= {row["photo"]: row["crop"] for row in made.rows if row.get("crop")}
         return crops
     for file_name in source.file_names:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -24,11 +25,24 @@ from lib.faces.alignment import Alignment, realign
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, fingerprint, settings_from_fingerprint
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, read_manifest
-from lib.faces.photo_parts import PhotoReader, part_item, part_name, plan_parts
+from lib.faces.part_plan import PartPlan, content_of, plan_parts
+from lib.faces.photo_parts import PhotoReader, part_item
 from lib.faces.sources.opening import open_source
 from lib.faces.sources.source import Source as PhotoFiles
 from lib.layout import Layout
-from lib.parts import SUCCESS_NAME, Share, present_files, run_parts, settle, summary, write_plan
+from lib.part_workers import Processed, Share, run_parts, summary
+from lib.parts import (
+    KEEP_VERSIONS,
+    begin,
+    digest_of,
+    finish_version,
+    is_same_old_table,
+    part_key,
+    part_name,
+    remove_unused,
+    settle,
+    split_in,
+)
 from lib.recognition import embeddings_table
 from lib.recognition.embedder import (
     Embedder,
@@ -42,6 +56,8 @@ from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
 from lib.recognition.recognizer import decoded_crop
 
 logger = logging.getLogger(__name__)
+
+_READERS = 16
 
 BATCH_SIZE = 64
 """Faces per forward pass. Not a flag, because the last digits of an embedding depend on it."""
@@ -74,8 +90,10 @@ class EmbedConfig:
     """GPUs to embed on. auto: all of the cluster. 0: none."""
     strict: bool = False
     """Stop if the faces were made with other settings than the model's training faces. Without it the job warns."""
+    keep_versions: int = KEEP_VERSIONS
+    """Versions of the embeddings that stay readable, the newest among them."""
     overwrite: bool = False
-    """Replace embeddings that were made with another model or other settings."""
+    """Replace embeddings that were made with another model or other settings. They stay until the new ones are done."""
     dry_run: bool = False
     """Check the input and print the plan, then stop."""
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
@@ -86,6 +104,8 @@ class EmbedConfig:
         unknown = [split for split in self.splits if split not in table.SPLITS]
         if unknown or not self.splits:
             raise UserError(f"--splits is {' '.join(self.splits) or 'empty'}: allowed are {', '.join(table.SPLITS)}")
+        if self.keep_versions < 1:
+            raise UserError(f"--keep-versions is {self.keep_versions}: 1 or more")
         cluster.check_gpus(self.gpus)
 
 
@@ -94,6 +114,7 @@ class FacesSource:
     """A faces table to embed.
 
     Attributes:
+        run_id: of the version of the table.
         file_names: of the parts below `url`.
         num_rows: of each of them.
     """
@@ -104,20 +125,23 @@ class FacesSource:
     file_names: list[str]
     num_rows: list[int]
 
-    def plan(self) -> dict[str, Any]:
-        """Return what the embeddings depend on besides the model."""
-        splits = sorted({name.split("/")[0].removeprefix("split=") for name in self.file_names})
-        return {
-            "fingerprint": self.fingerprint,
-            "faces_run": self.run_id,
-            "files": len(self.file_names),
-            "splits": splits,
-        }
+    def origin(self) -> dict[str, Any]:
+        """Return what embeddings say of where they are from."""
+        return {"faces_run": self.run_id}
 
-    def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
-        """Return for each part the item for a worker, its output files, and its number of rows."""
-        pairs = zip(self.file_names, self.num_rows, strict=True)
-        return [({"faces": storage.join(self.url, name), "name": name}, [name], rows) for name, rows in pairs]
+    def old_plan(self) -> dict[str, Any]:
+        """Return what embeddings without versions say of their faces."""
+        splits = sorted({split_in(name) for name in self.file_names})
+        return {"faces_run": self.run_id, "files": len(self.file_names), "splits": splits}
+
+    def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
+        """Return for each part the item for a worker, its files by a model of this digest, and its number of rows."""
+        items = []
+        for name, rows in zip(self.file_names, self.num_rows, strict=True):
+            made_of = name if part_key(name) else f"{self.run_id}/{name}"
+            output = _output_name(name, made_of, model)
+            items.append(({"faces": storage.join(self.url, name), "name": output}, [output], rows))
+        return items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +157,41 @@ class PhotosSource:
         """Where the photos are."""
         return self.files.url
 
-    def plan(self) -> dict[str, Any]:
-        """Return what the embeddings depend on besides the model."""
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the faces."""
+        return fingerprint(self.settings)
+
+    def origin(self) -> dict[str, Any]:
+        """Return what embeddings say of where they are from."""
+        return {"photos": storage.redacted(self.url)}
+
+    def old_plan(self) -> dict[str, Any]:
+        """Return what embeddings without versions say of their photos."""
         return {
-            "fingerprint": fingerprint(self.settings),
             "photos": len(self.manifest),
             "photo_bytes": self.manifest.num_bytes,
-            "manifest": self.manifest.digest(),
+            "manifest": self.manifest.old_digest(),
         }
 
-    def items(self) -> list[tuple[dict[str, Any], list[str], int]]:
-        """Return for each part the item for a worker, its output files, and its number of photos."""
-        parts = plan_parts(self.manifest)
-        return [(part_item(self.manifest, part), part.file_names(), part.stop - part.start) for part in parts]
+    def parts(self) -> PartPlan:
+        """Return the parts, which are those of a faces table of these photos."""
+        return plan_parts(self.manifest, content_of(self.fingerprint, self.settings.max_megapixels, self.files.columns.image))
+
+    def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
+        """Return for each part the item for a worker, its files by a model of this digest, and its number of photos."""
+        plan = self.parts()
+        plan = plan.renamed({name: _output_name(name, name, model) for name in plan.file_names()})
+        return [(part_item(plan, part), part.file_names(), part.stop - part.start) for part in plan.parts]
 
 
 Source = FacesSource | PhotosSource
+
+
+def _output_name(name: str, made_of: str, model: str) -> str:
+    """Return the file that the faces of a part become by a model of this digest."""
+    key = part_key(name) or name.rpartition("/part-")[2].removesuffix(".parquet")
+    return part_name(split_in(name), key, digest_of([made_of, model]))
 
 
 def embed_job(config: EmbedConfig) -> dict[str, Any]:
@@ -178,6 +221,8 @@ def embed_job(config: EmbedConfig) -> dict[str, Any]:
         gpus=config.gpus,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
+        splits=config.splits,
+        keep_versions=config.keep_versions,
     )
 
 
@@ -188,14 +233,16 @@ def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
         UserError: the table does not exist or is not finished, or has no photo in these splits.
     """
     success = table.read_success(faces_url)
-    wanted = tuple(f"split={split}/" for split in splits)
-    names = sorted(name for name in present_files(faces_url) if name.startswith(wanted))
+    names = table.part_names(success, splits)
     if not names:
         raise UserError(f"{faces_url} has no photo in split {', '.join(splits)}: name others by --splits")
-    num_rows = []
-    for name in names:
+
+    def num_rows_of(name: str) -> int:
         with storage.open_parquet(storage.join(faces_url, name), table.REQUIRED) as file:
-            num_rows.append(file.metadata.num_rows)
+            return int(file.metadata.num_rows)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        num_rows = list(pool.map(num_rows_of, names))
     return FacesSource(
         url=faces_url,
         run_id=success["run_id"],
@@ -247,8 +294,12 @@ def embed_source(
     gpus: cluster.Gpus = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
+    splits: Sequence[str] = table.SPLITS,
+    keep_versions: int = 1,
 ) -> dict[str, Any]:
     """Make or complete the embeddings of a source in the folder `output`, and return the counts.
+
+    Of a source that has changed, only the parts that changed are made.
 
     Raises:
         UserError: the folder holds something else; with `strict`, faces with other settings than the model's.
@@ -256,9 +307,9 @@ def embed_source(
     """
     started = time.monotonic()
     model = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
-    plan = {"job": "embed", "model": embedder.digest, **source.plan()}
+    plan = {"job": "embed", "model": embedder.digest, "fingerprint": source.fingerprint, "of_splits": sorted(splits)}
     differences = check_source(source, embedder, strict=strict)
-    items = source.items()
+    items = source.items(embedder.digest)
     num_all = sum(num_rows for _, _, num_rows in items)
     result: dict[str, Any] = {"job": "embed", "embeddings": output}
     if dry_run:
@@ -267,23 +318,26 @@ def embed_source(
 
     storage.check_writable(output)
     file_names = [name for _, names, _ in items for name in names]
-    success = settle(
-        output, plan, flag="--output", overwrite=overwrite, file_names=file_names, before_removal=_check_cluster
-    )
-    if success is not None:
+    found = settle(output, plan, flag="--output", overwrite=overwrite)
+    is_old = is_same_old_table(found, source.old_plan)
+    if is_old or found.is_finished(file_names):
+        assert found.success is not None
         logger.info("%s is complete: nothing to do", output)
-        return {**result, **success["counts"], "rows_processed": 0}
-    run_id = write_plan(output, plan)
-    present = present_files(output)
-    todo = [(item, rows) for item, names, rows in items if not present.keys() >= set(names)]
+        if not is_old:
+            begin(found, plan, file_names)
+            remove_unused(output, found.success, found.present, keep_versions=keep_versions)
+        return {**result, **found.success["counts"], "rows_processed": 0}
+    missing = found.missing(file_names)
+    begun = begin(found, plan, file_names)
+    todo = [(item, rows) for item, names, rows in items if missing & set(names)]
     num_todo = sum(rows for _, rows in todo)
     if num_todo < num_all:
         logger.info("resuming: %d of %d rows are done", num_all - num_todo, num_all)
-    num_processed, seconds = 0, 0.0
+    processed = Processed()
     if todo:
         with cluster.connected():
             chosen = chosen_gpus(embedder.url, gpus)
-            num_processed, seconds = run_parts(
+            processed = run_parts(
                 [item for item, _ in todo],
                 EmbedWorker,
                 ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, chosen > 0),
@@ -294,31 +348,25 @@ def embed_source(
             )
     storage.remove_unfinished(output)
     counts = _counts(output, file_names)
-    about = {"model": {"url": storage.redacted(embedder.url), **model}, "fingerprint": plan["fingerprint"]}
-    written = present_files(output)
-    about |= {"fingerprint_differences": differences, "counts": counts}
-    about |= {"parts": {name: written[name] for name in file_names}}
-    storage.write_json(storage.join(output, SUCCESS_NAME), {"run_id": run_id, **about})
+    about: dict[str, Any] = {
+        "model": {"url": storage.redacted(embedder.url), **model},
+        "fingerprint": source.fingerprint,
+    }
+    about |= {"fingerprint_differences": differences, "counts": counts, **source.origin()}
+    finish_version(output, begun, file_names, about, keep_versions=keep_versions)
     return {
         **result,
         **counts,
-        "rows_processed": num_processed,
-        "faces_per_s": round(num_processed / seconds, 1) if num_processed else 0.0,
+        "rows_processed": processed.num,
+        "faces_per_s": round(processed.per_s() or 0.0, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _check_cluster() -> None:
-    """Raise if there is no cluster."""
-    with cluster.connected():
-        pass
-
-
 def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
     """Return how the faces of a source differ from the model's training faces, see `check_fingerprint`."""
-    made = source.fingerprint if isinstance(source, FacesSource) else fingerprint(source.settings)
     next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
-    return check_fingerprint(made, embedder, strict=strict, next_step=next_step)
+    return check_fingerprint(source.fingerprint, embedder, strict=strict, next_step=next_step)
 
 
 def source_settings(source: Source) -> tuple[PhotoFiles, ExtractionSettings] | None:
@@ -363,7 +411,7 @@ class EmbedWorker:
         """Process one item of a source, and return its summary."""
         return summary(self._process, item)
 
-    def _process(self, item: dict[str, Any]) -> int:
+    def _process(self, item: dict[str, Any]) -> tuple[int, int]:
         num_rows = 0
         for name, rows, num_photos in self._rows(item):
             faces = [row for row in rows if row.get("crop")]
@@ -373,7 +421,7 @@ class EmbedWorker:
             part = pa.Table.from_pylist(rows, schema=self._schema)
             storage.write_parquet(storage.join(self._output, name), part, compression="zstd")
             num_rows += num_photos
-        return num_rows
+        return num_rows, 0
 
     def _rows(self, item: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]], int]]:
         """Yield each file, its rows of a faces table, and their number of photos."""
@@ -381,8 +429,9 @@ class EmbedWorker:
             rows = storage.read_parquet(item["faces"], table.REQUIRED).to_pylist()
             yield item["name"], rows, len(rows)
             return
+        names = json.loads(item["names"])
         for split, made in self._reader.rows(item).items():
-            yield part_name(split, item["index"]), made.rows, made.num_photos
+            yield names[split], made.rows, made.num_photos
 
 
 def embed_faces(embedder: Embedder, faces: Sequence[Mapping[str, Any]], made: Alignment) -> np.ndarray:
@@ -415,10 +464,11 @@ def _wanted_crop(embedder: Embedder, face: Mapping[str, Any], made: Alignment) -
 
 def _counts(output: str, file_names: Sequence[str]) -> dict[str, Any]:
     statuses, identities = Counter[str](), set[str]()
-    for name in file_names:
-        rows = storage.read_parquet(storage.join(output, name), table.columns("identity", "status"))
-        statuses.update(rows["status"].to_pylist())
-        identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
+    columns = table.columns("identity", "status")
+    with ThreadPoolExecutor(_READERS) as pool:
+        for rows in pool.map(lambda name: storage.read_parquet(storage.join(output, name), columns), file_names):
+            statuses.update(rows["status"].to_pylist())
+            identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
     return {
         "rows": statuses.total(),
         **{status: statuses[status] for status in table.STATUSES},

@@ -15,7 +15,7 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces.table import FINGERPRINT_KEY
 from lib.faces.table import SCHEMA as FACES_SCHEMA
-from lib.parts import read_success
+from lib.parts import read_success, split_in
 
 MODEL_KEY = b"conv-facenet.model"
 """Key in the Parquet metadata for the model as JSON: digest, embedding_dim, template."""
@@ -57,9 +57,9 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
         UserError: the folder does not exist, is not finished, is no embeddings table, or has an embedding that is not
             finite.
     """
-    read_success(url, what="embeddings", job="jobs/embed.py")
+    success = read_success(url, what="embeddings", job="jobs/embed.py")
     if file_names is None:
-        file_names = [info.path for info in storage.list_files(url, suffix=".parquet")]
+        file_names = sorted(success["parts"])
     if not file_names:
         raise UserError(f"{url} holds no embeddings: run jobs/embed.py on photos with faces")
     tables = [storage.read_parquet(storage.join(url, name)) for name in file_names]
@@ -70,11 +70,7 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
             raise UserError(
                 f"{storage.join(url, name)} was made by another model than {file_names[0]}: run jobs/embed.py again"
             )
-    splits = [
-        name.split("/")[0].removeprefix("split=")
-        for name, part in zip(file_names, tables, strict=True)
-        for _ in range(len(part))
-    ]
+    splits = [split_in(name) for name, part in zip(file_names, tables, strict=True) for _ in range(len(part))]
     rows = pa.concat_tables(tables)
     embeddings_ND = _filled(rows["embedding"], model["embedding_dim"])
     num_broken = int(np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1)))

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -88,10 +89,13 @@ class NoFacesError(UserError):
     """No photo of the splits is aligned."""
 
 
-def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos_limit: int = 0) -> str:
+def build_cache(
+    faces_url: str, splits: Sequence[str], cache_dir: str, *, photos_limit: int = 0, run_id: str | None = None
+) -> str:
     """Return the path of the cache file of these splits, after making it where it is not there yet.
 
-    With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most.
+    With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most. `run_id`
+    is that of the version of the table, which is the present one if that version is not kept.
 
     Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
     file under the final name. Caches of other faces are left alone, but for old ones in `default_folder`.
@@ -103,7 +107,8 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos
         JobError: the disk is full.
     """
     folder = Path(cache_dir)
-    path = folder / _cache_name(table.read_success(faces_url), splits, photos_limit)
+    success = table.read_success(faces_url, run_id=run_id)
+    path = folder / _cache_name(success, splits, photos_limit)
     if _is_there(path):
         return str(path)
     try:
@@ -115,7 +120,7 @@ def build_cache(faces_url: str, splits: Sequence[str], cache_dir: str, *, photos
         if not _is_there(path):
             if cache_dir == default_folder():
                 _remove_old(folder)
-            _build(faces_url, splits, path, photos_limit)
+            _build(_part_urls(faces_url, success, splits), splits, path, photos_limit)
     return str(path)
 
 
@@ -145,7 +150,7 @@ def _remove_old(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _cache_name(success: dict[str, object], splits: Sequence[str], photos_limit: int) -> str:
+def _cache_name(success: dict[str, Any], splits: Sequence[str], photos_limit: int) -> str:
     content = json.dumps([FORMAT_VERSION, success, *([photos_limit] if photos_limit else [])], sort_keys=True)
     return f"faces-{'-'.join(splits)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
 
@@ -161,13 +166,12 @@ def _locked(descriptor: int, path: Path) -> Iterator[None]:
     yield
 
 
-def _build(faces_url: str, splits: Sequence[str], path: Path, photos_limit: int) -> None:
-    urls = [url for split in splits for url in _part_urls(faces_url, split)]
+def _build(urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int) -> None:
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         num_bytes_needed = sum(pool.map(_num_bytes, urls))
     kept = None
     if photos_limit:
-        everybody = read_identities(faces_url, splits)
+        everybody = _identities(urls)
         kept = limited_identities(everybody, photos_limit)
         num_bytes_needed = num_bytes_needed * min(photos_limit, len(everybody)) // max(len(everybody), 1)
     others = [other.name for other in path.parent.glob(f"faces-{'-'.join(splits)}-*.arrow") if other != path]
@@ -189,7 +193,7 @@ def _build(faces_url: str, splits: Sequence[str], path: Path, photos_limit: int)
         temporary.unlink(missing_ok=True)
     if not num_rows:
         raise NoFacesError(
-            f"no photo in split {', '.join(splits)} of {faces_url} is aligned: "
+            f"no photo in split {', '.join(splits)} of the faces table is aligned: "
             "run jobs/preprocess.py on photos with faces first"
         )
     logger.info("made %s: %d crops, %.1f MB", path, num_rows, path.stat().st_size / 1e6)
@@ -202,9 +206,8 @@ def _disk_full(folder: Path, num_bytes_needed: int) -> JobError:
     )
 
 
-def _part_urls(faces_url: str, split: str) -> list[str]:
-    folder = storage.join(faces_url, f"split={split}")
-    return [storage.join(folder, info.path) for info in storage.list_files(folder, suffix=".parquet")]
+def _part_urls(faces_url: str, success: dict[str, Any], splits: Sequence[str]) -> list[str]:
+    return [storage.join(faces_url, name) for split in splits for name in table.part_names(success, [split])]
 
 
 def _num_bytes(url: str) -> int:
@@ -252,21 +255,25 @@ def _equal_batches(urls: Sequence[str], kept_people: pa.Array | None) -> Iterato
         yield pa.concat_batches(pending)
 
 
-def read_identities(faces_url: str, splits: Sequence[str], *, photos_limit: int = 0) -> pa.ChunkedArray:
+def read_identities(
+    faces_url: str, splits: Sequence[str], *, photos_limit: int = 0, run_id: str | None = None
+) -> pa.ChunkedArray:
     """Return the identity of each row that such a cache holds, in its order, without reading the crops.
 
     Raises:
         UserError: the faces folder is absent or not finished, or the limit leaves nobody.
     """
-    table.read_success(faces_url)
-    urls = [url for split in splits for url in _part_urls(faces_url, split)]
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        parts = pool.map(lambda url: storage.read_parquet(url, table.columns("identity", "status")), urls)
-        names = [part.filter(_usable(part))["identity"] for part in parts]
-    identities = pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
+    identities = _identities(_part_urls(faces_url, table.read_success(faces_url, run_id=run_id), splits))
     if not photos_limit:
         return identities
     return identities.filter(pc.is_in(identities, value_set=limited_identities(identities, photos_limit)))
+
+
+def _identities(urls: Sequence[str]) -> pa.ChunkedArray:
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        parts = pool.map(lambda url: storage.read_parquet(url, table.columns("identity", "status")), urls)
+        names = [part.filter(_usable(part))["identity"] for part in parts]
+    return pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
 
 
 def limited_identities(identities: pa.ChunkedArray, photos_limit: int) -> pa.Array:

@@ -11,8 +11,11 @@ from lib import storage
 from lib.faces import card, table
 from lib.faces.images import to_jpeg
 from lib.faces.manifest import MANIFEST_SCHEMA, Manifest
+from lib.faces.part_plan import BUCKETS, SIZE
+from lib.parts import Found, begin
 
 FINGERPRINT = {"id": "0123456789abcdef", "detector": "retinaface", "faces_policy": "prominent"}
+PLAN = {"fingerprint": FINGERPRINT, SIZE: 32, BUCKETS: {"train": 2, "val": 1, "test": 1}}
 COLOURS = {"Zoë": (40, 40, 230), "2": (40, 230, 40), "3": (230, 40, 40)}
 
 Row = tuple[str, str | None, str]
@@ -26,7 +29,7 @@ def write_part(faces: Path, name: str, rows: list[Row], num_bytes: int) -> None:
             crop = to_jpeg(np.full((64, 64, 3), COLOURS.get(identity or "", (128, 128, 128)), np.uint8), 95)
         content.append({"photo": photo, "identity": identity, "status": status, "crop": crop})
     part = table.faces_table(content, json.dumps(FINGERPRINT))
-    metadata = {**part.schema.metadata, card.BYTES_KEY: str(num_bytes).encode()}
+    metadata = {**part.schema.metadata, table.BYTES_KEY: str(num_bytes).encode()}
     storage.write_parquet(str(faces / name), part.replace_schema_metadata(metadata), compression="none")
 
 
@@ -39,7 +42,9 @@ def finish(faces: Path, parts: dict[str, list[Row]], *, passed_over: dict[str, i
         for photo, identity, _ in part
     ]
     manifest = Manifest(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), 0, passed_over or {})
-    return card.finish(str(faces), manifest, list(parts), run_id="run-1", fingerprint=FINGERPRINT, photos_per_s=123.456)
+    names = list(parts)
+    begun = begin(Found(str(faces)), PLAN, names)
+    return card.finish(str(faces), manifest, names, begun=begun, photos_per_s=123.456)
 
 
 PARTS: dict[str, list[Row]] = {
@@ -91,7 +96,8 @@ def test_card_success_and_readme_say_the_same(faces: Path) -> None:
     success = json.loads((faces / "_SUCCESS").read_text())
     readme = (faces / "README.md").read_text()
     sizes = {name: (faces / name).stat().st_size for name in PARTS}
-    assert success == {"run_id": "run-1", "fingerprint": FINGERPRINT, "counts": counts, "parts": sizes}
+    assert success.pop("content")
+    assert success == {**PLAN, "run_id": written["run_id"], "version": 1, "counts": counts, "parts": sizes}
     assert written["counts"] == counts
     assert written["fingerprint"] == FINGERPRINT
     assert written["passed_over"] == {".gif": 2}
@@ -152,13 +158,8 @@ def test_a_table_of_nobody_counts_photos_and_no_identities(faces: Path) -> None:
 def test_a_row_too_few_is_never_called_a_success(faces: Path) -> None:
     write_part(faces, "split=train/part-000000.parquet", [("a.jpg", "1", table.ALIGNED)], 10)
     two = pa.Table.from_pylist([{"photo": name, "split": "train"} for name in "ab"], schema=MANIFEST_SCHEMA)
+    names = ["split=train/part-000000.parquet"]
+    begun = begin(Found(str(faces)), PLAN, names)
     with pytest.raises(AssertionError, match="exactly one row"):
-        card.finish(
-            str(faces),
-            Manifest(two, 0, {}),
-            ["split=train/part-000000.parquet"],
-            run_id="run-1",
-            fingerprint=FINGERPRINT,
-            photos_per_s=None,
-        )
+        card.finish(str(faces), Manifest(two, 0, {}), names, begun=begun, photos_per_s=None)
     assert not (faces / "_SUCCESS").exists()
