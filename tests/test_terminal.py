@@ -23,7 +23,7 @@ from tests.job_runner import environment
 HEAD = """
 import ctypes, logging, os, sys, time
 from dataclasses import dataclass
-from lib import cluster, parts
+from lib import cluster, part_workers
 from lib.config import run_job
 from lib.errors import JobError
 
@@ -188,13 +188,13 @@ class Work:
         os.write(2, b"a worker's core\\n")
         END
         time.sleep(0.3 + item["part"])  # so that they end one after the other
-        return parts.summary(lambda item: 5, item)
+        return part_workers.summary(lambda item: (5, 0), item)
 
 def job(config):
-    parts.TRIES_OF_A_PART = 2
+    part_workers.TRIES_OF_A_PART = 2
     with cluster.connected():
-        rows, _ = parts.run_parts([{"part": n} for n in range(4)], Work, (), unit="photo", num_done=0, num_all=20)
-    return {"made": "/x", "rows": rows}
+        done = part_workers.run_parts([{"part": n} for n in range(4)], Work, (), unit="photo", num_done=0, num_all=20)
+    return {"made": "/x", "rows": done.num}
 """
 
 

@@ -450,7 +450,11 @@ class PartWorker:
         if self._crops is not None:
             aligned = aligned_tables(self._source, part, self._crops, self._config.max_megapixels)
             for split, (faces_table, num_bytes) in aligned.items():
-                yield split, faces_table, SplitRows(num_photos=len(faces_table), num_bytes=num_bytes, made_on={"copied"})
+                yield (
+                    split,
+                    faces_table,
+                    SplitRows(num_photos=len(faces_table), num_bytes=num_bytes, made_on={"copied"}),
+                )
             return
         for split, made in self._reader.rows(part, self._config.faces_url, self._config.retry).items():
             yield split, table.faces_table(made.rows, self._fingerprint_json), made

@@ -176,7 +176,9 @@ class PhotosSource:
 
     def parts(self) -> PartPlan:
         """Return the parts, which are those of a faces table of these photos."""
-        return plan_parts(self.manifest, content_of(self.fingerprint, self.settings.max_megapixels, self.files.columns.image))
+        return plan_parts(
+            self.manifest, content_of(self.fingerprint, self.settings.max_megapixels, self.files.columns.image)
+        )
 
     def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
         """Return for each part the item for a worker, its files by a model of this digest, and its number of photos."""

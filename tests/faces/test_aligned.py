@@ -15,7 +15,8 @@ from lib.faces.aligned import AlignedCrops, aligned_tables, jpeg_side
 from lib.faces.alignment import Alignment, alignment_matrix
 from lib.faces.extraction import fingerprint, fingerprint_differences, settings_from_fingerprint
 from lib.faces.manifest import read_manifest
-from lib.faces.photo_parts import part_item, plan_parts
+from lib.faces.part_plan import plan_parts
+from lib.faces.photo_parts import part_item
 from lib.faces.preprocess_job import PartWorker, PreprocessConfig
 from lib.faces.sources.opening import open_source
 from tests.faces.sources.test_recordio import insightface
@@ -34,7 +35,8 @@ def how(template: str = "arcface-112", size: int = 112, *, verify: bool = False)
 def tables(folder: Path, crops: AlignedCrops) -> pa.Table:
     source = open_source(str(folder))
     manifest = read_manifest(source, None, split_seed=0, identities_required=True)
-    parts = [part_item(manifest, part) for part in plan_parts(manifest)]
+    plan = plan_parts(manifest, "content")
+    parts = [part_item(plan, part) for part in plan.parts]
     return pa.concat_tables(made for part in parts for made, _ in aligned_tables(source, part, crops, 100).values())
 
 
@@ -114,7 +116,8 @@ def test_the_job_writes_the_parts(tmp_path):
     source = config.source()
     manifest = read_manifest(source, None, split_seed=0, identities_required=True)
     worker: Any = PartWorker(config, source, config.fingerprint(), 1, False)
-    done = [worker(part_item(manifest, part)) for part in plan_parts(manifest)]
+    plan = plan_parts(manifest, config.content())
+    done = [worker(part_item(plan, part)) for part in plan.parts]
     assert sum(each["count"] for each in done) == 40
     assert not any(each["failure"] for each in done)
     files = list(Path(config.faces_url).rglob("*.parquet"))
