@@ -147,9 +147,9 @@ def test_a_refusal_is_one_line(flags, line, monkeypatch, capsys):
 
 
 def test_a_value_that_is_none_of_a_few_is_told_with_those():
-    refused = run_here("train.py", "--loss", "nope")
+    refused = run_here("train.py", "--batch", "nope")
     assert refused.status == 2
-    assert refused.errors.startswith("error: --loss is 'nope': allowed is softmax, semihard: run ")
+    assert refused.errors.startswith("error: --batch is 'nope': allowed is triplets, identities, photos: run ")
     assert refused.errors.count("\n") == 1
 
 

@@ -160,7 +160,8 @@ def test_photos_that_have_little_to_do_with_the_table_are_refused(
     data: Path, first_run: Finished, sample_data: Path
 ) -> None:
     assert first_run.status == 0
-    others = run_here("preprocess.py", "--data", str(data), "--photos", str(sample_data / "photos"))
+    flags = ("--photos", str(sample_data / "photos"), "--identities", str(sample_data / "identities.txt"))
+    others = run_here("preprocess.py", "--data", str(data), *flags)
     assert others.status == 2
     num = first_run.result["photos"]
     assert f"{num} of the {num} photos of {data}/faces are not in {sample_data}/photos: correct" in others.last_error

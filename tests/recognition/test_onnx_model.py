@@ -226,8 +226,8 @@ def test_metadata_out_of_range_are_damaged(tmp_path: Path, wrong: dict) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"image_size": "x"}, "a fingerprint holds values of the wrong type"),
-        ({"min_score": None}, "a fingerprint holds values of the wrong type"),
+        ({"image_size": "x"}, "a fingerprint has values of the wrong type"),
+        ({"min_score": None}, "a fingerprint has values of the wrong type"),
         ({"detector": []}, "allowed are"),
         ({"template": "other"}, "allowed are"),
         ({"margin": float("nan")}, "allowed are"),
