@@ -40,6 +40,8 @@ class WorkerJob:
     num_shards: int
     """Shards of the feature store; 0 if no policy needs one."""
     use_gpu: bool
+    faces_run_id: str | None = None
+    """Version of the faces table that the run is about; None for the present one."""
 
 
 class Control:

@@ -111,7 +111,7 @@ class Worker:
         if self.rank == 0:
             storage.remove_unfinished(config.run_url)
         self._tell(status="reading the faces")
-        self.data = open_data(config, device)
+        self.data = open_data(config, device, job.faces_run_id)
         self.index = PhotoIndex(self.data.train.labels_N, needs_pairs=config.needs_pairs)
         self.state = TrainingState(
             config,

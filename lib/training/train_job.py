@@ -45,8 +45,11 @@ TOO_FEW_LIMIT_S = 10.0
 """How long too few nodes for the workers are borne where lost ones do not come back."""
 
 
-Workers = Callable[[TrainConfig, ModelSpec, np.ndarray], dict[str, Any] | None]
-"""Trains the model of a run on photos with these labels, and returns what it made, None where it was asked to leave."""
+Workers = Callable[[TrainConfig, ModelSpec, np.ndarray, str], dict[str, Any] | None]
+"""Trains the model of a run on photos with these labels, of this version of the faces table.
+
+It returns what it made, or None if it was asked to leave.
+"""
 
 
 def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     """
     started = time.monotonic()
     config = config.with_absolute_paths()
-    success = read_success(config.faces_url)
+    success = read_success(config.faces_url, run_id=_begun_with(config))
     spec = ModelSpec(
         backbone=config.backbone,
         embedding_dim=config.model.embedding_dim,
@@ -72,7 +75,9 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     if progress is not None and progress.finished:
         logger.info("%s is finished: nothing to do", config.run_url)
         return _result(config, run_result(read_rows(config.run_url), progress.best_epoch), started)
-    identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
+    faces_run_id = str(success["run_id"])
+    limit = config.sampling.photos_limit
+    identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
     labels_N = pc.index_in(identities, identities.unique().sort()).to_numpy().astype(np.int32)
     index = PhotoIndex(labels_N, needs_pairs=config.needs_pairs)
     if config.dry_run:
@@ -90,7 +95,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     else:
         spec = _earlier_spec(config)
     with cluster.connected():
-        result = (workers or _run_workers)(config, spec, labels_N)
+        result = (workers or _run_workers)(config, spec, labels_N, faces_run_id)
     if result is None:
         raise JobStopped(
             f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
@@ -123,12 +128,23 @@ def _settle(config: TrainConfig, plan: dict[str, Any]) -> Progress | None:
     return checkpoints.newest_progress(config.run_url)
 
 
+def _begun_with(config: TrainConfig) -> str | None:
+    """Return the version of the faces table that the run began with, None if it has not begun."""
+    config_url = storage.join(config.run_url, CONFIG_NAME)
+    if not storage.exists(config_url):
+        return None
+    run_id = storage.read_json(config_url, {"fingerprint": dict}).get("faces_run_id")
+    return None if run_id is None else str(run_id)
+
+
 def _earlier_spec(config: TrainConfig) -> ModelSpec:
     url = storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME)
     return ModelSpec.from_json(storage.read_json(url), url)
 
 
-def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> dict[str, Any] | None:
+def _run_workers(
+    config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray, faces_run_id: str
+) -> dict[str, Any] | None:
     """Start store and workers, and watch them until the end."""
     import ray
     import ray.train
@@ -142,7 +158,13 @@ def _run_workers(config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray) -> 
     is_local = cluster.is_local()
     # Arrays of the CPU travel by gloo also where gradients travel by nccl.
     backend = "cpu:gloo,cuda:nccl" if config.gpus else "gloo"
-    job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0, use_gpu=bool(config.gpus))
+    job = WorkerJob(
+        config=config,
+        spec=spec,
+        num_shards=store.num_shards if store else 0,
+        use_gpu=bool(config.gpus),
+        faces_run_id=faces_run_id,
+    )
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = (OneMachineTrainer if is_local else ClusterTrainer)(
             train_worker,

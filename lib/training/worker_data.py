@@ -34,18 +34,19 @@ class WorkerData:
             self.decoders.close()
 
 
-def open_data(config: TrainConfig, device: torch.device) -> WorkerData:
-    """Copy the crops to this node where they are not there yet, and start what decodes them.
+def open_data(config: TrainConfig, device: torch.device, faces_run_id: str | None = None) -> WorkerData:
+    """Copy the crops of this version of the table to this node, unless it has them, and start what decodes them.
 
     Raises:
         UserError: no crop to train on, or a part of the table is damaged.
     """
     folder = config.run.cache_dir or default_folder()
-    train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=config.sampling.photos_limit))
+    limit = config.sampling.photos_limit
+    train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id))
     val = None
     # Nothing else is borne: training on would hide a damaged part, which other nodes may not see.
     with contextlib.suppress(NoFacesError):
-        val = FaceCache(build_cache(config.faces_url, ["val"], folder))
+        val = FaceCache(build_cache(config.faces_url, ["val"], folder, run_id=faces_run_id))
     num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     num_threads = config.run.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
     decoders = None

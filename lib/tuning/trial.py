@@ -58,7 +58,7 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> 
     storage.remove(storage.join(run_url, OUTCOME_NAME))
     reason = ""
     try:
-        train(trial.config, lambda config, spec, labels_N: _run_here(trial, sweep, config, spec, labels_N, use_gpu))
+        train(trial.config, lambda *run: _run_here(trial, sweep, *run, use_gpu=use_gpu))
     except JobStopped:
         return  # everything is saved
     except (UserError, JobError) as error:
@@ -75,12 +75,25 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> 
 
 
 def _run_here(
-    trial: Trial, sweep: Any, config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray, use_gpu: bool
+    trial: Trial,
+    sweep: Any,
+    config: TrainConfig,
+    spec: ModelSpec,
+    labels_N: np.ndarray,
+    faces_run_id: str,
+    *,
+    use_gpu: bool,
 ) -> dict[str, Any] | None:
     """Run the worker on a thread of this process, and report each epoch to Tune."""
     control = _own_control(config.run_url)
     store = create_store(config, labels_N, num_shards=1)  # the store is on the trial's node, so one shard is enough
-    job = WorkerJob(config=config, spec=spec, num_shards=store.num_shards if store else 0, use_gpu=use_gpu)
+    job = WorkerJob(
+        config=config,
+        spec=spec,
+        num_shards=store.num_shards if store else 0,
+        use_gpu=use_gpu,
+        faces_run_id=faces_run_id,
+    )
     errors: list[BaseException] = []
 
     def run() -> None:

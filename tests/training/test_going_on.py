@@ -11,6 +11,8 @@ import torch
 
 from lib import storage
 from lib.errors import UserError
+from lib.faces.table import read_success
+from lib.parts import present_files
 from lib.recognition.model import ModelSpec
 from lib.training import checkpoints
 from lib.training.control import WorkerJob
@@ -19,7 +21,7 @@ from lib.training.loop import Worker
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
-from lib.training.train_job import CONFIG_NAME, _settle
+from lib.training.train_job import CONFIG_NAME, _settle, train
 from lib.training.validation import Figures
 from tests.training.learnable_faces import write_faces
 
@@ -126,3 +128,25 @@ def test_the_rate_is_the_flags_or_the_one_for_the_backbone_and_stays(config: Tra
         state = begun(named).state
         assert state.progress.lr == expected
         assert state.optimizer.param_groups[0]["lr"] == expected
+
+
+def test_a_run_goes_on_with_the_version_of_the_table_that_it_began_with(config: TrainConfig) -> None:
+    faces = Path(config.faces_url)
+    before = {**json.loads((faces / "_SUCCESS").read_text()), "version": 1, "parts": present_files(str(faces))}
+    kept = [name for name in before["parts"] if not name.startswith("split=train/part-000000")]
+    after = {**before, "run_id": "grown", "version": 2, "parts": {name: before["parts"][name] for name in kept}}
+    storage.write_json(str(faces / "_SUCCESS"), before)
+    begin(config, config.content(read_success(config.faces_url)), SPEC)
+    storage.write_json(str(faces / "_versions" / "000001.json"), before)
+    storage.write_json(str(faces / "_SUCCESS"), after)
+
+    asked = config.replaced(dry_run=True)
+    assert train(asked)["photos"] == 16
+    assert train(asked.replaced(name="another"))["photos"] == 8
+    job = WorkerJob(config=config, spec=SPEC, num_shards=0, use_gpu=False, faces_run_id=before["run_id"])
+    worker = Worker(job, CONTROL, torch.device("cpu"))
+    assert len(worker.data.train) == 16
+
+    (faces / "_versions" / "000001.json").unlink()
+    with pytest.raises(UserError, match="faces_run_id: made for tests there, grown now"):
+        train(asked)
