@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import tyro
 from sklearn.cluster import DBSCAN, HDBSCAN
 
 from lib.curation.linkage import average_linkage
-from lib.curation.proposals import Proposal, bcubed_f, best_threshold, pairwise_f, proposals
+from lib.curation.proposals import Proposal, best_threshold, pairwise_f, proposals
 from lib.recognition.embeddings_table import read_embeddings
 
 
@@ -127,6 +128,15 @@ def alone(label_N: np.ndarray) -> np.ndarray:
     noise_N = out_N < 0
     out_N[noise_N] = out_N.max() + 1 + np.arange(noise_N.sum())
     return out_N
+
+
+def bcubed_f(cluster_N: np.ndarray, identity_N: np.ndarray) -> float:
+    """Return the BCubed F-measure (Bagga and Baldwin 1998): precision and recall of each face's cluster, averaged."""
+    rows = pd.DataFrame({"cluster": cluster_N, "identity": identity_N})
+    shared = rows.groupby(["cluster", "identity"])["cluster"].transform("size")
+    precision = float((shared / rows.groupby("cluster")["cluster"].transform("size")).mean())
+    recall = float((shared / rows.groupby("identity")["identity"].transform("size")).mean())
+    return 2 * precision * recall / (precision + recall)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from lib.imports import quick_imports
 
 with quick_imports():
     from lib.config import run_job
-    from lib.faces.preprocess_job import PreprocessConfig, preprocess
+    from lib.faces.preprocess_config import PreprocessConfig
+    from lib.faces.preprocess_job import preprocess
 
 if __name__ == "__main__":
     run_job(PreprocessConfig, preprocess, description=__doc__ or "", look_at="{faces}/contact_sheet.jpg")

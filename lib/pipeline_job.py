@@ -11,7 +11,8 @@ from lib import cluster, storage
 from lib.config import default_data_url
 from lib.errors import UserError
 from lib.evaluation.evaluate_job import KEPT_FIGURES, EvaluateConfig, evaluate
-from lib.faces.preprocess_job import PreprocessConfig, preprocess
+from lib.faces.preprocess_config import PreprocessConfig
+from lib.faces.preprocess_job import preprocess
 from lib.layout import Layout
 from lib.parts import SUCCESS_NAME
 from lib.recognition.model import SPEC_NAME

@@ -13,7 +13,8 @@ from lib import storage
 from lib.curation.changes import changes_table, digest_of_table, write_about
 from lib.curation.curate_job import CurateConfig, curate
 from lib.errors import UserError
-from lib.faces.preprocess_job import PreprocessConfig, preprocess
+from lib.faces.preprocess_config import PreprocessConfig
+from lib.faces.preprocess_job import preprocess
 from lib.recognition.embed_job import EmbedConfig, embed_job
 from tests.job_runner import RayHead, run_job
 

@@ -7,7 +7,7 @@ import pytest
 from lib.config import default_data_url
 from lib.errors import UserError
 from lib.evaluation.evaluate_job import EvaluateConfig
-from lib.faces.preprocess_job import PreprocessConfig
+from lib.faces.preprocess_config import PreprocessConfig
 from lib.flags import parsed
 from lib.pipeline_job import PipelineConfig, pipeline_defaults
 from lib.recognition.model import load_model

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lib.faces import table
 from lib.faces.manifest import read_manifest
-from lib.faces.preprocess_job import PreprocessConfig
+from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.splits import split_of
 from lib.parts import split_in
 from tests.job_runner import ROOT, Finished, RayHead, environment, run_here

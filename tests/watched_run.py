@@ -58,7 +58,8 @@ def run_jobs(data: str, seen: dict[str, Any]) -> None:
     """Run five jobs on one local cluster."""
     from lib import cluster
     from lib.evaluation.evaluate_job import EvaluateConfig, evaluate
-    from lib.faces.preprocess_job import PreprocessConfig, preprocess
+    from lib.faces.preprocess_config import PreprocessConfig
+    from lib.faces.preprocess_job import preprocess
     from lib.recognition.embed_job import EmbedConfig, embed_job
     from lib.recognition.export_job import ExportConfig, export
     from lib.training.settings import TrainConfig

@@ -25,9 +25,10 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.layout import Layout
 from lib.recognition.crops import read_crops
-from lib.recognition.embed_job import FacesSource, embed_source, faces_source
+from lib.recognition.embed_job import embed_source
 from lib.recognition.embedder import Embedder, find_model, load_embedder
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
+from lib.recognition.face_source import FacesSource, faces_source
 from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)

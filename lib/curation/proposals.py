@@ -211,12 +211,3 @@ def pairwise_f(cluster_N: Ints, identity_N: Ints) -> float:
 
     both, ours, theirs = num_pairs(cluster_N, identity_N), num_pairs(cluster_N), num_pairs(identity_N)
     return 2 * both / (ours + theirs) if ours + theirs else 0.0
-
-
-def bcubed_f(cluster_N: Ints, identity_N: Ints) -> float:
-    """Return the BCubed F-measure (Bagga and Baldwin 1998): precision and recall of each face's cluster, averaged."""
-    rows = pd.DataFrame({"cluster": cluster_N, "identity": identity_N})
-    shared = rows.groupby(["cluster", "identity"])["cluster"].transform("size")
-    precision = float((shared / rows.groupby("cluster")["cluster"].transform("size")).mean())
-    recall = float((shared / rows.groupby("identity")["identity"].transform("size")).mean())
-    return 2 * precision * recall / (precision + recall)

@@ -28,18 +28,11 @@ from lib.faces import table
 from lib.faces.manifest import Manifest
 from lib.layout import Layout
 from lib.parts import split_in
-from lib.recognition.embed_job import (
-    FacesSource,
-    PhotosSource,
-    Source,
-    check_source,
-    embed_source,
-    faces_source,
-    photos_source,
-)
+from lib.recognition.embed_job import embed_source
 from lib.recognition.embed_job import model_name as name_of
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embeddings_table import read_embeddings
+from lib.recognition.face_source import FacesSource, PhotosSource, Source, check_source, faces_source, photos_source
 from lib.recognition.model import keep_threshold, was_evaluated
 from lib.recognition.onnx_model import OnnxInput
 

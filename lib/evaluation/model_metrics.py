@@ -22,9 +22,9 @@ from lib.evaluation.metrics import (
     verification_report,
 )
 from lib.evaluation.pairs import Pairs, original_pairs
-from lib.recognition.embed_job import Source
 from lib.recognition.embedder import Embedder
 from lib.recognition.embeddings_table import Embeddings
+from lib.recognition.face_source import Source
 
 logger = logging.getLogger(__name__)
 

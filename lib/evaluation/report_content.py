@@ -27,7 +27,7 @@ from lib.evaluation.report import (
 )
 from lib.faces.alignment import EYES
 from lib.recognition.crops import read_crops
-from lib.recognition.embed_job import PhotosSource
+from lib.recognition.face_source import PhotosSource
 
 NUM_SHOWN = 24
 """Pairs of each kind of error, and suspects of each kind, that the report shows; suspects.csv holds all of those."""

@@ -11,7 +11,7 @@ from lib.faces import table
 from lib.faces.extraction import FaceExtractor
 from lib.faces.manifest import Manifest
 from lib.faces.photo_parts import PhotoReader, part_item
-from lib.recognition.embed_job import PhotosSource, Source
+from lib.recognition.face_source import PhotosSource, Source
 
 
 def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:

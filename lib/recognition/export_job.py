@@ -24,8 +24,8 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.layout import Layout
-from lib.recognition.embed_job import faces_source
 from lib.recognition.embedder import find_model, load_embedder
+from lib.recognition.face_source import faces_source
 from lib.recognition.model import EmbeddingModel, embed, load_model, resized_crops, standardized
 from lib.recognition.onnx_model import METADATA_KEY, OnnxInput, OnnxModel
 from lib.recognition.recognizer import decoded_crop

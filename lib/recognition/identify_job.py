@@ -28,9 +28,10 @@ from lib.faces.extraction import POLICIES
 from lib.faces.images import to_jpeg
 from lib.layout import Layout
 from lib.recognition.crops import read_crops
-from lib.recognition.embed_job import check_source, embed_source, faces_source, model_name, photos_source
+from lib.recognition.embed_job import embed_source, model_name
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
+from lib.recognition.face_source import check_source, faces_source, photos_source
 from lib.recognition.gallery import Search, nearest
 from lib.recognition.onnx_model import OnnxInput
 from lib.recognition.recognizer import decoded_crop

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import pair_confusion_matrix
 
+from bench.curation import bcubed_f
 from lib.curation.linkage import average_linkage
-from lib.curation.proposals import NOBODY, Proposal, bcubed_f, best_threshold, pairwise_f, proposals
+from lib.curation.proposals import NOBODY, Proposal, best_threshold, pairwise_f, proposals
 from tests.curation.test_linkage import people
 
 THRESHOLD = 0.8

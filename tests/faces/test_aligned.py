@@ -17,7 +17,8 @@ from lib.faces.extraction import fingerprint, fingerprint_differences, settings_
 from lib.faces.manifest import read_manifest
 from lib.faces.part_plan import plan_parts
 from lib.faces.photo_parts import part_item
-from lib.faces.preprocess_job import PartWorker, PreprocessConfig
+from lib.faces.preprocess_config import PreprocessConfig
+from lib.faces.preprocess_worker import PartWorker
 from lib.faces.sources.opening import open_source
 from tests.faces.sources.test_recordio import insightface
 

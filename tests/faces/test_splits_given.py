@@ -6,7 +6,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.faces.manifest import read_manifest
-from lib.faces.preprocess_job import PreprocessConfig
+from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.sources.opening import open_source
 from lib.faces.splits import Splits, listed_splits, split_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lib.evaluation.evaluate_job import EvaluateConfig
-from lib.faces.preprocess_job import PreprocessConfig
+from lib.faces.preprocess_config import PreprocessConfig
 from lib.flags import parsed
 from lib.sample.sample_job import SampleConfig
 from lib.training.settings import TrainConfig

@@ -13,7 +13,8 @@ from lib.faces import table
 from lib.faces.alignment import ARCFACE, EYES, Alignment, align
 from lib.faces.images import Photo
 from lib.layout import Layout
-from lib.recognition.embed_job import BATCH_SIZE, EmbedWorker, embed_faces, model_name
+from lib.recognition.embed_job import model_name
+from lib.recognition.embed_worker import BATCH_SIZE, EmbedWorker, embed_faces
 from lib.recognition.embedder import find_model
 from lib.recognition.model import SPEC_NAME
 from lib.recognition.recognizer import decoded_crop
@@ -47,7 +48,7 @@ def faces(faces_url: str) -> list[dict]:
 
 
 def test_a_worker_refuses_another_model_than_the_job_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.recognition.embed_job.load_embedder", lambda *_, **__: Recorder(EYES))
+    monkeypatch.setattr("lib.recognition.embed_worker.load_embedder", lambda *_, **__: Recorder(EYES))
     about = {"digest": "1", "embedding_dim": 3, "template": EYES}
     with pytest.raises(UserError, match="a model changed since this job began"):
         EmbedWorker(("a model", None), "out", None, {}, about, False)

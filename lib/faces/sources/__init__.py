@@ -1,0 +1,1 @@
+"""Where photos come from: folders, tables, archives and records, behind one interface (`source.py`)."""

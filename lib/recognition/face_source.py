@@ -1,0 +1,188 @@
+"""What embed takes faces from: the parts of a faces table, or those that preprocess would make of photos."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.extraction import ExtractionSettings, fingerprint
+from lib.faces.identities import ANY_LISTED
+from lib.faces.manifest import Manifest, read_manifest
+from lib.faces.part_plan import PartPlan, content_of, plan_parts
+from lib.faces.photo_parts import part_item
+from lib.faces.sources.opening import open_source
+from lib.faces.sources.source import Source as PhotoFiles
+from lib.parts import (
+    digest_of,
+    part_key,
+    part_name,
+    split_in,
+)
+from lib.recognition.embedder import (
+    Embedder,
+    check_fingerprint,
+)
+
+_READERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FacesSource:
+    """A faces table to embed.
+
+    Attributes:
+        run_id: of the version of the table.
+        file_names: of the parts below `url`.
+        num_rows: of each of them.
+    """
+
+    url: str
+    run_id: str
+    fingerprint: dict[str, Any]
+    file_names: list[str]
+    num_rows: list[int]
+
+    def origin(self) -> dict[str, Any]:
+        """Return what embeddings say of where they are from."""
+        return {"faces_run": self.run_id}
+
+    def old_plan(self) -> dict[str, Any]:
+        """Return what embeddings without versions say of their faces."""
+        splits = sorted({split_in(name) for name in self.file_names})
+        return {"faces_run": self.run_id, "files": len(self.file_names), "splits": splits}
+
+    def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
+        """Return for each part the item for a worker, its files by a model of this digest, and its number of rows."""
+        items = []
+        for name, rows in zip(self.file_names, self.num_rows, strict=True):
+            made_of = name if part_key(name) else f"{self.run_id}/{name}"
+            output = _output_name(name, made_of, model)
+            items.append(({"faces": storage.join(self.url, name), "name": output}, [output], rows))
+        return items
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotosSource:
+    """Raw photos to embed; faces are detected on the way."""
+
+    files: PhotoFiles
+    manifest: Manifest
+    settings: ExtractionSettings
+
+    @property
+    def url(self) -> str:
+        """Where the photos are."""
+        return self.files.url
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the faces."""
+        return fingerprint(self.settings)
+
+    def origin(self) -> dict[str, Any]:
+        """Return what embeddings say of where they are from."""
+        return {"photos": storage.redacted(self.url)}
+
+    def old_plan(self) -> dict[str, Any]:
+        """Return what embeddings without versions say of their photos."""
+        return {
+            "photos": len(self.manifest),
+            "photo_bytes": self.manifest.num_bytes,
+            "manifest": self.manifest.old_digest(),
+        }
+
+    def parts(self) -> PartPlan:
+        """Return the parts, which are those of a faces table of these photos."""
+        return plan_parts(
+            self.manifest, content_of(self.fingerprint, self.settings.max_megapixels, self.files.columns.image)
+        )
+
+    def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
+        """Return for each part the item for a worker, its files by a model of this digest, and its number of photos."""
+        plan = self.parts()
+        plan = plan.renamed({name: _output_name(name, name, model) for name in plan.file_names()})
+        return [(part_item(plan, part), part.file_names(), part.stop - part.start) for part in plan.parts]
+
+
+Source = FacesSource | PhotosSource
+
+
+def _output_name(name: str, made_of: str, model: str) -> str:
+    """Return the file that the faces of a part become by a model of this digest."""
+    key = part_key(name) or name.rpartition("/part-")[2].removesuffix(".parquet")
+    return part_name(split_in(name), key, digest_of([made_of, model]))
+
+
+def faces_source(faces_url: str, splits: Sequence[str]) -> FacesSource:
+    """Return the parts of these splits of a faces table.
+
+    Raises:
+        UserError: the table does not exist or is not finished, or has no photo in these splits.
+    """
+    success = table.read_success(faces_url)
+    names = table.part_names(success, splits)
+    if not names:
+        raise UserError(f"{faces_url} has no photo in split {', '.join(splits)}: name others by --splits")
+
+    def num_rows_of(name: str) -> int:
+        with storage.open_parquet(storage.join(faces_url, name), table.REQUIRED) as file:
+            return int(file.metadata.num_rows)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        num_rows = list(pool.map(num_rows_of, names))
+    return FacesSource(
+        url=faces_url,
+        run_id=success["run_id"],
+        fingerprint=success["fingerprint"],
+        file_names=names,
+        num_rows=num_rows,
+    )
+
+
+def photos_source(
+    photos_url: str,
+    identities_url: str | None,
+    settings: ExtractionSettings,
+    *,
+    split_seed: int = 0,
+    splits: Sequence[str] = table.SPLITS,
+    with_identities: bool = True,
+) -> PhotosSource:
+    """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
+
+    Raises:
+        UserError: as `read_manifest` does; or no photo is in these splits.
+    """
+    if identities_url is not None and not storage.exists(identities_url):
+        raise UserError(f"--identities {identities_url} does not exist: correct the path, or leave the flag out")
+    beside = storage.join(photos_url.rstrip("/").rpartition("/")[0], "identities.txt")
+    files = open_source(photos_url)
+    manifest = read_manifest(
+        files,
+        (identities_url or beside) if with_identities else None,
+        split_seed=split_seed,
+        identities_required=False,
+        min_listed_share=ANY_LISTED,  # the list may cover more photos than these
+    )
+    in_splits = np.isin(manifest.photos["split"].to_numpy(), list(splits))
+    if not in_splits.any():
+        raise UserError(f"{photos_url} has no photo in split {', '.join(splits)}: name others by --splits")
+    kept = Manifest(manifest.photos.filter(pa.array(in_splits)), manifest.num_bytes, manifest.num_passed_over)
+    return PhotosSource(files=files, manifest=kept, settings=settings)
+
+
+def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
+    """Return how the faces of a source differ from the model's training faces, see `check_fingerprint`."""
+    next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
+    return check_fingerprint(source.fingerprint, embedder, strict=strict, next_step=next_step)
+
+
+def source_settings(source: Source) -> tuple[PhotoFiles, ExtractionSettings] | None:
+    """Return the photos and how to make their faces; None for a faces table."""
+    return (source.files, source.settings) if isinstance(source, PhotosSource) else None
