@@ -42,20 +42,22 @@ def summary(process: Callable[[dict[str, Any]], tuple[int, int]], item: dict[str
 
 
 class Worker:
-    """A worker that tells what kept it from starting, where Ray would try again and print the stack each time."""
+    """A worker that tells what kept it from starting. Ray would try again, and say in the end that workers died."""
 
     def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
-        self._failure = ""
+        self._failure: Exception | None = None
         send_log_to_driver()
         try:
             self._worker = worker(*arguments)
-        except (UserError, JobError) as error:
-            self._failure = str(error)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            self._failure = error
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Return the summary of an item."""
+        if isinstance(self._failure, UserError | JobError):
+            return {"count": 0, "copied": 0, "seconds": 0.0, "failure": str(self._failure), "node": platform.node()}
         if self._failure:
-            return {"count": 0, "copied": 0, "seconds": 0.0, "failure": self._failure, "node": platform.node()}
+            raise self._failure
         done: dict[str, Any] = self._worker(item)
         return done
 

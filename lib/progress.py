@@ -1,6 +1,7 @@
 """Shows progress: one line that is updated in place on a terminal, a line a minute in the log elsewhere."""
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ SHOW_EVERY_S = 0.2
 LOG_EVERY_S = 60.0
 RATE_OVER_S = 20.0
 """The rate is that of this last period."""
+BEAT_EVERY_S = 5.0
+"""The line goes on telling the time while nothing is finished."""
+STALLED_S = 120.0
+"""After so long without a finished unit, a line says so, and what Ray and other libraries said last."""
 
 
 class ProgressLine:
@@ -27,18 +32,22 @@ class ProgressLine:
         self._first: tuple[float, int] | None = None
         self._past: deque[tuple[float, int]] = deque()
         self._done = done
-        self._began = self._logged = time.monotonic()
+        self._began = self._logged = self._changed = time.monotonic()
         self._shown = 0.0
+        self._warn_after = STALLED_S
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
         """Show the line."""
         self._tell()
+        threading.Thread(target=self._beat, daemon=True, name="progress").start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the line."""
+        self._ended.set()
         self._terminal.show("")
 
     def add(self, count: int) -> None:
@@ -48,6 +57,8 @@ class ProgressLine:
     def update(self, done: int, *, total: int = 0, label: str = "", note: str = "") -> None:
         """Set the number of finished units, and what else the line shows."""
         now = time.monotonic()
+        if done != self._done or label not in ("", self._label) or note not in ("", self._note):
+            self._changed, self._warn_after = now, STALLED_S
         self._total, self._label = total or self._total, label or self._label
         self._note = note or self._note
         if self._total and done and (done != self._done or not self._past):
@@ -57,6 +68,15 @@ class ProgressLine:
             self._past.popleft()
         self._done = done
         if now - self._shown >= SHOW_EVERY_S:
+            self._tell()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_EVERY_S):
+            idle_s = time.monotonic() - self._changed
+            if idle_s >= self._warn_after:
+                self._warn_after *= 2
+                logger.warning("no %s was finished for %s", self._unit, _short_time(idle_s))
+                self._terminal.tell_others()
             self._tell()
 
     def _tell(self) -> None:

@@ -95,10 +95,14 @@ class Terminal(StreamWithoutSecrets):
 
     def fail(self, text: str) -> None:
         """Print the last lines of Ray and other libraries, then why the job failed."""
+        self.tell_others()
+        self.say(text)
+
+    def tell_others(self) -> None:
+        """Print the last lines of Ray and other libraries."""
         tail = self._tail()
         if tail:
             self.say("\n".join([f"{_TAIL_TITLE} {self.log}:", *(f"    {line}" for line in tail)]))
-        self.say(text)
 
     def mute_others(self) -> None:
         """Keep libraries from writing here: Ray's threads dump their stacks until the process ends."""

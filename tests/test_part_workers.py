@@ -15,6 +15,11 @@ class NeverStarts:
         raise UserError("the weights are of another model: choose others")
 
 
+class NeverLoads:
+    def __init__(self) -> None:
+        raise RuntimeError("a library's error")
+
+
 class AlwaysDies:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["part"] == 1:
@@ -34,3 +39,10 @@ def test_what_ends_the_workers_is_one_line(worker: type, line: str, monkeypatch:
     monkeypatch.setattr(part_workers, "TRIES_OF_A_PART", 2)
     with pytest.raises(JobError, match=line):
         run_parts([{"part": 0}, {"part": 1}], worker, (), unit="photo", num_done=0, num_all=2)
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_an_error_of_a_workers_start_keeps_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_workers, "TRIES_OF_A_PART", 2)
+    with pytest.raises(Exception, match="a library's error"):
+        run_parts([{"part": 0}], NeverLoads, (), unit="photo", num_done=0, num_all=1)

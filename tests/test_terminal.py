@@ -18,7 +18,7 @@ from lib import progress
 from lib.progress import ProgressLine
 from lib.terminal import Terminal
 from lib.training.objective import EpochSums, StepFigures
-from tests.job_runner import environment
+from tests.job_runner import environment, wait_until
 
 HEAD = """
 import ctypes, logging, os, sys, time
@@ -257,6 +257,21 @@ def test_progress_is_a_line_a_minute_elsewhere(
     assert "\r" not in (tmp_path / "errors").read_text()
     assert 1 <= len(caplog.messages) <= 3
     assert "images/s, loss 0.5000, " in caplog.messages[-1]
+
+
+def test_progress_that_stalls_says_so_and_what_libraries_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("2 workers killed: the node is out of memory\n")
+    monkeypatch.setattr(progress, "BEAT_EVERY_S", 0.01)
+    monkeypatch.setattr(progress, "STALLED_S", 0.1)
+    with caplog.at_level(logging.INFO), (tmp_path / "errors").open("w") as stream:
+        monkeypatch.setattr(progress, "terminal", lambda: Terminal(stream, log=log))
+        with ProgressLine("working", unit="photo", total=2) as line:
+            wait_until(lambda: "out of memory" in (tmp_path / "errors").read_text())
+            line.add(1)
+    assert caplog.messages[0] == "no photo was finished for 0 s"
 
 
 @pytest.mark.parametrize(
