@@ -115,10 +115,10 @@ class Campaign:
             kill_session(job.pid)
             status = job.wait()
         ended_s = time.monotonic() - at
-        if ending == DRIVER:
-            # The shell that outlives the job says so.
+        if ending and status != 0:
+            # Of a job that was killed, by us or by Ray, the shell that outlives it says so.
             wait_for(lambda: "failed: " in errors_path.read_text(errors="replace"), LINE_LIMIT_S)
-        elif ending and status != 0:
+        if ending and ending != DRIVER and status != 0:
             self.slowest_line_s = max(self.slowest_line_s, ended_s)
             if ended_s > LINE_LIMIT_S:
                 self._fault(f"{errors_path.name}: {ended_s:.0f} s from the kill of {ending} to the end")

@@ -22,6 +22,7 @@ ABSENT_LIMIT_S = 10.0
 """How long a head may be silent. A slow one, or one that was restarted with its state, answers again."""
 SIGNAL_GRACE_S = 1.5
 """A signal to the whole process group ends Ray's daemons before this process handles it."""
+REPORT_LIMIT_S = 8.0
 LEAVE_LIMIT_S = 45.0
 SIGNALLED_LEAVE_LIMIT_S = 5.0
 
@@ -49,7 +50,7 @@ def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[
 def watched_start(daemons: Callable[[], Mapping[str, int]], last_words: Callable[[], str]) -> Iterator[None]:
     """End this process with one line if a daemon is killed while Ray starts, which would hang for a minute and abort.
 
-    A daemon that dies of an error of its own has `last_words`, which Ray's start reports.
+    A daemon that dies of an error of its own has `last_words`. Ray's start reports them, if it does not hang.
     """
     started = threading.Event()
 
@@ -58,10 +59,10 @@ def watched_start(daemons: Callable[[], Mapping[str, int]], last_words: Callable
         while not started.wait(0.5):
             now = daemons()
             dead = [name for name, pid in seen.items() if now.get(name) != pid]
-            if dead and last_words():
-                return
-            if dead and not started.wait(1.0):
-                _end(f"{_NAMES[dead[0]]} has died: killed, or out of memory")
+            words = last_words() if dead else ""
+            if dead and not started.wait(REPORT_LIMIT_S if words else 1.0):
+                of_this = f"{_NAMES[dead[0]]} has died: killed, or out of memory"
+                _end(f"Ray does not start on this machine: {words}" if words else of_this)
             seen.update(now)
 
     thread = threading.Thread(target=watch, daemon=True, name="ray-start-watch")
@@ -158,11 +159,10 @@ def _end(reason: str) -> NoReturn:
     """Print the reason in one line and end, without Ray's exit handlers. Ray's own daemons end with this process."""
     ours = terminal()
     ours.mute_others()
+    failed = f"failed: {reason}; what is done stays, and the same command goes on from here"
+    ours.leave_word(failed)  # Ray may end this process meanwhile
     deadline = time.monotonic() + SIGNAL_GRACE_S
     while end_of_a_signal() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    line, status = end_of_a_signal() or (
-        f"failed: {reason}; what is done stays, and the same command goes on from here",
-        EXIT_FAILURE,
-    )
+    line, status = end_of_a_signal() or (failed, EXIT_FAILURE)
     ours.abandon(line, status)

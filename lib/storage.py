@@ -121,6 +121,21 @@ def exists(url: str) -> bool:
     return True
 
 
+def holds_anything(url: str) -> bool:
+    """Return whether a folder exists and is not empty.
+
+    Raises:
+        UserError, JobError: the storage refuses the question, or does not answer.
+    """
+    if not is_local(url):
+        return exists(url)  # a folder of a bucket is there as long as it holds a file
+    try:
+        with os.scandir(local_path(url)) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
+
+
 def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
     """Return the content of a file, or its first `max_bytes` bytes.
 

@@ -37,14 +37,17 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = re.compile(r"(\(.*?\bpid=.*?\) )?(\s|Traceback \(most recent)")
 """A line of a stack trace. The log has it; a failure shows the other lines."""
 _IF_KILLED = f"""
-read -r ended && exit 0
+while read -r line; do
+    [ "$line" = ended ] && exit 0
+    will=$line
+done
 if [ -s "$1" ]; then
     echo "{_TAIL_TITLE} $1:"
     grep -v -e '^ ' -e '\\[0x' "$1" | tail -n {TAIL_LINES} | sed 's/^/    /; s#://[^ ]*[@?][^ ]*#://***#g'
 fi
-echo "failed: the process was killed, or a library has crashed"
+echo "${{will:-failed: the process was killed, or a library has crashed}}"
 """
-"""Run by a shell that outlives the job. A pipe that closes without a word means that the job was killed."""
+"""Run by a shell that outlives the job. A pipe that closes without `ended` means that the job was killed."""
 
 
 class Terminal(StreamWithoutSecrets):
@@ -118,6 +121,11 @@ class Terminal(StreamWithoutSecrets):
         (self.fail if status == EXIT_FAILURE else self.say)(line)
         self.close()
         os._exit(status)
+
+    def leave_word(self, line: str) -> None:
+        """Have the watching shell print this line if a library ends this process before it can print one itself."""
+        if self._watcher is not None:
+            os.write(self._watcher, f"{self._safe(line)}\n".encode())
 
     def close(self) -> None:
         """Remove the status line and tell the watching shell that the job has ended."""

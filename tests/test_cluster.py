@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lib import local_ray, remote_ray
+from lib import local_ray, ray_watch, remote_ray
 from lib.errors import UserError
 from tests.job_runner import (
     ROOT,
@@ -243,6 +243,19 @@ def test_a_head_service_that_is_killed_while_ray_starts_ends_the_job_in_one_line
     assert done.status == 1
     assert done.last_error.startswith("failed: Ray's head service (gcs_server) has died")
     assert "Traceback" not in done.errors
+
+
+@pytest.mark.parametrize(("words", "line"), [("its raylet died: no head", "no head"), ("", "gcs_server")])
+def test_a_start_of_ray_that_hangs_over_a_dead_daemon_is_ended(
+    words: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(ray_watch, "REPORT_LIMIT_S", 0.1)
+    monkeypatch.setattr(ray_watch, "_end", said.append)
+    seen = iter([{"gcs_server": 1}, {"gcs_server": 1}])
+    with ray_watch.watched_start(lambda: next(seen, {}), lambda: words):
+        wait_until(lambda: bool(said))
+    assert line in said[0]
 
 
 def test_a_job_takes_its_own_lib_before_another_package_of_that_name(tmp_path: Path) -> None:

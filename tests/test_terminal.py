@@ -172,6 +172,13 @@ def test_a_crash_shows_what_the_libraries_said_before_it(tmp_path: Path, end: st
     assert ended.errors.splitlines()[-1] == "failed: the process was killed, or a library has crashed"
 
 
+def test_a_library_that_ends_the_job_before_it_can_say_why_does_not_hide_the_reason(tmp_path: Path) -> None:
+    say = "from lib.terminal import terminal; terminal().leave_word('failed: s3://me:sec-ret@host has died')"
+    ended = run(tmp_path, f"def job(config):\n    {say}\n    os._exit(1)\n")
+    assert ended.status == 1
+    assert ended.errors.splitlines()[-1] == "failed: s3://***@host has died"
+
+
 def test_where_no_log_can_be_all_is_shown(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp" / f"conv-facenet-{os.geteuid()}").write_text("not a folder")

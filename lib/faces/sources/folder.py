@@ -10,7 +10,7 @@ from typing import TypeVar
 import pyarrow as pa
 
 from lib import storage
-from lib.errors import UserError
+from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.faces.images import MAX_PHOTO_BYTES, PHOTO_SUFFIXES
 from lib.faces.photo_names import name_on_disk, stored_name
@@ -50,7 +50,11 @@ class FolderSource(Source):
             yield pa.RecordBatch.from_arrays(columns, schema=SCAN_SCHEMA)
 
     def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
-        """Yield each row with its photo, `missing` where it is gone, `corrupt` where it may not be read."""
+        """Yield each row with its photo, `missing` where it is gone, `corrupt` where it may not be read.
+
+        Raises:
+            JobError: the whole folder is gone, such as a share that is no longer mounted.
+        """
         with ThreadPoolExecutor(NUM_READERS) as readers:
             yield from ahead(readers, self._read, rows, num_ahead=num_ahead)
 
@@ -58,6 +62,10 @@ class FolderSource(Source):
         try:
             return row, storage.read_bytes(self.file_url(name_on_disk(row["photo"])), MAX_PHOTO_BYTES + 1)
         except FileNotFoundError:
+            if not storage.holds_anything(self.url):
+                raise JobError(
+                    f"{storage.redacted(self.url)} is gone: mount or restore it; the same command goes on from here"
+                ) from None
             return row, table.MISSING
         except UserError as error:
             logger.warning("%s: %s", row["photo"], error)
