@@ -22,6 +22,8 @@ from lib.storage import read_bytes
 
 logger = logging.getLogger(__name__)
 
+_WORDS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no": 0, "n": 0, "0": 0}
+
 
 def read_pairs(url: str, photos: Sequence[str], *, seed: int = 0) -> Pairs:
     """Return the pairs of a file: `.txt` in LFW's format, `.csv` or `.parquet` with photo_a, photo_b, same (and fold).
@@ -132,7 +134,10 @@ def _index_by_person_and_stem(photos: Sequence[str], wanted: set[str], url: str)
 
 
 def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: int = 0) -> Pairs:
-    """Return the pairs of a CSV or Parquet file with columns photo_a, photo_b, same (true/false, 1/0), perhaps fold."""
+    """Return the pairs of a CSV or Parquet file with columns photo_a, photo_b, same, and perhaps fold.
+
+    `same` holds true or false, 1 or 0, or yes or no. CSV may be parted by commas, semicolons or tabs.
+    """
     table = _read_table(content, url)
     absent = [name for name in ("photo_a", "photo_b", "same") if name not in table.column_names]
     if absent:
@@ -148,9 +153,7 @@ def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: 
     except pa.ArrowException as error:
         raise UserError(f"{url}: photo_a and photo_b must be text: {error}") from None
     _refuse_rows(pc.equal(names_a, names_b).to_numpy(), "pair a photo with itself", url)
-    same = table["same"].to_numpy()
-    _refuse_rows(~np.isin(same, (0, 1)), "where same is neither true, false, 1 nor 0", url)
-    same_P = same.astype(bool)
+    same_P = _booleans(table["same"], url)
 
     kept = _distinct(names_a, names_b, same_P, url)
     table, same_P, names_a, names_b = table.take(kept), same_P[kept], names_a.take(kept), names_b.take(kept)
@@ -165,13 +168,27 @@ def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: 
     return _found_pairs(a_P, b_P, same_P, fold_P, names_a, names_b, url)
 
 
+def _booleans(column: pa.ChunkedArray, url: str) -> NDArray[np.bool_]:
+    """Return a column of booleans, numbers or words.
+
+    Raises:
+        UserError: a value means neither yes nor no; the rows are named.
+    """
+    values = column.to_numpy()
+    if pa.types.is_string(column.type):
+        values = np.array([_WORDS.get(word.strip().lower(), -1) for word in column.to_pylist()])
+    _refuse_rows(~np.isin(values, (0, 1)), "where same is neither true nor false, 1 nor 0, yes nor no", url)
+    return values.astype(bool)
+
+
 def _read_table(content: bytes, url: str) -> pa.Table:
     text = {"photo_a": pa.string(), "photo_b": pa.string()}  # a name such as 000123 is no number
     try:
         if url.lower().endswith(".csv"):
             options = pa.csv.ConvertOptions(column_types=text)
-            content.decode()  # Arrow finds out only once the name of a column is asked for
-            return pa.csv.read_csv(io.BytesIO(content), convert_options=options)
+            header = content.decode("utf-8-sig").partition("\n")[0]  # Arrow finds other bytes only when it shows a name
+            dialect = pa.csv.ParseOptions(delimiter=max(",;\t", key=header.count))
+            return pa.csv.read_csv(io.BytesIO(content), parse_options=dialect, convert_options=options)
         return pa.parquet.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{url}: cannot be read as a table of pairs: {error}") from None

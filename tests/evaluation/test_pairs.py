@@ -140,7 +140,7 @@ def test_a_parquet_of_pairs_is_read_and_dealt_into_folds(same):
     [
         ({"photo_a": ["a"], "photo_b": ["b"]}, "no column same"),
         ({"photo_a": ["a", "a"], "photo_b": ["b", "b"], "same": [1, 2]}, r"1 row\(s\) \(2\) where same is neither"),
-        ({"photo_a": ["a", "a"], "photo_b": ["b", "b"], "same": ["yes", "no"]}, r"2 row\(s\) \(1, 2\) where same"),
+        ({"photo_a": ["a", "a"], "photo_b": ["b", "b"], "same": ["maybe", "no"]}, r"1 row\(s\) \(1\) where same"),
         ({"photo_a": ["a", None], "photo_b": ["b", "b"], "same": [1, 0]}, r"1 row\(s\) \(2\) without photo_a"),
         ({"photo_a": ["a"] * 2, "photo_b": ["b"] * 2, "same": [None, True]}, r"1 row\(s\) \(1\) without same"),
         ({"photo_a": ["a"] * 2, "photo_b": ["b", "a"], "same": [0, 1]}, r"1 row\(s\) \(2\) pair a photo with itself"),
@@ -324,3 +324,13 @@ def test_a_pair_of_one_person_and_of_two_is_refused():
     content = b"photo_a,photo_b,same\na,b,1\nc,d,0\nb,a,0\n"
     with pytest.raises(UserError, match=r"x.csv: 1 row\(s\) \(3\) contradict an earlier row"):
         parse_pairs_table(content, ["a", "b", "c", "d"], "x.csv")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(("yes", "no"), [("Yes", "no"), ("1", "0"), ("T", "F"), ("TRUE", "FALSE")])
+def test_csv_of_spreadsheets_is_read(delimiter: str, yes: str, no: str) -> None:
+    rows = [("photo_a", "photo_b", "same"), ("1.jpg", "2.jpg", yes), ("1.jpg", "3, x.jpg", no)]
+    text = "\ufeff" + "".join(delimiter.join(f'"{field}"' for field in row) + "\r\n" for row in rows)
+    pairs = parse_pairs_table(text.encode(), ["1.jpg", "2.jpg", "3, x.jpg"], "p.csv")
+    assert pairs.same_P.tolist() == [True, False]
+    assert pairs.b_P.tolist() == [1, 2]
