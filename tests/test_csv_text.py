@@ -4,7 +4,7 @@ import io
 import pyarrow as pa
 import pytest
 
-from lib.csv_text import csv_bytes
+from lib.csv_text import csv_bytes, read_csv
 from lib.recognition.identify_job import matches_csv
 from lib.training.history import write_history
 
@@ -29,3 +29,10 @@ def test_no_name_is_a_formula(name, tmp_path):
 @pytest.mark.parametrize("name", HARMLESS)
 def test_other_names_stay_as_they_are(name):
     assert read(csv_bytes(["a", "b", "c"], [[name, -1.5, None]]))[1] == [name, "-1.5", ""]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_what_spreadsheets_write_is_read_whatever_parts_the_fields(delimiter):
+    content = delimiter.join(["photo", '"a ""b"""\r\n007', '"x, y; z"\r\n'])
+    table = read_csv(b"\xef\xbb\xbf" + content.encode(), text=["photo"])
+    assert table.to_pydict() == {"photo": ["007"], 'a "b"': ["x, y; z"]}

@@ -3,7 +3,6 @@
 Shapes: N photos, D embedding, P pairs, K suspects.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 from numpy.typing import NDArray
 
+from lib.csv_text import read_csv
 from lib.errors import UserError
 from lib.evaluation.curves import auc, roc_curve
 from lib.evaluation.metrics import KFoldAccuracy
@@ -120,10 +119,7 @@ def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.b
         UserError: no such columns, none of its photos is here, or too many attributes.
     """
     try:
-        options = pa.csv.ConvertOptions(column_types={"photo": pa.string(), "attribute": pa.string()})
-        content = read_bytes(url)
-        content.decode()  # Arrow notices only when a column name is read
-        rows = pa.csv.read_csv(io.BytesIO(content), convert_options=options)
+        rows = read_csv(read_bytes(url), text=["photo", "attribute"])
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"--slices {url}: cannot be read as CSV with the columns photo, attribute: {error}") from None
     absent = [name for name in ("photo", "attribute") if name not in rows.column_names]

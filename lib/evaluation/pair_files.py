@@ -3,7 +3,6 @@
 Shapes: P pairs.
 """
 
-import io
 import logging
 import os
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from pathlib import PurePosixPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet
 from numpy.typing import NDArray
 
+from lib.csv_text import read_csv
 from lib.errors import UserError
 from lib.evaluation.pairs import DEFAULT_FOLDS, MAX_FOLDS, NUM_NAMED, Pairs
 from lib.storage import read_bytes
@@ -182,13 +181,9 @@ def _booleans(column: pa.ChunkedArray, url: str) -> NDArray[np.bool_]:
 
 
 def _read_table(content: bytes, url: str) -> pa.Table:
-    text = {"photo_a": pa.string(), "photo_b": pa.string()}  # a name such as 000123 is no number
     try:
         if url.lower().endswith(".csv"):
-            options = pa.csv.ConvertOptions(column_types=text)
-            header = content.decode("utf-8-sig").partition("\n")[0]  # Arrow finds other bytes only when it shows a name
-            dialect = pa.csv.ParseOptions(delimiter=max(",;\t", key=header.count))
-            return pa.csv.read_csv(io.BytesIO(content), parse_options=dialect, convert_options=options)
+            return read_csv(content, text=["photo_a", "photo_b"])  # a name such as 000123 is no number
         return pa.parquet.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{url}: cannot be read as a table of pairs: {error}") from None
