@@ -72,15 +72,15 @@ def _last_words(folder: Path) -> str:
     return ""
 
 
-def daemons() -> dict[str, int]:
-    """Return the process ids of the daemons that our own cluster cannot lose, by name."""
+def daemons(*, alive: bool = True) -> dict[str, int]:
+    """Return the process ids of the daemons that our own cluster cannot lose, by name: those alive, or those dead."""
     found = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # the process has ended meanwhile
             pid_and_name, _, rest = status.read_text().rpartition(")")
             pid, _, name = pid_and_name.partition(" (")
             state, parent = rest.split()[:2]
-            if name in ("gcs_server", "raylet") and int(parent) == os.getpid() and state != "Z":
+            if name in ("gcs_server", "raylet") and int(parent) == os.getpid() and (state != "Z") == alive:
                 found[name] = int(pid)
     return found
 

@@ -47,23 +47,25 @@ def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[
 
 
 @contextmanager
-def watched_start(daemons: Callable[[], Mapping[str, int]], last_words: Callable[[], str]) -> Iterator[None]:
+def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callable[[], str]) -> Iterator[None]:
     """End this process with one line if a daemon is killed while Ray starts, which would hang for a minute and abort.
 
-    A daemon that dies of an error of its own has `last_words`. Ray's start reports them, if it does not hang.
+    `daemons` maps the names of daemons to process ids, of those that are `alive` or of those that are not. A daemon
+    that dies of an error of its own has `last_words`. Ray's start reports them, if it does not hang.
     """
     started = threading.Event()
 
     def watch() -> None:
         seen: dict[str, int] = {}
         while not started.wait(0.5):
-            now = daemons()
-            dead = [name for name, pid in seen.items() if now.get(name) != pid]
+            now = daemons(alive=True)
+            # Ray asks for the status of some of them only, so the others stay as zombies.
+            dead = [*daemons(alive=False), *(name for name, pid in seen.items() if now.get(name) != pid)]
+            seen.update(now)
             words = last_words() if dead else ""
             if dead and not started.wait(REPORT_LIMIT_S if words else 1.0):
                 of_this = f"{_NAMES[dead[0]]} has died: killed, or out of memory"
                 _end(f"Ray does not start on this machine: {words}" if words else of_this)
-            seen.update(now)
 
     thread = threading.Thread(target=watch, daemon=True, name="ray-start-watch")
     thread.start()

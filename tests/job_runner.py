@@ -25,6 +25,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
+JOB_LIMIT_S = 600.0
+"""Far longer than any job of the tests takes on a slow machine."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,15 @@ def start_job(
     )
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> Finished:
+def finish(process: subprocess.Popen[str], timeout_s: float = JOB_LIMIT_S) -> Finished:
     """Wait for the end of a job; whatever of it still runs after the time limit is killed."""
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        # The job prints the stack of its main thread, and the last lines of Ray.
+        process.send_signal(signal.SIGABRT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
         kill_session(process.pid)
         output, errors = process.communicate()
         raise TimeoutError(f"the job hangs:\n{output}\n{errors}") from None
@@ -108,7 +114,7 @@ def run_job(
     script: str,
     *arguments: str,
     extra: Mapping[str, str] | None = None,
-    timeout_s: float = 240,
+    timeout_s: float = JOB_LIMIT_S,
     cwd: Path = ROOT,
 ) -> Finished:
     """Run a job to its end."""
@@ -251,7 +257,9 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[Any] | None = None, timeout_s: float = 120) -> None:
+def wait_until(
+    is_so: Callable[[], bool], process: subprocess.Popen[Any] | None = None, timeout_s: float = JOB_LIMIT_S
+) -> None:
     """Wait until something is so; meanwhile `process` has to run."""
     deadline = time.monotonic() + timeout_s
     while not is_so():

@@ -32,8 +32,6 @@ from tests.job_runner import (
     wait_until,
 )
 
-pytestmark = pytest.mark.timeout(300)
-
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
@@ -252,10 +250,21 @@ def test_a_start_of_ray_that_hangs_over_a_dead_daemon_is_ended(
     said: list[str] = []
     monkeypatch.setattr(ray_watch, "REPORT_LIMIT_S", 0.1)
     monkeypatch.setattr(ray_watch, "_end", said.append)
-    seen = iter([{"gcs_server": 1}, {"gcs_server": 1}])
-    with ray_watch.watched_start(lambda: next(seen, {}), lambda: words):
+    seen = iter([{"gcs_server": 1}])
+    with ray_watch.watched_start(lambda alive: next(seen, {}) if alive else {}, lambda: words):
         wait_until(lambda: bool(said))
     assert line in said[0]
+
+
+def test_a_child_that_died_and_was_not_waited_for_is_a_dead_daemon(tmp_path: Path) -> None:
+    shutil.copy("/bin/sleep", tmp_path / "raylet")
+    child = subprocess.Popen([tmp_path / "raylet", "100"])
+    wait_until(lambda: local_ray.daemons() == {"raylet": child.pid})
+    assert local_ray.daemons(alive=False) == {}
+    child.kill()
+    wait_until(lambda: local_ray.daemons(alive=False) == {"raylet": child.pid})
+    assert local_ray.daemons() == {}
+    child.wait()
 
 
 def test_a_job_takes_its_own_lib_before_another_package_of_that_name(tmp_path: Path) -> None:

@@ -18,8 +18,6 @@ from lib.faces.preprocess_job import preprocess
 from lib.recognition.embed_job import EmbedConfig, embed_job
 from tests.job_runner import RayHead, run_job
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def strayed(aligned: list[dict]) -> tuple[str, str, str]:

@@ -23,8 +23,6 @@ from lib.recognition.model import embed, load_model, save_model
 from lib.recognition.recognizer import decoded_crop
 from tests.job_runner import RayHead, kill_session, run_here, run_job, start_job, wait_until
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def digests(folder: Path) -> dict[str, str]:
     parts = sorted(folder.glob("split=*/*"))

@@ -24,8 +24,6 @@ from lib.recognition.model import load_model, save_model
 from tests.job_runner import Finished, RayHead, run_job
 from tests.recognition.test_onnx_model import onnx_file
 
-pytestmark = pytest.mark.timeout(600)
-
 SHARED_FIGURES = ("accuracy", "accuracy_std", "auc", "eer", "num_pairs")
 
 

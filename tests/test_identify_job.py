@@ -20,8 +20,6 @@ from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.identify_job import IdentifyConfig, identify
 from tests.job_runner import RayHead, run_job
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(scope="module")
 def gallery_url(

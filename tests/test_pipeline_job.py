@@ -14,8 +14,6 @@ from lib.recognition.model import load_model
 from lib.training.settings import TrainConfig
 from tests.job_runner import RayHead, kill_session, run_here, run_job, start_job, wait_until
 
-pytestmark = pytest.mark.timeout(400)
-
 TINY = ["--train.backbone", "test_convnext", "--train.init", "none", "--train.model.embedding-dim", "16"]
 TINY += [
     "--train.model.image-size",

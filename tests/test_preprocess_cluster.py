@@ -23,7 +23,7 @@ from tests.job_runner import (
     wait_until,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 COPIES = 2
 

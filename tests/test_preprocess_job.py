@@ -20,9 +20,7 @@ from lib.faces.manifest import read_manifest
 from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.splits import split_of
 from lib.parts import split_in
-from tests.job_runner import ROOT, Finished, RayHead, environment, run_here
-
-pytestmark = pytest.mark.timeout(300)
+from tests.job_runner import ROOT, Finished, RayHead, environment, finish, run_here
 
 ODD_NAMES = {
     'it\'s "odd" \n ü 字.jpg': table.ALIGNED,
@@ -73,16 +71,16 @@ def data(sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first_run(data: Path) -> Finished:
     """Return the first, whole run, started as an executable file."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    job = subprocess.Popen(
         [ROOT / "jobs" / "preprocess.py"],
         env=environment({"DATA_URL": str(data), "PATH": path}),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
         cwd=data,
-        check=False,
+        start_new_session=True,
     )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return finish(job)
 
 
 def read_faces(folder: Path) -> pa.Table:

@@ -14,8 +14,6 @@ from lib.faces import table
 from tests.job_runner import RayHead, finish, run_here, run_job, start_job, wait_until
 from tests.s3_server import S3Server
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture
 def data(s3_bucket: str, sample_data: Path) -> str:

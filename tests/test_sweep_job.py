@@ -19,10 +19,18 @@ from lib.training.settings import TrainConfig
 from lib.training.train_job import train
 from lib.tuning.compare_job import read_run
 from lib.tuning.winner import winner_settings
-from tests.job_runner import Finished, RayHead, finish, kill_session, run_here, run_job, start_job, wait_until
+from tests.job_runner import (
+    JOB_LIMIT_S,
+    Finished,
+    RayHead,
+    finish,
+    kill_session,
+    run_here,
+    run_job,
+    start_job,
+    wait_until,
+)
 from tests.training.learnable_faces import write_faces
-
-pytestmark = pytest.mark.timeout(400)
 
 STOPPED = 75
 EPOCHS = 4
@@ -85,7 +93,7 @@ def swept(head: RayHead, data: Path) -> Swept:
     def interrupted(number: signal.Signals, is_so: Callable[[], bool]) -> Finished:
         with start_job("sweep.py", *flags(data), extra=head.environment) as job:
             try:
-                wait_until(is_so, job, 240)
+                wait_until(is_so, job, JOB_LIMIT_S)
                 os.kill(job.pid, number)
                 return finish(job, 120)
             finally:

@@ -18,7 +18,7 @@ from lib import progress
 from lib.progress import ProgressLine
 from lib.terminal import Terminal
 from lib.training.objective import EpochSums, StepFigures
-from tests.job_runner import environment, wait_until
+from tests.job_runner import JOB_LIMIT_S, environment, wait_until
 
 HEAD = """
 import ctypes, logging, os, sys, time
@@ -65,7 +65,7 @@ def run(folder: Path, job: str, *flags: str, tmp: str = "tmp") -> Ended:
         env=environment({"TMPDIR": str(temporary), "RAY_TMPDIR": "/tmp"}),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=JOB_LIMIT_S,
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr, list(temporary.glob("conv-facenet-*/logs/*.log")))
@@ -84,7 +84,7 @@ def run_in_a_terminal(folder: Path, job: str) -> tuple[int, str]:
     )
     os.close(theirs)
     shown = all_of(ours)
-    return process.wait(240), shown
+    return process.wait(JOB_LIMIT_S), shown
 
 
 def all_of(terminal: int) -> str:

@@ -13,7 +13,7 @@ from tests.job_runner import children, finish, kill_session, start_job, wait_unt
 from tests.test_train_job import TINY
 from tests.training.learnable_faces import write_faces
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 EPOCHS = 6
 

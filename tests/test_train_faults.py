@@ -27,7 +27,7 @@ from tests.job_runner import (
 from tests.test_train_job import TIMES, TINY
 from tests.training.learnable_faces import write_faces
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 WORKER = "ray::RayTrainWorker"
 SHARD = "ray::Shard"

@@ -18,10 +18,8 @@ from lib.evaluation.pairs import made_pairs
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
 from lib.training.checkpoints import newest_progress
 from lib.training.face_cache import FaceCache, build_cache
-from tests.job_runner import ROOT, RayHead, environment, run_here, run_job
+from tests.job_runner import JOB_LIMIT_S, ROOT, RayHead, environment, run_here, run_job
 from tests.training.learnable_faces import write_faces
-
-pytestmark = pytest.mark.timeout(300)
 
 TINY = ["--backbone", "test_convnext", "--init", "none", "--embedding-dim", "16", "--lr", "2e-3", "--val-pairs", "400"]
 TIMES = {"time_min", "seconds", "minutes_left", "images_per_s", "data_wait_share", "store_wait_share", "refresh_s"}
@@ -203,7 +201,12 @@ def test_a_path_of_python_with_a_space_in_it_is_no_obstacle(data: Path, tmp_path
     (tmp_path / "my env").symlink_to(sys.prefix)
     command = [tmp_path / "my env" / "bin" / "python", ROOT / "jobs" / "train.py", *flags(data, "spaced")]
     done = subprocess.run(
-        [*command, "--epochs", "1"], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [*command, "--epochs", "1"],
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=JOB_LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
     assert len(history(data, "spaced")) == 1

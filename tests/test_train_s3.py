@@ -13,8 +13,6 @@ from tests.s3_server import S3Server
 from tests.test_train_job import TINY
 from tests.training.learnable_faces import write_faces
 
-pytestmark = pytest.mark.timeout(300)
-
 EPOCHS = 4
 
 

@@ -18,8 +18,6 @@ from lib.sample.sample_job import SampleConfig, make_sample
 from tests.job_runner import ROOT, SCRIPTS, RayHead, environment, finish, kill_session, ray_head, ray_node
 from tests.k8s.checks import Document, config_of, load_folder, pods
 
-pytestmark = pytest.mark.timeout(900)
-
 DOCUMENTS = load_folder()
 # Less of the same: one epoch says as much as ten.
 SHORTER = {"--epochs 10": "--epochs 1", "--triplets-per-epoch 2000": "--triplets-per-epoch 120"}
