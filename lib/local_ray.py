@@ -15,6 +15,7 @@ from pathlib import Path
 from lib import ray_watch
 from lib.errors import JobError, UserError
 from lib.ray_internals import lean_start, read_token_settings
+from lib.terminal import terminal
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,10 @@ LONGEST_SOCKET_PATH = 107
 SURELY_LOCKED_S = 60.0
 _RAY_PREFIX = re.compile(r"\[.*?\] \(\w+\) \S+: ")
 """Time, process and place of the code, before what a daemon logs."""
-_OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_HEAD_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""How long a raylet tries to reach a head service that is dead. By default it is a minute, in which a driver that is
+just starting hangs with all of its threads."""
+_OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", _HEAD_LIMIT)
 
 
 @contextmanager
@@ -41,6 +45,8 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         before = {name: os.environ.get(name) for name in _OWN_VARIABLES}
         _give_token()
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+        os.environ.setdefault(_HEAD_LIMIT, "8")
+        terminal().leave_word("failed: a process of Ray died while it started: killed, or out of memory; run it again")
         try:
             with ray_watch.watched_start(daemons, lambda: _last_words(folder / "r")), lean_start():
                 # A folder inside ours, because Ray opens its own folder to everybody.
@@ -52,6 +58,8 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
                 f"Ray does not start on this machine: {reason}: free space in {folder.parent} and /dev/shm, or set "
                 "RAY_TMPDIR to a folder on another disk, and run the same command again; --verbose shows what Ray says"
             ) from error
+        finally:
+            terminal().leave_word("")
         try:
             yield
         finally:

@@ -57,7 +57,7 @@ def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callabl
 
     def watch() -> None:
         seen: dict[str, int] = {}
-        while not started.wait(0.5):
+        while not started.wait(0.1):
             now = daemons(alive=True)
             # Ray asks for the status of some of them only, so the others stay as zombies.
             dead = [*daemons(alive=False), *(name for name, pid in seen.items() if now.get(name) != pid)]
