@@ -12,6 +12,7 @@ from lib.errors import JobError, UserError
 from lib.recognition.spec import ModelSpec
 from lib.training.feature_store import NAMESPACE
 from lib.training.settings import TrainConfig
+from lib.training.validation_sources import ValidationSources
 
 
 @dataclass(kw_only=True)
@@ -37,11 +38,13 @@ class WorkerJob:
 
     config: TrainConfig
     spec: ModelSpec
-    num_shards: int
+    num_shards: int = 0
     """Shards of the feature store; 0 if no policy needs one."""
-    use_gpu: bool
+    use_gpu: bool = False
     faces_run_id: str | None = None
     """Version of the faces table that the run is about; None for the present one."""
+    sources: ValidationSources | None = None
+    """What epochs are judged by; None for the people of the table's split val."""
 
 
 class Control:

@@ -86,11 +86,16 @@ class EmbeddingPass:
         with torch.inference_mode(), autocast(self.device, self.precision), eager():
             return Fetched(model(normalized_images(crops_NHWC, model.spec))[: len(batch.images)])
 
-    def shared(self, rows_N: Ints, cache: FaceCache, model: EmbeddingModel) -> Floats:
-        """Return the embeddings of all rows [N, D] to every worker, each having computed its part."""
+    def shared(self, rows_N: Ints, cache: FaceCache, model: EmbeddingModel, *, mark_failed: bool = False) -> Floats:
+        """Return the embeddings of all rows [N, D] to every worker, each having computed its part.
+
+        With `mark_failed`, crops that could not be decoded have NaN.
+        """
         mine = rows_N[collective.rank() :: collective.num_workers()]
         parts = [np.empty((0, model.spec.embedding_dim), np.float32)]
-        parts += [batch.embeddings_MD for batch in self.over(mine, cache, model)]
+        for batch in self.over(mine, cache, model):
+            is_lost_M = batch.failed_M & mark_failed
+            parts.append(np.where(is_lost_M[:, None], np.float32(np.nan), batch.embeddings_MD))
         return collective.interleaved(np.concatenate(parts), len(rows_N))
 
 

@@ -20,8 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -85,12 +86,35 @@ def default_folder() -> str:
     return str(folder)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Only:
+    """Which faces of the splits a cache holds: those of these photos, or of these people."""
+
+    column: Literal["photo", "identity"]
+    names: pa.Array
+
+    def kept(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        """Return those of the rows that are of these photos or people."""
+        return rows.filter(pc.is_in(rows[self.column], value_set=self.names))
+
+    def digest(self) -> str:
+        """Return a digest of the column and the names."""
+        content = json.dumps([self.column, *sorted(self.names.to_pylist())])
+        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 class NoFacesError(UserError):
     """No photo of the splits is aligned."""
 
 
 def build_cache(
-    faces_url: str, splits: Sequence[str], cache_dir: str, *, photos_limit: int = 0, run_id: str | None = None
+    faces_url: str,
+    splits: Sequence[str],
+    cache_dir: str,
+    *,
+    photos_limit: int = 0,
+    only: Only | None = None,
+    run_id: str | None = None,
 ) -> str:
     """Return the path of the cache file of these splits, after making it where it is not there yet.
 
@@ -108,7 +132,7 @@ def build_cache(
     """
     folder = Path(cache_dir)
     success = table.read_success(faces_url, run_id=run_id)
-    path = folder / _cache_name(success, splits, photos_limit)
+    path = folder / _cache_name(success, splits, photos_limit, only)
     if _is_there(path):
         return str(path)
     try:
@@ -120,7 +144,7 @@ def build_cache(
         if not _is_there(path):
             if cache_dir == default_folder():
                 _remove_old(folder)
-            _build(_part_urls(faces_url, success, splits), splits, path, photos_limit)
+            _build(_part_urls(faces_url, success, splits), splits, path, photos_limit, only)
     return str(path)
 
 
@@ -150,8 +174,9 @@ def _remove_old(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _cache_name(success: dict[str, Any], splits: Sequence[str], photos_limit: int) -> str:
-    content = json.dumps([FORMAT_VERSION, success, *([photos_limit] if photos_limit else [])], sort_keys=True)
+def _cache_name(success: dict[str, Any], splits: Sequence[str], photos_limit: int, only: Only | None) -> str:
+    chosen = [*([photos_limit] if photos_limit else []), *([only.digest()] if only else [])]
+    content = json.dumps([FORMAT_VERSION, success, *chosen], sort_keys=True)
     return f"faces-{'-'.join(splits)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
 
 
@@ -166,14 +191,15 @@ def _locked(descriptor: int, path: Path) -> Iterator[None]:
     yield
 
 
-def _build(urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int) -> None:
+def _build(urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int, kept: Only | None) -> None:
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         num_bytes_needed = sum(pool.map(_num_bytes, urls))
-    kept = None
     if photos_limit:
-        everybody = _identities(urls)
-        kept = limited_identities(everybody, photos_limit)
-        num_bytes_needed = num_bytes_needed * min(photos_limit, len(everybody)) // max(len(everybody), 1)
+        kept = Only(column="identity", names=limited_identities(_identities(urls), photos_limit))
+    if kept is not None:
+        names = read_names(urls, kept.column)
+        num_kept = pc.sum(pc.is_in(names, value_set=kept.names)).as_py() or 0
+        num_bytes_needed = num_bytes_needed * num_kept // max(len(names), 1)
     others = [other.name for other in path.parent.glob(f"faces-{'-'.join(splits)}-*.arrow") if other != path]
     if others:
         logger.info("%s also holds caches of other faces: %s", path.parent, ", ".join(others))
@@ -218,8 +244,8 @@ def _num_bytes(url: str) -> int:
         return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
 
 
-def _copy(urls: Sequence[str], path: Path, kept: pa.Array | None) -> int:
-    """Write the aligned faces of the people `kept` (None: of all), file after file; return how many there are."""
+def _copy(urls: Sequence[str], path: Path, kept: Only | None) -> int:
+    """Write the aligned faces that are `kept` (None: all), file after file; return how many there are."""
     num_rows = 0
     path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as sink:
@@ -232,7 +258,7 @@ def _copy(urls: Sequence[str], path: Path, kept: pa.Array | None) -> int:
     return num_rows
 
 
-def _equal_batches(urls: Sequence[str], kept_people: pa.Array | None) -> Iterator[pa.RecordBatch]:
+def _equal_batches(urls: Sequence[str], only: Only | None) -> Iterator[pa.RecordBatch]:
     """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter."""
     pending: list[pa.RecordBatch] = []
     num_pending = 0
@@ -240,8 +266,8 @@ def _equal_batches(urls: Sequence[str], kept_people: pa.Array | None) -> Iterato
         with storage.open_parquet(url, table.columns(*CACHE_SCHEMA.names, "status")) as file:
             for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status"]):
                 kept = batch.filter(_usable(batch)).select(CACHE_SCHEMA.names)
-                if kept_people is not None:
-                    kept = kept.filter(pc.is_in(kept["identity"], value_set=kept_people))
+                if only is not None:
+                    kept = only.kept(kept)
                 # A crop that is not there is met, counted and named like one that cannot be decoded.
                 kept = kept.set_column(2, "crop", kept["crop"].fill_null(b""))
                 pending.append(kept.cast(CACHE_SCHEMA))
@@ -270,9 +296,15 @@ def read_identities(
 
 
 def _identities(urls: Sequence[str]) -> pa.ChunkedArray:
+    return read_names(urls, "identity")
+
+
+def read_names(urls: Sequence[str], column: Literal["photo", "identity"]) -> pa.ChunkedArray:
+    """Return the photo or the identity of each row of a cache of these parts, in its order."""
+    columns = dict.fromkeys((column, "identity", "status"))
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        parts = pool.map(lambda url: storage.read_parquet(url, table.columns("identity", "status")), urls)
-        names = [part.filter(_usable(part))["identity"] for part in parts]
+        parts = pool.map(lambda url: storage.read_parquet(url, table.columns(*columns)), urls)
+        names = [part.filter(_usable(part))[column] for part in parts]
     return pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
 
 

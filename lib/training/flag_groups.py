@@ -13,6 +13,8 @@ BatchKind = Literal["triplets", "identities", "photos"]
 BatchNorm = Literal["auto", "batch", "fixed"]
 NegativePolicy = Literal["random", "hard", "semihard", "exact", "auto"]
 
+DRAWN_PAIRS = 20_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -191,8 +193,12 @@ class ValidationSettings:
     """Stop after this many epochs without a better one; 0 never stops early."""
     val_photos: int = 4000
     """Largest number of validation photos after each epoch."""
-    val_pairs: int = 20_000
-    """Number of validation pairs. TAR at FAR 1e-3 needs 20,000."""
+    val_pairs: int | tuple[str, ...] = DRAWN_PAIRS
+    """Number of pairs drawn from validation people; TAR at FAR 1e-3 needs 20,000. And files of pairs, each of which
+    gets an accuracy in every epoch: .txt in LFW's format, .csv or .parquet with photo_a, photo_b, same."""
+    val_faces: str | None = None
+    """Faces table of validation: its photos are in the files of --val-pairs, and without a file, or where --faces has
+    no split val, its people are the validation people. Default: the splits val and test of --faces."""
     val_triplets: int = 5000
     """Number of validation triplets."""
 
@@ -201,9 +207,27 @@ class ValidationSettings:
             ("patience", self.patience, "1 or more", self.patience >= 1),
             ("stop-after", self.stop_after, "0 or more", self.stop_after >= 0),
             ("val-photos", self.val_photos, "8 or more", self.val_photos >= 8),
-            ("val-pairs", self.val_pairs, "20 or more", self.val_pairs >= 20),
+            ("val-pairs", self.val_pairs, "a number, 20 or more, one or more files, or both", self._are_pairs()),
             ("val-triplets", self.val_triplets, "1 or more", self.val_triplets >= 1),
         )
+
+    def _are_pairs(self) -> bool:
+        given = (str(self.val_pairs),) if isinstance(self.val_pairs, int) else self.val_pairs
+        numbers = [word for word in given if _is_number(word)]
+        return bool(given) and all(given) and len(numbers) <= 1 and all(int(number) >= 20 for number in numbers)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs to draw from the validation people."""
+        if isinstance(self.val_pairs, int):
+            return self.val_pairs
+        return next((int(word) for word in self.val_pairs if _is_number(word)), DRAWN_PAIRS)
+
+    @property
+    def pair_files(self) -> tuple[str, ...]:
+        """URLs of the files of pairs."""
+        given = () if isinstance(self.val_pairs, int) else self.val_pairs
+        return tuple(word for word in given if not _is_number(word))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,3 +263,7 @@ class RunSettings:
             ("checkpoint-minutes", self.checkpoint_minutes, "above 0", self.checkpoint_minutes > 0),
             ("max-failures", self.max_failures, "0 or more", self.max_failures >= 0),
         )
+
+
+def _is_number(word: str) -> bool:
+    return word.lstrip("-").isdigit()

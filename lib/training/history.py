@@ -112,16 +112,24 @@ def read_rows(run_url: str) -> list[Row]:
 def run_result(rows: Sequence[Row], best_epoch: int) -> dict[str, Any]:
     """Return what the job's last line says of a run."""
     best = next((row for row in rows if row["epoch"] == best_epoch), rows[-1] if rows else {})
+    names = watched_names(best)
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
     images = sum(int(row.get("num_images") or 0) for row in rows)
     return {
         "epochs": len(rows),
         "best_epoch": best.get("epoch"),
         **{name: best.get(name) for name in ("accuracy", "accuracy_std", "auc", "eer", "val_loss_random")},
+        **({"pairs_of_files": {name: best[f"{name}_accuracy"] for name in names}} if names else {}),
         "images": images,
         "train_seconds": round(seconds, 1),
         "images_per_s": round(images / seconds, 1) if seconds else None,
     }
+
+
+def watched_names(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files of pairs whose accuracy stands in a row."""
+    suffix = "_accuracy"
+    return [name.removesuffix(suffix) for name, value in row.items() if name.endswith(suffix) and value is not None]
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -35,7 +35,8 @@ from lib.training.step import TrainingStep
 from lib.training.suspects import SuspectLog
 from lib.training.trial_runs import compile_model, images_that_fit
 from lib.training.triplets import PhotoIndex
-from lib.training.validation import Validation
+from lib.training.validation import Figures, Validation
+from lib.training.watched_pairs import WatchedPairs
 from lib.training.worker_data import open_data
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Worker:
         if self.rank == 0:
             storage.remove_unfinished(config.run_url)
         self._tell(status="reading the faces")
-        self.data = open_data(config, device, job.faces_run_id)
+        self.data = open_data(config, device, job.faces_run_id, job.sources)
         self.index = PhotoIndex(self.data.train.labels_N, needs_pairs=config.needs_pairs)
         self.state = TrainingState(
             config,
@@ -125,6 +126,8 @@ class Worker:
         if config.batch_size == "auto":
             self._choose_batch_size()
         self.validation = Validation(self.data.val, self.config)
+        self.watched = WatchedPairs(self.data.watched, self.config, decide=not self.validation.has_pairs)
+        self._notes = job.sources.notes if job.sources else ()
         self.upkeep = self._upkeep(job)
         self.step = TrainingStep(
             self.state,
@@ -192,11 +195,14 @@ class Worker:
             state.progress,
             self.data.train,
             self.control,
-            ahead=validation.ahead,
+            ahead=self.watched.ahead if self.watched.decider else validation.ahead,
             best_scores_P=state.best_scores_P,
         )
+        for note in () if state.progress.step else self._notes:
+            record.note(note)
         if validation.problem:
-            record.note(validation.problem)
+            decider = self.watched.decider
+            record.note(validation.problem + (f": the pairs of {decider} say which epoch is kept" if decider else ""))
         elif validation.notice and not state.progress.step:
             record.note(validation.notice)
         return record
@@ -223,7 +229,7 @@ class Worker:
         refresh_s = self.refresh_store(steps.was_used_N)
         return EpochOutcome(
             sums=steps.sums,
-            figures=self.validation.figures(self._validation_embeddings(), self.state.progress.negatives),
+            figures=self._figures(),
             usage_3N=collective.summed(self.state.usage.counts_3N),
             suspects=self._all_suspects(),
             staleness=self._staleness(),
@@ -333,6 +339,10 @@ class Worker:
             return np.empty((0, self.state.model.spec.embedding_dim), np.float32)
         self._tell(status="validating")
         return self.data.embedding.shared(self.validation.rows_V, self.data.val, self.state.evaluated)
+
+    def _figures(self) -> Figures:
+        figures = self.validation.figures(self._validation_embeddings(), self.state.progress.negatives)
+        return self.watched.added(figures, self.data.embedding, self.state.evaluated)
 
     def _save_or_leave_when_asked(self, sums: EpochSums, anchors_done: int, step: int) -> None:
         """Write a checkpoint when it is time, and leave when asked; the workers decide together."""

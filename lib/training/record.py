@@ -17,7 +17,7 @@ from lib.training import collective
 from lib.training.checkpoints import Progress
 from lib.training.epoch_choice import Difference
 from lib.training.face_cache import FaceCache
-from lib.training.history import MODEL_FOLDER, History, has_plateaued, is_overfitting, run_result
+from lib.training.history import MODEL_FOLDER, History, has_plateaued, is_overfitting, run_result, watched_names
 from lib.training.schedule import Phase, next_phase
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
@@ -148,6 +148,8 @@ class RunRecord:
             return True, dataclasses.replace(progress, best=value, best_epoch=progress.epoch)
         if self._ahead is None or figures.scores_P is None or self.best_scores_P is None:
             return False, progress
+        if len(figures.scores_P) != len(self.best_scores_P):
+            return False, progress  # the table of --val-faces has changed since: these are scores of other pairs
         ahead = self._ahead(figures.scores_P, self.best_scores_P)
         row["ahead_of_best"], row["ahead_of_best_interval"] = ahead
         if ahead.is_worse:
@@ -281,6 +283,10 @@ def _line(row: dict[str, Any], config: TrainConfig) -> str:
     if "accuracy" in row:
         parts.append(f"accuracy {100 * row['accuracy']:.2f} % ± {100 * row['accuracy_std']:.2f}")
         parts.append(f"AUC {row['auc']:.4f}")
+    parts += [
+        f"{name} {100 * row[f'{name}_accuracy']:.2f} % ± {100 * row[f'{name}_accuracy_std']:.2f}"
+        for name in watched_names(row)
+    ]
     parts.append(f"active {100 * row['active_share']:.0f} %")
     parts.append(f"{row['images_per_s']:.0f} images/s")
     parts.append(

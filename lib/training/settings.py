@@ -216,12 +216,23 @@ class TrainConfig:
             faces=self.faces_url,
             init=self.init if self.init in INIT_NAMES else absolute_url(self.init, "--init"),
             cache_dir=self.run.cache_dir and absolute_url(self.run.cache_dir, "--cache-dir"),
+            val_faces=self.validation.val_faces and absolute_url(self.validation.val_faces, "--val-faces"),
+            val_pairs=self._absolute_pairs(),
         )
+
+    def _absolute_pairs(self) -> int | tuple[str, ...]:
+        files = self.validation.pair_files
+        if not files:
+            return self.validation.num_pairs
+        return (str(self.validation.num_pairs), *(absolute_url(url, "--val-pairs") for url in files))
 
     def content(self, faces: dict[str, Any]) -> dict[str, Any]:
         """Return what `config.json` holds: every setting that decides the result, and the faces' own run."""
         decisive = {name: value for name, value in self.flat().items() if name not in FREE_SETTINGS}
         decisive["init"] = storage.redacted(self.init)
+        decisive["val_faces"] = self.validation.val_faces and storage.redacted(self.validation.val_faces)
+        if self.validation.pair_files:
+            decisive["val_pairs"] = [self.validation.num_pairs, *map(storage.redacted, self.validation.pair_files)]
         return {**decisive, "faces_run_id": faces["run_id"], "fingerprint": faces["fingerprint"]}
 
 

@@ -31,6 +31,7 @@ from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
 from lib.training.settings import TrainConfig
 from lib.training.triplets import PhotoIndex
+from lib.training.validation_sources import read_sources
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ TOO_FEW_LIMIT_S = 10.0
 """How long too few nodes for the workers are borne where lost ones do not come back."""
 
 
-Workers = Callable[[TrainConfig, ModelSpec, np.ndarray, str], dict[str, Any] | None]
-"""Trains the model of a run on photos with these labels, of this version of the faces table.
+Workers = Callable[[WorkerJob, np.ndarray], dict[str, Any] | None]
+"""Trains the model of a run on photos with these labels. The job says all but shards and devices.
 
 It returns what it made, or None if it was asked to leave.
 """
@@ -78,14 +79,18 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     faces_run_id = str(success["run_id"])
     limit = config.sampling.photos_limit
     identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
-    labels_N = pc.index_in(identities, identities.unique().sort()).to_numpy().astype(np.int32)
+    people = identities.unique().sort()
+    labels_N = pc.index_in(identities, people).to_numpy().astype(np.int32)
     index = PhotoIndex(labels_N, needs_pairs=config.needs_pairs)
+    sources = read_sources(config, success, people)
     if config.dry_run:
         from lib.recognition.model import EmbeddingModel
 
         EmbeddingModel(spec)
         counts = {"photos": len(labels_N), "identities": int(labels_N.max()) + 1, "pairable": len(index.pairable)}
         logger.info("%d photos of %d people would train %s", counts["photos"], counts["identities"], config.backbone)
+        for note in sources.notes:
+            logger.warning("%s", note)
         return {"job": "train", "dry_run": True, "run": config.run_url, **counts, "settings": plan}
     if progress is None:
         with quick_imports():
@@ -95,7 +100,8 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     else:
         spec = _earlier_spec(config)
     with cluster.connected():
-        result = (workers or _run_workers)(config, spec, labels_N, faces_run_id)
+        job = WorkerJob(config=config, spec=spec, faces_run_id=faces_run_id, sources=sources)
+        result = (workers or _run_workers)(job, labels_N)
     if result is None:
         raise JobStopped(
             f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
@@ -142,29 +148,21 @@ def _earlier_spec(config: TrainConfig) -> ModelSpec:
     return ModelSpec.from_json(storage.read_json(url), url)
 
 
-def _run_workers(
-    config: TrainConfig, spec: ModelSpec, labels_N: np.ndarray, faces_run_id: str
-) -> dict[str, Any] | None:
+def _run_workers(job: WorkerJob, labels_N: np.ndarray) -> dict[str, Any] | None:
     """Start store and workers, and watch them until the end."""
     import ray
     import ray.train
 
     from lib.training.ray_train import ClusterTrainer, OneMachineTrainer, Torch, train_worker
 
-    config = with_devices(config)
+    config = with_devices(job.config)
     resources = worker_resources(config)
     control = create_control(config.run_url)
     store = create_store(config, labels_N)
     is_local = cluster.is_local()
     # Arrays of the CPU travel by gloo also where gradients travel by nccl.
     backend = "cpu:gloo,cuda:nccl" if config.gpus else "gloo"
-    job = WorkerJob(
-        config=config,
-        spec=spec,
-        num_shards=store.num_shards if store else 0,
-        use_gpu=bool(config.gpus),
-        faces_run_id=faces_run_id,
-    )
+    job = replace(job, config=config, num_shards=store.num_shards if store else 0, use_gpu=bool(config.gpus))
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = (OneMachineTrainer if is_local else ClusterTrainer)(
             train_worker,

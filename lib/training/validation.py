@@ -52,6 +52,12 @@ class Figures:
     """Each pair's part in the metric of `--best-by`; None where that is no metric of pairs."""
 
 
+def figures_row(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what the history says of a verification."""
+    figures = {name: metrics[name] for name in ("accuracy", "accuracy_std", "auc", "eer")}
+    return {**figures, "tar_at_far_1e-3": metrics["tar_at_far"][far_key(REPORTED_FAR)]}
+
+
 class Validation:
     """The fixed photos and what is asked about them.
 
@@ -78,7 +84,7 @@ class Validation:
             photos = cache.photos.take(rows_V).to_pylist()
             identities = [cache.identities[label] for label in cache.labels_N[rows_V]]
             self._pairs = made_pairs(
-                photos, identities, num_pairs=config.validation.val_pairs, num_folds=NUM_FOLDS, seed=config.run.seed
+                photos, identities, num_pairs=config.validation.num_pairs, num_folds=NUM_FOLDS, seed=config.run.seed
             )
             self.notice = _notice(len(set(identities)))
         except UserError as error:
@@ -86,6 +92,11 @@ class Validation:
         if self._index is not None:
             self._triplets = draw_triplets(self._index, config.validation.val_triplets, seed=config.run.seed)
             self._batches = _fixed_batches(self._index, config)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether there are pairs of validation people, which then decide which epoch is kept."""
+        return self._pairs is not None
 
     def figures(self, embeddings_VD: Floats, negatives: str) -> Figures:
         """Return the figures for the embeddings of `rows_V`."""
@@ -114,8 +125,7 @@ class Validation:
             "num_val_triplets": len(self._triplets),
             "val_loss_random": loss_random,
             "embedding_variance": variance,
-            **{name: metrics[name] for name in ("accuracy", "accuracy_std", "auc", "eer") if metrics},
-            **({"tar_at_far_1e-3": metrics["tar_at_far"][far_key(REPORTED_FAR)]} if metrics else {}),
+            **(figures_row(metrics) if metrics else {}),
         }
         return Figures(
             row=row, loss=loss, loss_random=loss_random, variance=variance, metrics=metrics, scores_P=scores_P

@@ -11,6 +11,7 @@ from lib.training.decoders import Decoders
 from lib.training.embedding_passes import EmbeddingPass
 from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
 from lib.training.settings import TrainConfig
+from lib.training.validation_sources import PairGroup, TableFaces, ValidationSources, own_people
 
 MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16
 
@@ -22,6 +23,8 @@ class WorkerData:
     train: FaceCache
     val: FaceCache | None
     """None where no photo of a validation person is aligned."""
+    watched: list[tuple[PairGroup, FaceCache]]
+    """The files of pairs, with the faces of each group of them."""
     num_threads: int
     decoders: Decoders | None
     """Processes that decode for a GPU; a CPU's threads do it themselves."""
@@ -34,8 +37,15 @@ class WorkerData:
             self.decoders.close()
 
 
-def open_data(config: TrainConfig, device: torch.device, faces_run_id: str | None = None) -> WorkerData:
+def open_data(
+    config: TrainConfig,
+    device: torch.device,
+    faces_run_id: str | None = None,
+    sources: ValidationSources | None = None,
+) -> WorkerData:
     """Copy the crops of this version of the table to this node, unless it has them, and start what decodes them.
+
+    Without `sources`, the validation people are those of the table.
 
     Raises:
         UserError: no crop to train on, or a part of the table is damaged.
@@ -43,10 +53,12 @@ def open_data(config: TrainConfig, device: torch.device, faces_run_id: str | Non
     folder = config.run.cache_dir or default_folder()
     limit = config.sampling.photos_limit
     train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id))
+    sources = sources or own_people(config, faces_run_id)
     val = None
     # Nothing else is borne: training on would hide a damaged part, which other nodes may not see.
     with contextlib.suppress(NoFacesError):
-        val = FaceCache(build_cache(config.faces_url, ["val"], folder, run_id=faces_run_id))
+        val = _open(sources.people, folder)
+    watched = [(group, _open(group.faces, folder)) for group in sources.groups]
     num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     num_threads = config.run.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
     decoders = None
@@ -55,6 +67,7 @@ def open_data(config: TrainConfig, device: torch.device, faces_run_id: str | Non
     return WorkerData(
         train=train,
         val=val,
+        watched=watched,
         num_threads=num_threads,
         decoders=decoders,
         upload=devices.Upload(device),
@@ -65,3 +78,7 @@ def open_data(config: TrainConfig, device: torch.device, faces_run_id: str | Non
             decoders=decoders,
         ),
     )
+
+
+def _open(faces: TableFaces, folder: str) -> FaceCache:
+    return FaceCache(build_cache(faces.url, faces.splits, folder, only=faces.only, run_id=faces.run_id))

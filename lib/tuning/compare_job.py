@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.html"
 
-JUDGED_ON = ("faces_run_id", "seed", "val_photos", "val_pairs")
+JUDGED_ON = ("faces_run_id", "seed", "val_photos", "val_pairs", "val_faces")
 """Settings that decide the validation people and their pairs."""
 
 FIGURES = ("accuracy", "accuracy_std", "auc", "val_loss_random")

@@ -134,13 +134,13 @@ def _check_faces(config: TrainConfig) -> dict[str, int]:
     identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
     people = identities.unique().sort()
     index = PhotoIndex(pc.index_in(identities, people).to_numpy().astype(np.int32))
-    if config.validation.best_by != "loss":
+    if config.validation.best_by != "loss" and not config.validation.pair_files and not config.validation.val_faces:
         judges = read_identities(config.faces_url, ["val"]).to_pylist()
         try:
             made_pairs(
                 [str(n) for n in range(len(judges))],
                 judges,
-                num_pairs=config.validation.val_pairs,
+                num_pairs=config.validation.num_pairs,
                 seed=config.run.seed,
             )
         except UserError as error:

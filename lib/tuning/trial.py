@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,6 @@ from ray.tune.search import Searcher
 from lib import storage
 from lib.device import free_memory, worker_device
 from lib.errors import JobError, JobStopped, UserError
-from lib.recognition.model import ModelSpec
 from lib.terminal import send_log_to_driver
 from lib.training.control import WorkerJob, connect_control, create_control, failure_error
 from lib.training.history import read_rows
@@ -77,23 +77,16 @@ def run_trial(trial: Trial, sweep_url: str, num_cpus: int, *, use_gpu: bool) -> 
 def _run_here(
     trial: Trial,
     sweep: Any,
-    config: TrainConfig,
-    spec: ModelSpec,
+    job: WorkerJob,
     labels_N: np.ndarray,
-    faces_run_id: str,
     *,
     use_gpu: bool,
 ) -> dict[str, Any] | None:
     """Run the worker on a thread of this process, and report each epoch to Tune."""
+    config = job.config
     control = _own_control(config.run_url)
     store = create_store(config, labels_N, num_shards=1)  # the store is on the trial's node, so one shard is enough
-    job = WorkerJob(
-        config=config,
-        spec=spec,
-        num_shards=store.num_shards if store else 0,
-        use_gpu=use_gpu,
-        faces_run_id=faces_run_id,
-    )
+    job = replace(job, num_shards=store.num_shards if store else 0, use_gpu=use_gpu)
     errors: list[BaseException] = []
 
     def run() -> None:

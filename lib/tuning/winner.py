@@ -42,7 +42,7 @@ def winner_settings(url: str) -> dict[str, Any]:
     results = storage.read_json(results_url, {"winner": str, "init": str})
     content = storage.read_json(storage.join(url, "runs", results["winner"], CONFIG_NAME))
     names = TrainConfig().flat().keys() - {*FREE_SETTINGS, *BUDGET_SETTINGS}
-    settings = {name: content[name] for name in names & content.keys()}
+    settings = {name: _as_setting(content[name]) for name in names & content.keys()}
     hints = get_type_hints(TrainConfig)
     for group in dict.fromkeys(GROUP_OF.values()):
         hints |= get_type_hints(hints[group])
@@ -52,8 +52,15 @@ def winner_settings(url: str) -> dict[str, Any]:
     return {**settings, "init": results["init"]}
 
 
+def _as_setting(value: Any) -> Any:
+    """Return a value of a JSON file as the flags would give it: a list is a tuple of words."""
+    return tuple(str(each) for each in value) if isinstance(value, list) else value
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Return whether a value from a JSON file has the type of a setting."""
+    if get_origin(hint) is tuple:
+        return type(value) is tuple
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_args(hint):
