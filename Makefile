@@ -37,7 +37,7 @@ $(VENV)/.runtime: requirements.txt constraints.txt $(VENV)/.created
 	@$(PIP_INSTALL) -r requirements.txt
 	@touch $@
 
-$(VENV)/.development: requirements-dev.txt requirements.txt constraints.txt $(VENV)/.created
+$(VENV)/.development: requirements-dev.txt requirements-track.txt requirements.txt constraints.txt $(VENV)/.created
 	@echo "installing requirements-dev.txt into $(VENV) ($(SIZE), some minutes the first time)"
 	@$(PIP_INSTALL) -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Every job, worker and notebook comes through here before it imports what would report to its vendor. These packages
 # read their switch at their import, and a child inherits the environment.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", ORT_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false")
 # Ray would say once what differs in numbers alone, such as the names of photos. See lib/terminal.py.
 os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", r"conv-facenet\|")
 # OpenVINO knows no switch but a file in the user's home. Without this package it takes a stub that sends nothing.

@@ -18,6 +18,7 @@ from lib.parts import SUCCESS_NAME
 from lib.recognition.model import SPEC_NAME
 from lib.training.history import MODEL_FOLDER
 from lib.training.settings import GROUP_OF, TrainConfig
+from lib.training.tracking import about_run, add_evaluation
 from lib.training.train_job import train
 from lib.tuning.winner import train_defaults
 
@@ -90,6 +91,8 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         ):
             logger.info("%d of 3: %s", number, name)
             made[name] = job()
+        about = about_run(then.name, then.run_url, {})
+        add_evaluation(then.run.track, about, {name: made["evaluate"][name] for name in KEPT_FIGURES})
     return {
         "job": "pipeline",
         "model": made["train"]["model"],

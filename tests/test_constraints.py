@@ -32,7 +32,7 @@ def test_every_installed_package_has_its_version() -> None:
 
 
 def test_every_requirement_is_held() -> None:
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-track.txt"):
         assert pins(ROOT / name).items() <= CONSTRAINTS.items()
 
 

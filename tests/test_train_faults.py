@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from lib import storage
 from lib.recognition.model import load_model
@@ -112,6 +113,24 @@ def test_the_same_command_goes_on_as_if_nothing_had_happened(
     assert "is damaged" in done.errors
     assert "going on from the checkpoint of epoch" in done.errors
     assert same_but_times(rows(tmp_path)) == undisturbed
+
+
+def test_a_killed_run_goes_on_under_its_id_in_mlflow(connected_head: RayHead, faces: str, tmp_path: Path) -> None:
+    store = tmp_path / "ml flow"
+    tracked = ("--track", f"mlflow:{store}")
+    with half_done(tmp_path, faces, *tracked, extra=connected_head.environment) as job:
+        wait_until(lambda: (tmp_path / "runs" / "default" / "tracking.json").exists(), job)
+        os.kill(job.pid, signal.SIGKILL)
+        finish(job, 100)
+    done = run_here("train.py", *flags(tmp_path, faces, *tracked))
+    assert done.status == 0, done.errors
+    client = MlflowClient(tracking_uri=store.as_uri())
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["loss"] == "softmax"
+    assert run.data.metrics["best_epoch"] == done.result["best_epoch"]
+    told = {each.step for each in client.get_metric_history(run.info.run_id, "train_loss")}
+    assert told == set(range(1, EPOCHS + 1))
 
 
 def test_a_signal_to_all_processes_of_a_local_run_stops_it_within_seconds(faces: str, tmp_path: Path) -> None:

@@ -252,6 +252,9 @@ class RunSettings:
     loader_threads: int = 0
     """Threads per worker that read crops; processes on a GPU. 0: the worker's CPUs, at most 8 threads or 16
     processes."""
+    track: tuple[str, ...] = ()
+    """Services that get settings and figures beside TensorBoard: mlflow:URI (a server or a folder), wandb,
+    wandb:PROJECT."""
     cache_dir: str = ""
     """Folder on each node for its copy of the crops. Default: conv-facenet-<user id>/ in the temporary folder."""
     from_sweep: str = ""

@@ -26,7 +26,7 @@ from lib.training.triplets import PhotoIndex
 FREE_SETTINGS = (
     *("data", "faces", "name", "workers", "gpus", "cache_dir", "loader_threads"),
     *("compile", "checkpoint_activations"),
-    *("checkpoint_minutes", "max_failures", "wait_minutes", "dry_run", "from_sweep"),
+    *("checkpoint_minutes", "max_failures", "wait_minutes", "dry_run", "from_sweep", "track"),
 )
 """What may differ when a run goes on: where it computes and reads, but not what it computes."""
 

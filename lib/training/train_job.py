@@ -30,6 +30,7 @@ from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
 from lib.training.settings import TrainConfig
+from lib.training.tracking import Tracking, about_run
 from lib.training.triplets import PhotoIndex
 from lib.training.validation_sources import read_sources
 
@@ -83,6 +84,7 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
     labels_N = pc.index_in(identities, people).to_numpy().astype(np.int32)
     index = PhotoIndex(labels_N, needs_pairs=config.needs_pairs)
     sources = read_sources(config, success, people)
+    tracking = Tracking(config.run.track, about_run(config.name, config.run_url, plan))
     if config.dry_run:
         from lib.recognition.model import EmbeddingModel
 
@@ -99,9 +101,10 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         spec = begin(config, plan, spec)
     else:
         spec = _earlier_spec(config)
-    with cluster.connected():
+    with tracking, cluster.connected():
         job = WorkerJob(config=config, spec=spec, faces_run_id=faces_run_id, sources=sources)
         result = (workers or _run_workers)(job, labels_N)
+        tracking.end("stopped" if result is None else "finished", result)
     if result is None:
         raise JobStopped(
             f"asked by a signal; all is saved in {config.run_url}, and the same command goes on from there"
