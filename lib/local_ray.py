@@ -1,20 +1,17 @@
 """A Ray cluster for one job on this machine: on the loopback, with its own token and its own folder."""
 
-import fcntl
 import logging
 import os
 import re
 import secrets
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lib import ray_watch
 from lib.errors import JobError, UserError
 from lib.ray_internals import lean_start, read_token_settings
+from lib.scratch import scratch_folder
 from lib.terminal import terminal
 
 logger = logging.getLogger(__name__)
@@ -23,7 +20,6 @@ FOLDER_PREFIX = "cf-ray-"
 LONGEST_SOCKET_NAME = len("/session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 LONGEST_SOCKET_PATH = 107
 """Limit of Linux in bytes, without the final zero."""
-SURELY_LOCKED_S = 60.0
 _RAY_PREFIX = re.compile(r"\[.*?\] \(\w+\) \S+: ")
 """Time, process and place of the code, before what a daemon logs."""
 _HEAD_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -105,21 +101,15 @@ def _give_token() -> None:
 def private_folder() -> Iterator[Path]:
     """Make a folder that only this user can enter, with a path short enough for sockets; remove it at the end."""
     parent = _parent()
-    _remove_leftovers(parent)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
-    except OSError as error:
-        raise UserError(
-            f"Ray's files cannot lie in {parent} ({error.strerror}): set TMPDIR, or RAY_TMPDIR for Ray alone, to a "
-            f"folder that can be written, with a path of up to {_longest_parent()} bytes"
-        ) from error
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # held until this process ends, even by SIGKILL
-    try:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch_folder(parent, FOLDER_PREFIX))
+        except OSError as error:
+            raise UserError(
+                f"Ray's files cannot lie in {parent} ({error.strerror}): set TMPDIR, or RAY_TMPDIR for Ray alone, to a "
+                f"folder that can be written, with a path of up to {_longest_parent()} bytes"
+            ) from error
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _longest_parent() -> int:
@@ -146,23 +136,3 @@ def _parent() -> Path:
         return usual
     logger.info("TMPDIR is too long for the names of Ray's sockets: its files lie in /tmp, or where RAY_TMPDIR says")
     return Path("/tmp")  # noqa: S108
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Remove the folders that killed runs of this user have left."""
-    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        try:
-            status = folder.lstat()
-            if status.st_uid != os.geteuid() or time.time() - status.st_mtime < SURELY_LOCKED_S:
-                continue
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # its run is still alive
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)

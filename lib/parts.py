@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 PLAN_NAME = "_plan.json"
 SUCCESS_NAME = "_SUCCESS"
 VERSIONS_FOLDER = "_versions"
+MANIFEST_FOLDER = "_manifest"
+"""Where the list of what an unfinished version is made of lies."""
 PART_PREFIX = "split="
 """What the folders begin with that hold the files of the parts."""
 
@@ -205,6 +207,7 @@ def finish_version(
     success = {**entries, **about, "parts": {name: present[name] for name in names}}
     storage.write_json(storage.join(url, SUCCESS_NAME), success)
     remove_unused(url, success, present, keep_versions=keep_versions)
+    storage.remove_tree(storage.join(url, MANIFEST_FOLDER))
 
 
 def remove_unused(url: str, success: Plan, present: Iterable[str], *, keep_versions: int) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+from typing import Any
 
 from lib import storage
 
@@ -55,6 +56,12 @@ class RangedFile(io.RawIOBase):
     def tell(self) -> int:
         """Return the place of the next read."""
         return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with the next bytes, and return how many there were."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def read(self, size: int | None = -1) -> bytes:
         """Return the next bytes, all of them without a size."""

@@ -241,7 +241,7 @@ def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Ph
 
 
 def _with_photos(source: PhotosSource, photos: pa.Table) -> PhotosSource:
-    return replace(source, manifest=Manifest(photos, source.manifest.num_bytes, source.manifest.num_passed_over))
+    return replace(source, manifest=Manifest.of(photos, source.manifest.num_bytes, source.manifest.num_passed_over))
 
 
 def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | None], list[str]]:

@@ -19,6 +19,7 @@ from lib.faces import table
 from lib.faces.alignment import ARCFACE, ARCFACE_52, EYES, Alignment
 from lib.faces.extraction import JPEG_QUALITY, fingerprint_of
 from lib.faces.images import BadPhotoError, Photo, to_jpeg
+from lib.faces.photo_parts import photos_of
 from lib.faces.sources.source import Row, Source
 
 UNKNOWN = "none"
@@ -87,7 +88,7 @@ def aligned_tables(
     source: Source, item: Mapping[str, Any], how: AlignedCrops, max_megapixels: float
 ) -> dict[str, tuple[pa.Table, int]]:
     """Return the faces table of a part made by `part_item`, and the bytes of its photos, by split."""
-    entries = pa.ipc.open_stream(item["photos"]).read_all().to_pylist()
+    entries = photos_of(item).to_pylist()
     splits = {entry["split"]: _Rows() for entry in entries}
     read = source.read((entry for entry in entries if entry["status"] is None), num_ahead=128)
     for entry in entries:

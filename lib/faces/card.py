@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from lib import storage
 from lib.faces import table
 from lib.faces.images import to_jpeg
-from lib.faces.manifest import Manifest
 from lib.faces.part_plan import BUCKETS, SIZE
+from lib.faces.plan_files import PartPlan
 from lib.parts import KEEP_VERSIONS, check_ours, finish_version, split_in
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ class _Totals:
 
 def finish(
     faces_url: str,
-    manifest: Manifest,
-    file_names: list[str],
+    plan: PartPlan,
     *,
     begun: Mapping[str, Any],
     photos_per_s: float | None,
@@ -60,14 +59,14 @@ def finish(
         JobError: another job began another version of this table meanwhile.
     """
     check_ours(faces_url, begun)
-    fingerprint = begun["fingerprint"]
+    fingerprint, file_names = begun["fingerprint"], plan.file_names()
     logger.info("counting %d parts", len(file_names))
     totals = _Totals()
     with ThreadPoolExecutor(8) as pool:
         for name, part in zip(file_names, pool.map(lambda name: _read_part(faces_url, name), file_names), strict=True):
             _add(totals, split_in(name), *part)
-    assert fingerprint["faces_policy"] == "all" or totals.num_rows == len(manifest), "each photo has exactly one row"
-    counts = _counts(totals, len(manifest))
+    assert fingerprint["faces_policy"] == "all" or totals.num_rows == plan.num_photos, "each photo has exactly one row"
+    counts = _counts(totals, plan.num_photos)
     card = {
         "run_id": begun["run_id"],
         "version": begun["version"],
@@ -75,7 +74,7 @@ def finish(
         "counts": counts,
         "splits": {split: _split_figures(totals, split) for split in table.SPLITS},
         "refused": totals.refused,
-        "passed_over": manifest.num_passed_over,
+        "passed_over": dict(plan.num_passed_over),
         "bytes_before": totals.bytes_before,
         "bytes_after": totals.bytes_after,
         "photos_per_s": photos_per_s and round(photos_per_s, 1),

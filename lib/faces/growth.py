@@ -1,7 +1,6 @@
 """What changed between the finished version of a faces table and the photos of now."""
 
 import logging
-import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import pyarrow.compute as pc
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.part_plan import MADE_OF, PartPlan
+from lib.faces.photo_database import PhotoDatabase
+from lib.faces.plan_files import MADE_OF, PartPlan
 from lib.parts import Found, made_again, next_version
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ MAX_GONE_SHARE = 0.5
 """Photos of the finished version that may be gone. More of them are taken for a wrong --photos."""
 
 _READERS = 16
+_COMPARED = ["photo", MADE_OF, "identity"]
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,34 @@ def changes(found: Found, plan: PartPlan, names: Collection[str], *, policy: str
         UserError, JobError: an older part cannot be read.
     """
     assert found.success is not None
-    dropped = [name for name in found.success["parts"] if name not in names and name in found.present]
+    kept = set(names)
+    dropped = [name for name in found.success["parts"] if name not in kept and name in found.present]
     added = [part for part in plan.parts if not found.success["parts"].keys() >= set(part.file_names())]
     columns = table.columns("photo", MADE_OF, "identity")
-    before: dict[str, tuple[int, str | None]] = {}
+    database = PhotoDatabase()
+    for name in ("faces", "now"):
+        database.run(f"create table {name} (photo varchar, made_of bigint, identity varchar)")
     with ThreadPoolExecutor(_READERS) as pool:
         for rows in pool.map(lambda name: storage.read_parquet(storage.join(found.url, name), columns), dropped):
-            for photo, made_of, identity in _values(rows):
-                before[re.sub(r"#\d+$", "", photo) if policy == "all" else photo] = made_of, identity
-    now = {
-        photo: (made_of, identity)
-        for part in added
-        for photo, made_of, identity in _values(plan.photos.slice(part.start, part.stop - part.start))
-    }
-    both = now.keys() & before.keys()
-    num_changed = sum(now[photo][0] != before[photo][0] for photo in both)
-    return Changes(
-        new=len(now) - len(both),
-        changed=num_changed,
-        gone=len(before) - len(both),
-        relabelled=sum(now[photo] != before[photo] for photo in both) - num_changed,
+            database.append("faces", rows.select(_COMPARED))
+    for part in added:
+        database.append("now", plan.rows(part).select(_COMPARED))
+    photo = "regexp_replace(photo, '#\\d+$', '')" if policy == "all" else "photo"
+    database.run(
+        f"""create table before as select {photo} as photo, any_value(made_of) as made_of,
+        any_value(identity) as identity from faces group by all"""
+        if policy == "all"
+        else "create view before as from faces"
     )
-
-
-def _values(rows: pa.Table) -> Sequence[tuple[str, int, str | None]]:
-    return list(zip(*(rows[name].to_pylist() for name in ("photo", MADE_OF, "identity")), strict=True))
+    in_both = "n.photo is not null and b.photo is not null"
+    numbers = database.rows(
+        f"""select count(*) filter (b.photo is null),
+            count(*) filter ({in_both} and n.made_of <> b.made_of),
+            count(*) filter (n.photo is null),
+            count(*) filter ({in_both} and n.made_of = b.made_of and n.identity is distinct from b.identity)
+        from now n full join before b on n.photo = b.photo"""
+    )
+    return Changes(*numbers[0])
 
 
 def refuse_other_photos(found: Found, changed: Changes, photos_url: str) -> None:

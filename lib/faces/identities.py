@@ -1,16 +1,22 @@
 """Who is in which photo: identities.txt in any of the usual dialects, or the folders of the photos."""
 
 import csv
+import io
 import itertools
 import logging
 import re
-import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
 
 from lib import storage
 from lib.errors import UserError
+from lib.faces.listed_names import LISTED, find_photos
+from lib.faces.photo_database import PhotoDatabase
 from lib.faces.photo_names import safe_name, stored_name
+from lib.local_files import refuse_special
+from lib.ranged_files import RangedFile
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +56,10 @@ _IDENTITY_WORDS = (
 _DELIMITERS = (None, "\t", ",", ";")
 _MAX_NAMED = 5
 _MAX_SAMPLED = 500
+_LINES_AT_ONCE = 65_536
 
-Lines = Sequence[tuple[int, str]]
+Line = tuple[int, str]
+"""The number of a line, from 1, and its text."""
 
 
 @dataclass(frozen=True)
@@ -74,55 +82,14 @@ class _Dialect:
         return (found[self.photo], found[self.identity]) if enough and found[self.photo] else None
 
 
-class Present:
-    """The photos that are there, found by their names as lists write them.
-
-    A list may differ from the disk in `./` or the folder's own name in front, in backslashes, in the form of accents
-    (NFC, NFD), and in the suffix. A name that two photos would answer to is taken for neither.
-    """
-
-    def __init__(self, names: Collection[str], folder: str) -> None:
-        self._exact = set(names)
-        self._folder = f"{folder}/"
-        self._loose: dict[str, str | None] = {}
-        self._stems: dict[str, str | None] = {}
-
-    def find(self, name: str) -> str | None:
-        """Return the photo that a list means, None where it is not there."""
-        # A list has a name of any bytes as the disk has it, or as a table has it.
-        for candidate in (stored_name(name), name):
-            if candidate in self._exact:
-                return candidate
-        if not self._loose:
-            for photo in self._exact:
-                key = self._key(photo)
-                self._loose[key] = photo if key not in self._loose else None
-                stem = _stem(key)
-                self._stems[stem] = photo if stem not in self._stems else None
-        key = self._key(name)
-        for candidate in (key, key.removeprefix(self._folder)):
-            if found := self._loose.get(candidate) or self._stems.get(_stem(candidate)):
-                return found
-        return None
-
-    @staticmethod
-    def _key(name: str) -> str:
-        path = unicodedata.normalize("NFC", name).replace("\\", "/")
-        while path.startswith("./"):
-            path = path[2:]
-        return path
-
-
 def identity_or_nobody(identity: str | None) -> str | None:
     """Return the identity without blanks around it, None where it stands for no value."""
     stripped = identity and identity.strip()
     return None if not stripped or stripped in NOBODY else stripped
 
 
-def read_identities(
-    url: str, names: Collection[str], *, photos_url: str, min_listed_share: float
-) -> dict[str, str | None]:
-    """Return photo -> identity for the listed photos, by their names on disk where they are there.
+def read_identities(url: str, database: PhotoDatabase, *, photos_url: str, min_listed_share: float) -> None:
+    """Make the table `listed` of photo and identity, by the names on disk where the photos are in the table `scanned`.
 
     Lines are "photo-name identity", or the columns of CSV with commas, semicolons or tabs, with or without a header, in
     either order: what names the most photos is taken.
@@ -130,150 +97,244 @@ def read_identities(
     Raises:
         UserError: the file cannot be read so, or under `min_listed_share` of the photos it lists are there.
     """
-    present = Present(names, photos_url.rstrip("/").rpartition("/")[2])
-    lines = _lines(url, present)
-    if not lines:
-        return {}
-    dialect = _dialect(lines, present)
-    listed: dict[str, str | None] = {}
-    malformed, outside, doubled, nobodies = [], [], [], []
-    num_found, absent, alike = 0, "", []
-    for number, line in lines[1 if dialect.has_header else 0 :]:
+    folder = photos_url.rstrip("/").rpartition("/")[2]
+    database.run("create table listed (photo varchar, identity varchar)")
+    first, sample = _sample(url)
+    if first is None:
+        return
+    dialect = _dialect(first, sample, lambda names: _found(database, names, folder))
+    faults = _Faults()
+    database.run(f"create table lines ({LISTED})")
+    lines = itertools.islice(_numbered(url), dialect.has_header, None)
+    while batch := list(itertools.islice(lines, _LINES_AT_ONCE)):
+        database.append("lines", _parsed(batch, dialect, faults))
+    faults.refuse(url)
+    find_photos(database, folder)
+    _check_bytes(url, database)
+    _check_doubled(url, database)
+    database.run(
+        """insert into listed select coalesce(photo, stored), any_value(identity) from lines
+        group by coalesce(photo, stored)"""
+    )
+    _tell(url, database, faults)
+    _check_share(url, photos_url, database, min_listed_share)
+    database.run("drop table lines")
+
+
+@dataclass
+class _Faults:
+    """What is wrong in a list: of each kind the number of lines, and the first of them."""
+
+    num: dict[str, int] = field(default_factory=lambda: {"malformed": 0, "outside": 0, "nobody": 0})
+    first: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, what: str) -> None:
+        """Count a line."""
+        self.num[kind] += 1
+        if len(named := self.first.setdefault(kind, [])) < _MAX_NAMED:
+            named.append(what)
+
+    def refuse(self, url: str) -> None:
+        """Raise UserError where lines cannot be used."""
+        shown = storage.redacted(url)
+        if self.num["malformed"]:
+            raise UserError(
+                f'{shown}: {self.num["malformed"]} lines are not "photo-name identity", such as line '
+                f"{', '.join(self.first['malformed'])}: mend them"
+            )
+        if self.num["outside"]:
+            raise UserError(
+                f"{shown}: {some(self.first['outside'], self.num['outside'])} leads out of the photo folder: only "
+                "names below it are read"
+            )
+
+
+def _parsed(batch: Sequence[Line], dialect: _Dialect, faults: _Faults) -> pa.Table:
+    """Return lines as rows of `LISTED`, without those that are faults."""
+    numbers, names, stored_names, identities, others = [], [], [], [], []
+    for number, line in batch:
         fields = dialect.fields(line)
         if fields is None:
-            malformed.append(number)
+            faults.add("malformed", str(number))
             continue
         name, text = fields
         if not safe_name(name):
-            outside.append(f"line {number} ({name})")
+            faults.add("outside", f"line {number} ({name})")
             continue
+        stored = stored_name(name)
         identity = identity_or_nobody(stored_name(text))
         if identity is None:
-            nobodies.append(text)
-        found = present.find(name)
-        if found is None:
-            absent = absent or name
-        photo = found or stored_name(name)
-        if photo in listed and listed[photo] != identity:
-            doubled.append(f"line {number} ({name}: {listed[photo]} and {identity})")
-        elif photo not in listed:
-            listed[photo] = identity
-            num_found += found is not None
-            if found and found not in (name, stored_name(name)):
-                alike.append(f"{name} for {found}")
-    _refuse(url, malformed, outside, doubled)
-    _tell(url, nobodies, alike)
-    _check_share(url, photos_url, names, listed, num_found, absent, min_listed_share)
-    return listed
+            faults.add("nobody", text)
+        is_text = _is_utf8(name)
+        numbers.append(number)
+        names.append(name if is_text else stored)
+        stored_names.append(stored)
+        identities.append(identity)
+        others.append(not is_text or not _is_utf8(text))
+    nothing = pa.nulls(len(numbers), pa.string())
+    return pa.table(
+        {
+            "number": pa.array(numbers, pa.int64()),
+            "name": pa.array(names, pa.string()),
+            "stored": pa.array(stored_names, pa.string()),
+            "identity": pa.array(identities, pa.string()),
+            "is_bytes": pa.array(others, pa.bool_()),
+            "photo": nothing,
+        }
+    )
 
 
-def _tell(url: str, nobodies: list[str], alike: list[str]) -> None:
-    if nobodies:
-        logger.warning("%s: %d photos have no identity (%r)", storage.redacted(url), len(nobodies), nobodies[0])
-    if alike:
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def _check_bytes(url: str, database: PhotoDatabase) -> None:
+    """Raise UserError over bytes that are no UTF-8, unless the line names a photo that is there.
+
+    Names on disk may be of any bytes. Then a list of them is.
+    """
+    number = database.value("select min(number) from lines where is_bytes and photo is null")
+    if number is not None:
+        raise UserError(f"{storage.redacted(url)} is not UTF-8 text (line {number}): save it as UTF-8")
+
+
+def _check_doubled(url: str, database: PhotoDatabase) -> None:
+    """Raise UserError where one photo has two identities."""
+    doubled = """from lines join (
+        select coalesce(photo, stored) as key, min(number) as first from lines group by key
+        having count(distinct coalesce('=' || identity, '')) > 1) on coalesce(photo, stored) = key
+        join (select number as of_first, identity as other from lines) on of_first = first
+        where identity is distinct from other"""
+    num = database.value(f"select count(*) {doubled}")
+    if num:
+        rows = database.rows(f"select number, name, other, identity {doubled} order by number limit {_MAX_NAMED}")
+        named = [f"line {number} ({name}: {other} and {identity})" for number, name, other, identity in rows]
+        raise UserError(f"{storage.redacted(url)}: {some(named, num)} has two identities: keep the right one")
+
+
+def _tell(url: str, database: PhotoDatabase, faults: _Faults) -> None:
+    if faults.num["nobody"]:
+        logger.warning(
+            "%s: %d photos have no identity (%r)",
+            *(storage.redacted(url), faults.num["nobody"], faults.first["nobody"][0]),
+        )
+    alike = "from lines where photo is not null and photo not in (name, stored)"
+    num, first = database.rows(f"select count(*), arg_min(name || ' for ' || photo, number) {alike}")[0]
+    if num:
         logger.warning(
             "%d names of identities in %s are not quite those of the photos, such as %s: taken for the same",
-            *(len(alike), storage.redacted(url), alike[0]),
+            *(num, storage.redacted(url), first),
         )
 
 
-def _check_share(
-    url: str,
-    photos_url: str,
-    names: Collection[str],
-    listed: Mapping[str, str | None],
-    num_found: int,
-    absent: str,
-    min_listed_share: float,
-) -> None:
-    if num_found < min_listed_share * len(listed):
-        unlisted = next((name for name in sorted(names) if name not in listed), None)
+def _check_share(url: str, photos_url: str, database: PhotoDatabase, min_listed_share: float) -> None:
+    num = database.value("select count(*) from listed")
+    num_found = database.value("select count(*) from listed semi join scanned using (photo)")
+    absent = database.value("select arg_min(name, number) from lines where photo is null")
+    if num_found < min_listed_share * num:
+        unlisted = database.value("select min(photo) from scanned anti join listed using (photo)")
         there = f"there lies {unlisted}" if unlisted else "no photo lies there"
         accepted = ", or accept it with --min-listed-share 0" if min_listed_share > ANY_LISTED else ""
         raise UserError(
-            f"{storage.redacted(url)} lists {len(listed)} photos, and {num_found} of them lie in "
+            f"{storage.redacted(url)} lists {num} photos, and {num_found} of them lie in "
             f"{storage.redacted(photos_url)}: it lists {absent}, {there}: make the names the same, or correct --photos "
             f"or --identities{accepted}"
         )
-    if num_found < len(listed):
+    if num_found < num:
         logger.warning(
             "%d of the %d photos of %s are missing, such as %s",
-            *(len(listed) - num_found, len(listed), storage.redacted(url), absent),
+            *(num - num_found, num, storage.redacted(url), absent),
         )
 
 
-def folder_identities(names: Sequence[str]) -> list[str | None]:
-    """Return the folder that each photo lies in, None for those in no folder.
+def folder_identities(database: PhotoDatabase, name: str) -> str:
+    """Return, in SQL, the folder that each photo of the table `scanned` lies in, null for those in no folder.
 
-    Folders such as train/ and val/ above the people's own are no part of an identity: one person may lie in both.
+    `name` is the SQL of the photo's name. Folders such as train/ and val/ above the people's own are no part of an
+    identity: one person may lie in both.
     """
-    folders = [name.rpartition("/")[0] or None for name in names]
-    tops = {name.partition("/")[0] for name in names if name.count("/") >= 2}
-    splits = {top for top in tops if top.lower() in SPLIT_FOLDERS}
-    everything = all(name.partition("/")[0] in splits for name in names)
-    if not splits or (len(splits) == 1 and not everything):
-        return folders
+    folder = f"nullif(rtrim(left({name}, length({name}) - strpos(reverse({name}), '/') + 1), '/'), {name})"
+    top = f"split_part({name}, '/', 1)"
+    tops = ", ".join(f"'{each}'" for each in SPLIT_FOLDERS)
+    deep = f"length({name}) - length(replace({name}, '/', '')) >= 2"
+    asked = f"select distinct {top} from scanned where {deep} and lower({top}) in ({tops})"
+    splits = {each for (each,) in database.rows(asked)}
+    if not splits:
+        return folder
+    found = ", ".join("'" + each.replace("'", "''") + "'" for each in splits)
+    if len(splits) == 1 and database.value(f"select count(*) from scanned where {top} not in ({found})"):
+        return folder
     logger.warning(
         "%s above the people's folders are taken for splits of another tool: a person is the folder below them; the "
         "split is made anew by --split-seed",
-        ", ".join(f"{top}/" for top in sorted(splits)),
+        ", ".join(f"{each}/" for each in sorted(splits)),
     )
-    return [_below(folder, splits) for folder in folders]
+    return f"case when {top} in ({found}) and {deep} then substr({folder}, length({top}) + 2) else {folder} end"
 
 
-def _below(folder: str | None, splits: set[str]) -> str | None:
-    top, _, rest = (folder or "").partition("/")
-    return rest if top in splits and rest else folder
-
-
-def _stem(key: str) -> str:
-    stem, dot, suffix = key.rpartition(".")
-    return stem if dot and "/" not in suffix and stem and not stem.endswith("/") else key
+def _found(database: PhotoDatabase, names: Sequence[str], folder: str) -> set[str]:
+    """Return which of a few names name a photo that is there."""
+    database.run(f"create or replace table lines ({LISTED})")
+    texts = [name if _is_utf8(name) else stored_name(name) for name in names]
+    rows = {
+        "number": pa.array(range(len(names)), pa.int64()),
+        "name": pa.array(texts, pa.string()),
+        "stored": pa.array(map(stored_name, names), pa.string()),
+        "identity": pa.nulls(len(names), pa.string()),
+        "is_bytes": pa.nulls(len(names), pa.bool_()),
+        "photo": pa.nulls(len(names), pa.string()),
+    }
+    database.append("lines", pa.table(rows))
+    find_photos(database, folder)
+    found = {names[number] for (number,) in database.rows("select number from lines where photo is not null")}
+    database.run("drop table lines")
+    return found
 
 
 def _cut(line: str, delimiter: str) -> list[str]:
+    if '"' not in line:
+        return [field.strip() for field in line.split(delimiter)]
     return [field.strip() for field in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
 
 
-def _lines(url: str, present: Present) -> Lines:
-    """Return the numbered lines that are not blank."""
-    data = storage.read_bytes(url)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        text = data.decode("utf-8", "surrogateescape")
-        # Names on disk may be of any bytes. Then a list of them is.
-        for number, line in _numbered(text):
-            if any("\udc80" <= letter <= "\udcff" for letter in line) and not _names_a_photo(line, present):
-                raise UserError(
-                    f"{storage.redacted(url)} is not UTF-8 text (line {number}: {error}): save it as UTF-8"
-                ) from error
-    return list(_numbered(text))
+def _numbered(url: str) -> Iterator[Line]:
+    """Yield the lines of a file that are not blank, with their numbers; bytes that are no UTF-8 as surrogates."""
+    if storage.is_local(url):
+        refuse_special(url)
+    with io.BufferedReader(RangedFile(url)) as file:
+        # Not `splitlines`: names may hold its rarer ends of lines.
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=None)
+        for number, line in enumerate(text, 1):
+            if line.strip():
+                yield number, line.strip("\n")
 
 
-def _names_a_photo(line: str, present: Present) -> bool:
-    fields = line.strip().rsplit(maxsplit=1)
-    return len(fields) == 2 and present.find(fields[0]) is not None
+def _sample(url: str) -> tuple[str | None, list[str]]:
+    """Return the first line, and lines taken evenly from the whole file."""
+    first, sample, step = None, [], 1
+    for place, (_, line) in enumerate(_numbered(url)):
+        first = line if first is None else first
+        if place % step == 0:
+            sample.append(line)
+        if len(sample) > 2 * _MAX_SAMPLED:
+            sample, step = sample[::2], 2 * step
+    return first, sample
 
 
-def _numbered(text: str) -> Iterator[tuple[int, str]]:
-    # Not `splitlines`: names may hold its rarer ends of lines.
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        if line.strip():
-            yield number, line
+def _dialect(first_line: str, sample: Sequence[str], found: Callable[[Sequence[str]], set[str]]) -> _Dialect:
+    """Return the dialect under which the most of a sample of lines name a photo that is there, else look like it.
 
+    `found` tells which of some names are there.
+    """
+    dialects = list(_dialects(first_line))
+    fields = [[read for line in sample[dialect.has_header :] if (read := dialect.fields(line))] for dialect in dialects]
+    there = found(sorted({name for each in fields for name, _ in each}))
 
-def _dialect(lines: Lines, present: Present) -> _Dialect:
-    """Return the dialect under which the most of a sample of lines name a photo that is there, else look like it."""
-    step = max(1, len(lines) // _MAX_SAMPLED)
-    sample = [line for _, line in lines[::step]]
+    def score(place: int) -> tuple[int, int]:
+        suffixed = sum(bool(re.search(r"\.\w{2,5}$", name)) and identity != "" for name, identity in fields[place])
+        return sum(name in there for name, _ in fields[place]), suffixed
 
-    def score(dialect: _Dialect) -> tuple[int, int]:
-        fields = [found for line in sample[dialect.has_header :] if (found := dialect.fields(line))]
-        suffixed = sum(bool(re.search(r"\.\w{2,5}$", name)) and identity != "" for name, identity in fields)
-        return sum(present.find(name) is not None for name, _ in fields), suffixed
-
-    return max(_dialects(lines[0][1]), key=score)  # the first of equals
+    return dialects[max(range(len(dialects)), key=score)]  # the first of equals
 
 
 def _dialects(first_line: str) -> Iterator[_Dialect]:
@@ -291,19 +352,6 @@ def _dialects(first_line: str) -> Iterator[_Dialect]:
         yield _Dialect(delimiter, photo, identity)
 
 
-def _refuse(url: str, malformed: list[int], outside: list[str], doubled: list[str]) -> None:
-    shown = storage.redacted(url)
-    if malformed:
-        numbers = ", ".join(map(str, malformed[:_MAX_NAMED]))
-        raise UserError(
-            f'{shown}: {len(malformed)} lines are not "photo-name identity", such as line {numbers}: mend them'
-        )
-    if outside:
-        raise UserError(f"{shown}: {_some(outside)} leads out of the photo folder: only names below it are read")
-    if doubled:
-        raise UserError(f"{shown}: {_some(doubled)} has two identities: keep the right one")
-
-
-def _some(items: list[str]) -> str:
-    more = len(items) - _MAX_NAMED
-    return ", ".join(items[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+def some(items: Sequence[str], num: int) -> str:
+    """Return the first of so many items as a text."""
+    return ", ".join(items) + (f" and {num - len(items)} more" if num > len(items) else "")

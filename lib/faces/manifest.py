@@ -2,20 +2,21 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.identities import folder_identities, read_identities
 from lib.faces.images import PHOTO_SUFFIXES
+from lib.faces.photo_database import PhotoDatabase, columns_of, quoted
 from lib.faces.sources.folder import FolderSource
 from lib.faces.sources.source import SCAN_SCHEMA, ContainerSource, Source
-from lib.faces.splits import Splits, named_people
+from lib.faces.splits import Splits, names_in
+from lib.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -36,35 +37,68 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 
-SCANNED = ("source", "group", "row", "num_bytes", "mark")
+_NOTHING = "null::varchar, null::bigint, null::bigint, 0, ''"
+"""The five columns of `SCAN_SCHEMA` of a photo that is not there."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All input photos.
 
     Attributes:
-        photos: rows as in `MANIFEST_SCHEMA`; sorted by split and name, or in the order of the files that hold them.
+        database: holds them as rows of the table `photos`: the columns of `MANIFEST_SCHEMA`, and their `place` in the
+            order of the files that hold them.
+        in_files: many photos lie in one file. Otherwise each is a file.
         num_bytes: size of the photos, or of what Parquet holds: other photos of the same names are told by it.
         num_passed_over: files that are no photos: by suffix, `hidden`, or the junk folder that they lie in.
     """
 
-    photos: pa.Table
-    num_bytes: int
-    num_passed_over: dict[str, int]
+    database: PhotoDatabase
+    num: int
+    in_files: bool
+    num_bytes: int = 0
+    num_passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return self.num
+
+    @classmethod
+    def of(cls, photos: pa.Table, num_bytes: int = 0, num_passed_over: Mapping[str, int] | None = None) -> "Manifest":
+        """Return a manifest of rows as in `MANIFEST_SCHEMA`."""
+        database = PhotoDatabase()
+        database.run(f"create table photos ({columns_of(MANIFEST_SCHEMA)}, place bigint)")
+        database.append("photos", photos.append_column("place", pa.array(range(len(photos)), pa.int64())))
+        in_files = photos["row"].null_count < len(photos)
+        return cls(
+            database=database,
+            num=len(photos),
+            in_files=in_files,
+            num_bytes=num_bytes,
+            num_passed_over=num_passed_over or {},
+        )
+
+    @property
+    def photos(self) -> pa.Table:
+        """All rows, in memory; sorted by split and name, or in the order of the files that hold them."""
+        return self.database.table(self._ordered(MANIFEST_SCHEMA.names), MANIFEST_SCHEMA)
+
+    def only(self, condition: str) -> "Manifest":
+        """Remove the photos that do not fulfil a condition in SQL, and return what stays."""
+        self.database.run(f"delete from photos where not ({condition})")
+        return replace(self, num=self.database.value("select count(*) from photos"))
 
     def old_digest(self) -> str:
         """Return the hash over names, identities and splits by which tables without versions tell their input."""
         digest = hashlib.sha256()
         for name in ("photo", "identity", "split", "status", "source", "group", "row"):
-            if name == "group" and self.photos[name].null_count == len(self):
+            if name == "group" and not self.database.value('select count("group") from photos'):
                 continue  # photos in files had their digest before there was such a column
-            for batch in self.photos.select([name]).to_batches(max_chunksize=65536):
+            for batch in self.database.batches(self._ordered([name])):
                 digest.update("".join(f"{value!r}\n" for value in batch.column(0).to_pylist()).encode())
         return digest.hexdigest()[:16]
+
+    def _ordered(self, names: Sequence[str]) -> str:
+        return f"select {quoted(names)} from photos order by {'place' if self.in_files else 'split, photo'}"
 
 
 def read_manifest(
@@ -85,144 +119,168 @@ def read_manifest(
     Raises:
         UserError: no photos, or an identities file that cannot be trusted.
     """
-    chosen = splits or Splits(seed=split_seed)
+    database = PhotoDatabase()
     has_list = identities_url is not None and storage.exists(identities_url)
-    scanned, num_bytes = _scanned(source)
+    num, num_bytes = _scan(source, database)
+    _check_scanned(source, database, num, has_list=has_list)
+    if has_list:
+        read_identities(identities_url or "", database, photos_url=source.url, min_listed_share=min_listed_share)
+        _join(database, missing_too=isinstance(source, FolderSource), required=identities_required)
+    else:
+        _take_identities(source, database, identities_url, required=identities_required)
+    chosen = splits or Splits(seed=split_seed)
+    _assign_splits(database, _without(chosen, exclude, database) if exclude else chosen)
+    return Manifest(
+        database=database,
+        num=database.value("select count(*) from photos"),
+        in_files=not isinstance(source, FolderSource),
+        num_bytes=num_bytes,
+        num_passed_over=dict(source.passed_over),
+    )
+
+
+def _scan(source: Source, database: PhotoDatabase) -> tuple[int, int]:
+    """Make the table `scanned` of the photos of a source; return their number, and the sum of their sizes."""
+    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)})")
+    num = 0
+    with ProgressLine("listing", unit="photo") as progress:
+        for shard in source.shards():
+            for batch in source.scan(shard):
+                database.append("scanned", batch)
+                num += len(batch)
+                progress.update(num)
+    return num, int(database.value("select coalesce(sum(num_bytes), 0) from scanned"))
+
+
+def _check_scanned(source: Source, database: PhotoDatabase, num: int, *, has_list: bool) -> None:
     shown = storage.redacted(source.url)
     if isinstance(source, FolderSource):
-        if not len(scanned) and not has_list:
+        if not num and not has_list:
             kinds = f" ({_counted(source.passed_over)} lie there)" if source.passed_over else ""
             raise UserError(
                 f"{shown} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} are read, and .parquet, .rec, .tar, .zip "
                 "and .arrow files of photos"
             )
-    elif not len(scanned):
+        return
+    if not num:
         raise UserError(f"{shown} holds no rows")
-    else:
-        _check_distinct(source, scanned)
-    names = scanned["photo"].to_pylist()
-    listed: dict[str, str | None] = {}
-    if has_list:
-        listed = read_identities(identities_url or "", names, photos_url=source.url, min_listed_share=min_listed_share)
-    if not isinstance(source, FolderSource):
-        if has_list:
-            identities = [listed.get(name) for name in names]
-        elif isinstance(source, ContainerSource) and source.has_folders and not _any_identity(scanned):
-            identities = folder_identities(_inner_names(source, names, scanned["source"].to_pylist()))
-        else:
-            identities = scanned["identity"].to_pylist()
-        statuses = [table.NO_IDENTITY if identities_required and one is None else None for one in identities]
-        photos_table = _table(names, identities, statuses, _without(chosen, exclude, names, identities))
-        for place, column in enumerate(MANIFEST_SCHEMA.names):
-            if column in SCANNED:
-                photos_table = photos_table.set_column(place, MANIFEST_SCHEMA.field(place), scanned[column])
-        return Manifest(photos_table, num_bytes, dict(source.passed_over))
-    if has_list:
-        photos, identities, statuses = _join(names, listed)
-    else:
-        photos, identities, statuses = _by_folder(names, source.url, identities_url, required=identities_required)
-    photos_table = _table(photos, identities, statuses, _without(chosen, exclude, photos, identities))
-    for column, absent in (("num_bytes", 0), ("mark", "")):
-        field = MANIFEST_SCHEMA.field(column)
-        values = pa.concat_arrays(
-            [*scanned[column].chunks, pa.repeat(pa.scalar(absent, field.type), len(photos) - len(names))]
-        )
-        photos_table = photos_table.set_column(MANIFEST_SCHEMA.get_field_index(column), field, values)
-    order = pc.sort_indices(photos_table, sort_keys=[("split", "ascending"), ("photo", "ascending")])
-    return Manifest(photos_table.take(order), num_bytes, dict(source.passed_over))
-
-
-def _scanned(source: Source) -> tuple[pa.Table, int]:
-    """Return the photos of a source, and the sum of their sizes."""
-    batches, num_bytes = [], 0
-    for shard in source.shards():
-        for batch in source.scan(shard):
-            num_bytes += pc.sum(batch["num_bytes"]).as_py() or 0
-            batches.append(batch)
-    return pa.Table.from_batches(batches, SCAN_SCHEMA), num_bytes
-
-
-def _any_identity(scanned: pa.Table) -> bool:
-    return scanned["identity"].null_count < len(scanned)
-
-
-def _inner_names(source: ContainerSource, names: list[str], files: list[str]) -> list[str]:
-    """Return the names of photos in archives without those of the archives; of one without folders, below its stem."""
-    several = len(set(files)) > 1
-    inner = []
-    for name, file in zip(names, files, strict=True):
-        stem = source.stem(file)
-        below = name[len(stem) + 1 :]
-        inner.append(f"{stem.split('.')[0]}/{below}" if several and "/" not in below else below)
-    return inner
-
-
-def _check_distinct(source: Source, scanned: pa.Table) -> None:
-    num_distinct = pc.count_distinct(scanned["photo"]).as_py()
-    if num_distinct != len(scanned):
+    num_distinct = database.value("select count(distinct photo) from scanned")
+    if num_distinct != num:
         raise UserError(
-            f"column {source.columns.photo!r} of {storage.redacted(source.url)} names {len(scanned)} photos by "
-            f"{num_distinct} names: name a column of distinct keys by --photo-column"
+            f"column {source.columns.photo!r} of {shown} names {num} photos by {num_distinct} names: name a column of "
+            "distinct keys by --photo-column"
         )
 
 
-def _join(names: list[str], listed: dict[str, str | None]) -> tuple[list[str], list[str | None], list[str | None]]:
-    present = set(names)
-    missing = sorted(name for name in listed if name not in present)
-    identities = [listed.get(name) for name in names] + [listed[name] for name in missing]
-    statuses = [None if listed.get(name) is not None else table.NO_IDENTITY for name in names]
-    statuses += [table.MISSING] * len(missing)
-    return names + missing, identities, statuses
+def _join(database: PhotoDatabase, *, missing_too: bool, required: bool) -> None:
+    """Make the table `known` of photos with the identities of the table `listed`.
+
+    In a folder, listed photos that are not there become rows too, and the list alone decides who is nobody.
+    """
+    nobody = f"case when l.identity is null then '{table.NO_IDENTITY}' end" if missing_too or required else "null"
+    database.run(
+        f"""create table known as
+        select s.photo, l.identity, {nobody} as status, s.source, s."group", s."row", s.num_bytes, s.mark,
+            s.rowid as place
+        from scanned s left join listed l using (photo)"""
+    )
+    if missing_too:
+        database.run(
+            f"""insert into known select photo, identity, '{table.MISSING}', {_NOTHING}, null
+            from listed anti join scanned using (photo)"""
+        )
 
 
-def _by_folder(
-    names: list[str], photos_url: str, identities_url: str | None, *, required: bool
-) -> tuple[list[str], list[str | None], list[str | None]]:
-    folders = folder_identities(names)
-    if required and not any(folders):
-        shown = storage.redacted(identities_url or "identities.txt")
+def _take_identities(source: Source, database: PhotoDatabase, identities_url: str | None, *, required: bool) -> None:
+    """Make the table `known` of photos with the identities that the source says, or else their folders."""
+    if isinstance(source, FolderSource):
+        by_folder, name = True, "photo"
+    else:
+        has_none = not database.value("select count(identity) from scanned")
+        by_folder = isinstance(source, ContainerSource) and source.has_folders and has_none
+        name = _inner_name(source, database) if by_folder else "photo"
+    identity = folder_identities(database, name) if by_folder else "identity"
+    database.run(
+        f"""create table known as
+        select photo, {identity} as identity, null::varchar as status, source, "group", "row", num_bytes, mark,
+            rowid as place
+        from scanned"""
+    )
+    if not required:
+        return
+    if isinstance(source, FolderSource) and not database.value("select count(identity) from known"):
         raise UserError(
-            f"{shown} is not there, and {storage.redacted(photos_url)} has no folder per "
-            'identity: write lines of "photo-name identity" into that file, name another by --identities, '
-            "or take every face of photos without identities with --faces-policy all"
+            f"{storage.redacted(identities_url or 'identities.txt')} is not there, and {storage.redacted(source.url)} "
+            'has no folder per identity: write lines of "photo-name identity" into that file, name another by '
+            "--identities, or take every face of photos without identities with --faces-policy all"
         )
-    statuses = [table.NO_IDENTITY if required and folder is None else None for folder in folders]
-    return names, folders, statuses
+    database.run(f"update known set status = '{table.NO_IDENTITY}' where identity is null")
 
 
-def _without(splits: Splits, exclude: Sequence[str], photos: Sequence[str], identities: Sequence[str | None]) -> Splits:
+def _inner_name(source: Source, database: PhotoDatabase) -> str:
+    """Return, in SQL, the names of photos in archives without those of the archives.
+
+    Where there are several archives, the photos of one without folders lie below its stem.
+    """
+    assert isinstance(source, ContainerSource)
+    files = [file for (file,) in database.rows("select distinct source from scanned")]
+    database.run("create table stems (source varchar, stem varchar)")
+    stems = [source.stem(file) for file in files]
+    database.append("stems", pa.table({"source": pa.array(files, pa.string()), "stem": pa.array(stems, pa.string())}))
+    stem = "(select any_value(stem) from stems where stems.source is not distinct from scanned.source)"
+    below = f"substr(photo, length({stem}) + 2)"
+    if len(files) == 1:
+        return below
+    return f"case when contains({below}, '/') then {below} else split_part({stem}, '.', 1) || '/' || {below} end"
+
+
+def _without(splits: Splits, exclude: Sequence[str], database: PhotoDatabase) -> Splits:
     """Return splits whose training leaves out the people that lists at the URLs `exclude` name."""
     excluded: set[str] = set()
+    num_people = database.value("select count(distinct identity) from known")
+    database.run("create table named (name varchar)")
     for url in exclude:
-        people = {identity for identity in identities if identity is not None}
-        found = named_people(url, people, dict(zip(photos, identities, strict=True)))
+        database.run("delete from named")
+        database.append("named", pa.table({"name": pa.array(sorted(names_in(url)), pa.string())}))
+        found = {
+            identity
+            for (identity,) in database.rows(
+                """select distinct identity from known where identity in (select name from named)
+                or (identity is not null and photo in (select name from named))"""
+            )
+        }
         (logger.info if found else logger.warning)(
             "%s names %d of the %d people here: they are left out of training",
-            *(storage.redacted(url), len(found), len(people)),
+            *(storage.redacted(url), len(found), num_people),
         )
         excluded |= found
-    return replace(splits, excluded=frozenset(excluded)) if exclude else splits
+    return replace(splits, excluded=frozenset(excluded))
 
 
-def _table(
-    photos: Iterable[str], identities: Iterable[str | None], statuses: Iterable[str | None], splits: Splits
-) -> pa.Table:
-    photos, identities = list(photos), list(identities)
-    split_names = [splits.of(photo, identity) for photo, identity in zip(photos, identities, strict=True)]
-    nothing = pa.nulls(len(photos))
-    arrays = [
-        pa.array(photos, pa.string()),
-        pa.array(identities, pa.string()),
-        pa.array(split_names, pa.string()),
-        pa.array(list(statuses), pa.string()),
-        nothing.cast(pa.string()),
-        nothing.cast(pa.int64()),
-        nothing.cast(pa.int64()),
-        nothing.cast(pa.int64()),
-        nothing.cast(pa.string()),
-    ]
-    return pa.Table.from_arrays(arrays, schema=MANIFEST_SCHEMA)
+def _assign_splits(database: PhotoDatabase, splits: Splits) -> None:
+    """Make the table `photos` of the table `known` and the split of each photo, and drop what it was made from."""
+    database.run("create table split_of (photo varchar, identity varchar, split varchar)")
+    if splits.by_identity:
+        asked = """select null::varchar as photo, identity from (select distinct identity from known)
+            where identity is not null union all select photo, null from known where identity is null"""
+    else:
+        asked = "select photo, identity from known"
+    for batch in database.batches(asked):
+        photos, identities = (column.cast(pa.string()) for column in batch.columns)
+        chosen = map(splits.of, photos.to_pylist(), identities.to_pylist())
+        columns = {"photo": photos, "identity": identities, "split": pa.array(chosen, pa.string())}
+        database.append("split_of", pa.table(columns))
+    database.run(
+        """create table photos as
+        select k.photo, k.identity, coalesce(p.split, i.split) as split, k.status, k.source, k."group", k."row",
+            k.num_bytes, k.mark, k.place
+        from known k
+        left join (from split_of where photo is not null) p on p.photo = k.photo
+        left join (from split_of where photo is null) i on i.identity = k.identity"""
+    )
+    for name in ("split_of", "known", "scanned"):
+        database.run(f"drop table {name}")
 
 
-def _counted(counts: dict[str, int]) -> str:
+def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))

@@ -9,15 +9,16 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lib.faces import table
-from lib.faces.manifest import Manifest
+from lib.faces.manifest import MANIFEST_SCHEMA, Manifest
+from lib.faces.photo_database import PhotoDatabase, quoted
+from lib.faces.plan_files import MADE_OF, PLAN_SCHEMA, Part, PartPlan, PlanWriter
 from lib.parts import digest_of, part_key, part_name, split_in
 
 # Small enough that an interruption costs little, large enough that ten million photos are ten thousand files.
@@ -29,48 +30,8 @@ PIECES_OF_A_GROUP = 4
 SIZE, BUCKETS = "part_size", "part_buckets"
 """Entries of a plan: photos that a part was meant to have, and the number of parts by split."""
 
-MADE_OF = "made_of"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows `start` to `stop` of the planned photos, and the file they become in each split."""
-
-    key: str
-    start: int
-    stop: int
-    names: Mapping[str, str]
-
-    def file_names(self) -> list[str]:
-        """Return the files of this part below the faces folder."""
-        return list(self.names.values())
-
-
-@dataclass(frozen=True)
-class PartPlan:
-    """All parts of a table.
-
-    Attributes:
-        photos: the rows of the manifest in the order of the parts, with the column `made_of`, int64: a hash of all that
-            the rows of a photo depend on. Identity and split are not among it.
-        layout: what the plan keeps, so that later parts have the same borders.
-    """
-
-    photos: pa.Table
-    parts: list[Part]
-    layout: dict[str, Any]
-
-    def file_names(self) -> list[str]:
-        """Return the files of all parts."""
-        return [name for part in self.parts for name in part.file_names()]
-
-    def renamed(self, names: Mapping[str, str]) -> "PartPlan":
-        """Return the plan with other names for some of its files."""
-        parts = [
-            replace(part, names={split: names.get(name, name) for split, name in part.names.items()})
-            for part in self.parts
-        ]
-        return replace(self, parts=parts)
+Run = tuple[str, int]
+"""The key of a part, and the number of its photos."""
 
 
 def content_of(fingerprint: Mapping[str, Any], max_megapixels: float, image_column: str) -> str:
@@ -84,14 +45,25 @@ def plan_parts(manifest: Manifest, content: str, earlier: Mapping[str, Any] | No
     size = int((earlier or {}).get(SIZE, wanted))
     if wanted >= 4 * size:
         size = wanted
-    photos = manifest.photos.append_column(MADE_OF, _made_of(manifest.photos, content))
-    if photos["row"].null_count < len(photos):
-        buckets: dict[str, int] = {}
-        runs = list(_container_runs(photos, size))
+    buckets: dict[str, int] = {}
+    if manifest.in_files:
+        runs, order = list(_container_runs(manifest.database, size)), "place"
     else:
-        buckets = _buckets(photos, wanted, (earlier or {}).get(BUCKETS, {}))
-        photos, runs = _hashed_runs(photos, buckets)
-    return PartPlan(photos, list(_parts(photos, runs)), {SIZE: size, BUCKETS: buckets})
+        buckets = _buckets(manifest.database, wanted, (earlier or {}).get(BUCKETS, {}))
+        runs, order = list(_hashed_runs(manifest.database, buckets)), f"split, {_bucket_of(buckets)}, photo"
+    sorted_photos = f"select {quoted(MANIFEST_SCHEMA.names)}, {_made_of(content)} from photos order by {order}"
+    batches = manifest.database.batches(sorted_photos)
+    with PlanWriter(manifest.database.folder / "plan") as writer:
+        parts = [_part(key, photos, writer) for (key, _), photos in zip(runs, _cut(batches, runs), strict=True)]
+    return PartPlan(
+        url=str(writer.folder),
+        parts=parts,
+        layout={SIZE: size, BUCKETS: buckets},
+        num_photos=len(manifest),
+        num_bytes=manifest.num_bytes,
+        num_passed_over=manifest.num_passed_over,
+        owner=manifest.database,
+    )
 
 
 def earlier_files(
@@ -132,32 +104,23 @@ def _file_of(key: str) -> str:
     return key.partition(".")[0]
 
 
-def _made_of(photos: pa.Table, content: str) -> pa.Array:
-    """Return for each photo a hash of its name, place, size and mark, of what is known of it, and of the settings."""
+def _made_of(content: str) -> str:
+    """Return, in SQL, a hash of a photo's name, place, size and mark, of what is known of it, and of the settings.
+
+    It is the first 8 bytes of MD5 as an integer.
+    """
     names = ("photo", "source", "group", "row", "num_bytes", "mark", "status")
-    start = content.encode()
-    hashes = np.empty(len(photos), np.int64)
-    first = 0
-    for batch in photos.select(names).to_batches(max_chunksize=65_536):
-        texts = (
-            "\0".join(map(str, row)) for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        )
-        hashes[first : first + len(batch)] = [_hash64(start + text.encode()) for text in texts]
-        first += len(batch)
-    return pa.array(hashes)
+    texts = ", ".join(f"coalesce(\"{name}\"::varchar, 'None')" for name in names)
+    return f"md5_number_upper('{content}' || concat_ws(chr(0), {texts})) as {MADE_OF}"
 
 
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.md5(data, usedforsecurity=False).digest()[:8], "little", signed=True)
-
-
-def _buckets(photos: pa.Table, size: int, earlier: Mapping[str, int]) -> dict[str, int]:
+def _buckets(database: PhotoDatabase, size: int, earlier: Mapping[str, int]) -> dict[str, int]:
     """Return the number of parts of each split: powers of two, which double where parts grow to twice their size."""
+    counts = dict(database.rows("select split, count(*) from photos group by split"))
     buckets = {}
     for split in table.SPLITS:
-        num = int(np.count_nonzero(photos["split"].to_numpy() == split))
         buckets[split] = earlier.get(split) or 1
-        while num > size * buckets[split] * (2 if earlier.get(split) else 1):
+        while counts.get(split, 0) > size * buckets[split] * (2 if earlier.get(split) else 1):
             buckets[split] *= 2
     return buckets
 
@@ -166,34 +129,31 @@ def _bucket_key(bucket: int) -> str:
     return f"{bucket:06d}"
 
 
-def _hashed_runs(photos: pa.Table, buckets: Mapping[str, int]) -> tuple[pa.Table, list[tuple[str, int, int]]]:
-    """Return photos sorted by split, part and name, and key, start and stop of each part."""
-    hashes_N = np.array([_hash64(name.encode()) & 0xFFFFFFFF for name in photos["photo"].to_pylist()], np.int64)
-    splits_N = np.searchsorted(sorted(table.SPLITS), photos["split"].to_numpy().astype(str))
-    sizes = np.array([buckets[split] for split in sorted(table.SPLITS)])
-    buckets_N = hashes_N % sizes[splits_N]
-    order_N = np.lexsort((np.arange(len(photos)), buckets_N, splits_N))  # the manifest is sorted by name
-    places_N = np.stack([splits_N, buckets_N])[:, order_N]
-    stops = [*(np.flatnonzero(np.diff(places_N).any(axis=0)) + 1).tolist(), len(photos)]
-    runs = [(_bucket_key(int(places_N[1, first])), first, stop) for first, stop in pairwise([0, *stops])]
-    return photos.take(pa.array(order_N)), runs
+def _bucket_of(buckets: Mapping[str, int]) -> str:
+    """Return, in SQL, the number of the part that a photo belongs to: MD5 of its name, modulo the number of parts."""
+    cases = " ".join(f"when '{split}' then {num}" for split, num in buckets.items())
+    return f"((md5_number_upper(photo) & 4294967295) % case split {cases} end)"
 
 
-def _container_runs(photos: pa.Table, size: int) -> Iterator[tuple[str, int, int]]:
-    """Yield key, start and stop of parts of about so many rows; they end between files, and between groups if they can.
+def _hashed_runs(database: PhotoDatabase, buckets: Mapping[str, int]) -> Iterator[Run]:
+    """Yield the parts of photos sorted by split, part and name."""
+    bucket = _bucket_of(buckets)
+    rows = database.rows(f"select split, {bucket} as b, count(*) from photos group by split, b order by split, b")
+    for _, number, num in rows:
+        yield _bucket_key(number), num
+
+
+def _container_runs(database: PhotoDatabase, size: int) -> Iterator[Run]:
+    """Yield parts of about so many rows; they end between files, and between groups if they can.
 
     Each part reads the groups that it touches anew.
     """
-    sources = photos["source"].combine_chunks().dictionary_encode().indices.to_numpy()
-    groups = photos["group"].to_numpy()
-    names = photos["source"]
-    files = [0, *(np.flatnonzero(np.diff(sources)) + 1).tolist(), len(photos)]
-    ends_of_groups = np.flatnonzero((np.diff(sources) != 0) | (np.diff(groups) != 0)) + 1
-    for first, last in pairwise(files):
-        key = f"c{digest_of([names[first].as_py() or ''])[:10]}"
-        inside = ends_of_groups[(ends_of_groups > first) & (ends_of_groups < last)].tolist()
-        for number, (start, stop) in enumerate(pairwise([first, *_stops([first, *inside, last], size)])):
-            yield f"{key}.{number:06d}", start, stop
+    groups = database.rows('select source, count(*) from photos group by source, "group" order by min(place)')
+    for source, of_file in groupby(groups, key=lambda group: group[0]):
+        key = f"c{digest_of([source or ''])[:10]}"
+        ends = [0, *accumulate(num for _, num in of_file)]
+        for number, (start, stop) in enumerate(pairwise([0, *_stops(ends, size)])):
+            yield f"{key}.{number:06d}", stop - start
 
 
 def _stops(ends: Sequence[int], size: int) -> list[int]:
@@ -207,10 +167,27 @@ def _stops(ends: Sequence[int], size: int) -> list[int]:
     return [*stops[1:], ends[-1]]
 
 
-def _parts(photos: pa.Table, runs: Sequence[tuple[str, int, int]]) -> Iterator[Part]:
-    columns = [photos[name].combine_chunks() for name in ("split", MADE_OF, "identity")]
-    for key, start, stop in runs:
-        rows = list(zip(*(column.slice(start, stop - start).to_pylist() for column in columns), strict=True))
-        digest = digest_of(repr(row) for row in rows)
-        splits = sorted({row[0] for row in rows})
-        yield Part(key, start, stop, {split: part_name(split, key, digest) for split in splits})
+def _cut(batches: Iterator[pa.RecordBatch], runs: Sequence[Run]) -> Iterator[pa.Table]:
+    """Yield the rows of each run."""
+    rest: pa.RecordBatch | None = None
+    for _, num in runs:
+        pieces, wanted = [], num
+        while wanted:
+            batch = next(batches) if rest is None else rest
+            pieces.append(batch.slice(0, wanted))
+            rest = batch.slice(wanted) if len(batch) > wanted else None
+            wanted -= len(pieces[-1])
+        yield pa.Table.from_batches(pieces).combine_chunks()
+
+
+def _part(key: str, rows: pa.Table, writer: PlanWriter) -> Part:
+    """Write the rows of a part, and return it. Its files are named by a digest of its rows."""
+    hashes = rows[MADE_OF].combine_chunks().to_numpy().view(np.int64)  # the database has no sign
+    photos = rows.set_column(rows.schema.get_field_index(MADE_OF), MADE_OF, pa.array(hashes)).cast(PLAN_SCHEMA)
+    splits = photos["split"].to_pylist()
+    digest = hashlib.sha256(hashes.tobytes())
+    for texts in (splits, photos["identity"].to_pylist()):
+        digest.update("".join(f"{text!r}\0" for text in texts).encode())
+    shard, start = writer.add(photos)
+    names = {split: part_name(split, key, digest.hexdigest()) for split in sorted(set(splits))}
+    return Part(key=key, shard=shard, start=start, stop=start + len(photos), names=names)

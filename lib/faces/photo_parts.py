@@ -3,7 +3,7 @@
 import itertools
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,7 @@ from lib import storage
 from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.faces.extraction import FaceExtractor
-from lib.faces.part_plan import MADE_OF, Part, PartPlan
+from lib.faces.plan_files import MADE_OF, Part, PartPlan, read_rows
 from lib.faces.sources.folder import ahead
 from lib.faces.sources.source import Photo, Row, Source
 
@@ -38,14 +38,16 @@ Extracted = tuple[Row, int, list[dict[str, Any]]]
 
 
 def part_item(plan: PartPlan, part: Part, earlier: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what travels to a worker: its rows of the manifest as an Arrow stream, its files, and older ones."""
-    photos = plan.photos.slice(part.start, part.stop - part.start)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, photos.schema) as writer:
-        writer.write_table(photos)
+    """Return what travels to a worker: where its planned photos are, its files, and older ones."""
     # As text, because Ray would give all items the keys of each.
     names, files = json.dumps(dict(part.names)), json.dumps(list(earlier))
-    return {"names": names, "photos": sink.getvalue().to_pybytes(), "earlier": files}
+    rows = {"manifest": plan.url, "shard": part.shard, "start": part.start, "stop": part.stop}
+    return {**rows, "names": names, "earlier": files}
+
+
+def photos_of(item: Mapping[str, Any]) -> pa.Table:
+    """Return the planned photos of a part made by `part_item`."""
+    return read_rows(item["manifest"], item["shard"], item["start"], item["stop"])
 
 
 @dataclass
@@ -112,7 +114,7 @@ class PhotoReader:
         Rows of photos that have not changed come from older files below `faces_url`, with the identity of now. Those of
         a status in `retry` are made again.
         """
-        photos = pa.ipc.open_stream(item["photos"]).read_all()
+        photos = photos_of(item)
         entries = photos.to_pylist()
         earlier = read_earlier(faces_url, json.loads(item["earlier"]), photos[MADE_OF].combine_chunks(), retry)
         splits = {entry["split"]: SplitRows() for entry in entries}

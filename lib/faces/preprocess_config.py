@@ -155,6 +155,17 @@ class PreprocessConfig:
         template = ARCFACE if is_arcface else EYES
         return Alignment(image_size=size, eye_height=self.eye_height, margin=self.margin, template=template)
 
+    def excluded_urls(self) -> list[str]:
+        """Return the lists of people, photos or pairs that are left out of training."""
+        flags = {"--exclude-identities": self.exclude_identities, "--exclude-pairs": self.exclude_pairs}
+        return [absolute_url(url, flag) for flag, urls in flags.items() for url in urls]
+
+    @property
+    def split_from_url(self) -> str | None:
+        """The list that decides the splits, None where there is none."""
+        has_list = self.split_from is not None and not self.split_from.isdigit()
+        return absolute_url(self.split_from or "", "--split-from") if has_list else None
+
     def splits(self) -> Splits:
         """Return what decides the splits.
 
@@ -162,13 +173,12 @@ class PreprocessConfig:
             UserError: shares that do not add up, or a file that cannot be read.
         """
         level, listed = None, None
-        if self.split_from is not None:
-            if self.split_from.isdigit():
-                level = int(self.split_from)
-                if level < 1:
-                    raise UserError("--split-from is 0: levels of folders begin with 1")
-            else:
-                listed = listed_splits(absolute_url(self.split_from, "--split-from"))
+        if self.split_from_url is not None:
+            listed = listed_splits(self.split_from_url)
+        elif self.split_from is not None:
+            level = int(self.split_from)
+            if level < 1:
+                raise UserError("--split-from is 0: levels of folders begin with 1")
         return Splits(seed=self.split_seed, shares=self.split_shares, level=level, listed=listed)
 
     def aligned_crops(self) -> AlignedCrops | None:

@@ -3,30 +3,33 @@
 Started again over photos that have changed, it makes the parts that changed, beside the finished ones: see `lib.parts`.
 """
 
+import json
 import logging
 import time
 from dataclasses import replace
 from typing import Any
 
 from lib import cluster, storage
-from lib.config import absolute_url
 from lib.errors import JobError, UserError
 from lib.faces import card
 from lib.faces.detection import load_detector
 from lib.faces.growth import changes, names_to_retry, refuse_other_photos
 from lib.faces.manifest import Manifest, read_manifest
-from lib.faces.part_plan import Part, PartPlan, earlier_files, plan_parts
+from lib.faces.part_plan import earlier_files, plan_parts
 from lib.faces.photo_parts import part_item
+from lib.faces.plan_files import Part, PartPlan, stored_plan
 from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.preprocess_worker import PartWorker
 from lib.faces.sources.source import Source
 from lib.faces.splits import SHARES
 from lib.part_workers import Processed, Share, run_parts
 from lib.parts import (
+    MANIFEST_FOLDER,
     SUCCESS_NAME,
     Found,
     begin,
     differences,
+    digest_of,
     finished_run_id,
     is_same_old_table,
     next_version,
@@ -65,8 +68,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
     storage.check_writable(config.faces_url)
     found = settle(config.faces_url, settings, flag="--faces", overwrite=config.overwrite)
-    manifest = _manifest(config, source)
-    planned = _planned(config, manifest, found)
+    planned = _begun_plan(config, found) or _planned(config, source, found)
     result: dict[str, Any] = {"job": "preprocess", "faces": config.faces_url}
     if planned is None or found.is_finished(planned.file_names()):
         assert found.success is not None
@@ -75,11 +77,33 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
             begin(found, {**settings, **planned.layout}, planned.file_names())
             remove_unused(config.faces_url, found.success, found.present, keep_versions=config.keep_versions)
         return {**result, **found.success["counts"], "photos_processed": 0}
-    return {**result, **_make(config, source, manifest, planned, found, settings)}
+    return {**result, **_make(config, source, planned, found, settings)}
 
 
-def _planned(config: PreprocessConfig, manifest: Manifest, found: Found) -> PartPlan | None:
+def _begun_plan(config: PreprocessConfig, found: Found) -> PartPlan | None:
+    """Return the parts of a version that was begun and not finished, so that its photos need not be listed again."""
+    if found.plan is None or found.plan.get("content") in (None, (found.success or {}).get("content")):
+        return None
+    plan = stored_plan(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
+    if plan is None or digest_of(sorted(plan.file_names())) != found.plan["content"]:
+        return None
+    logger.info("going on with the list of %d photos made before: later ones are for the next run", plan.num_photos)
+    return plan
+
+
+def _list_digest(config: PreprocessConfig) -> str:
+    """Return a digest of what the parts depend on besides the photos."""
+    names = ("photos_url", "photos_format", "identities_url", "min_listed_share", "exclude_identities", "exclude_pairs")
+    columns = ("identity_column", "photo_column", "retry")
+    values = {name: getattr(config, name) for name in (*names, *columns)}
+    lists = [config.identities_url, *config.excluded_urls(), *filter(None, [config.split_from_url])]
+    marks = [storage.file_info(url)[1:] for url in lists if storage.exists(url)]
+    return digest_of([json.dumps([_settings_plan(config), config.content(), values, marks], sort_keys=True)])
+
+
+def _planned(config: PreprocessConfig, source: Source, found: Found) -> PartPlan | None:
     """Return the parts of the table, None where an old table is whole, and of these photos."""
+    manifest = _manifest(config, source)
     if is_same_old_table(found, lambda: _old_plan(manifest)):
         return None
     plan = plan_parts(manifest, config.content(), found.plan)
@@ -91,7 +115,6 @@ def _planned(config: PreprocessConfig, manifest: Manifest, found: Found) -> Part
 def _make(
     config: PreprocessConfig,
     source: Source,
-    manifest: Manifest,
     plan: PartPlan,
     found: Found,
     settings: dict[str, Any],
@@ -105,12 +128,13 @@ def _make(
     todo = [part for part in plan.parts if missing & set(part.file_names())]
     _tell_what_changed(config, found, plan, len(todo))
     begun = begin(found, {**settings, **plan.layout}, names)
+    if todo and plan.owner is not None:
+        plan = plan.stored(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
     processed = _process(config, source, plan, todo, found, settings["fingerprint"])
     storage.remove_unfinished(config.faces_url)
     counts = card.finish(
         config.faces_url,
-        manifest,
-        names,
+        plan,
         begun=begun,
         photos_per_s=processed.per_s(),
         keep_versions=config.keep_versions,
@@ -153,19 +177,11 @@ def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
 
 def _manifest(config: PreprocessConfig, source: Source) -> Manifest:
     logger.info("listing %s: %s", storage.redacted(config.photos_url), source.what)
-    exclude = [
-        absolute_url(url, flag)
-        for flag, urls in (
-            ("--exclude-identities", config.exclude_identities),
-            ("--exclude-pairs", config.exclude_pairs),
-        )
-        for url in urls
-    ]
     return read_manifest(
         source,
         config.identities_url,
         splits=config.splits(),
-        exclude=exclude,
+        exclude=config.excluded_urls(),
         identities_required=config.faces_policy != "all",
         min_listed_share=config.min_listed_share,
     )
@@ -207,7 +223,7 @@ def _finished(config: PreprocessConfig) -> tuple[dict[str, Any] | None, str]:
     if different:
         return None, "; ".join(different)
     found = settle(config.faces_url, _settings_plan(config), flag="--faces", overwrite=False)
-    plan = _planned(replace(config, retry=()), _manifest(config, config.source()), found)
+    plan = _planned(replace(config, retry=()), config.source(), found)
     if plan is None or found.is_finished(plan.file_names()):
         return found.success, ""
     return None, "other photos or identities"
@@ -224,8 +240,8 @@ def _process(
     """Run the parts on the cluster."""
     if not todo:
         return Processed()
-    num_all = len(plan.photos)
-    num_done = num_all - sum(part.stop - part.start for part in todo)
+    num_all = plan.num_photos
+    num_done = num_all - sum(map(len, todo))
     if num_done:
         logger.info("going on: %d of %d photos are done", num_done, num_all)
     earlier = earlier_files(todo, plan.layout, found.success)

@@ -41,8 +41,13 @@ class Splits:
             shown = " ".join(f"{share:g}" for share in self.shares)
             raise UserError(f"--split-shares is {shown}: three numbers of at least 0 that add up to 100")
 
-    def of(self, photo: str, identity: str | None) -> str:
-        """Return `train`, `val` or `test`.
+    @property
+    def by_identity(self) -> bool:
+        """Whether the identity alone decides, of a photo that has one."""
+        return self.level is None and self.listed is None
+
+    def of(self, photo: str | None, identity: str | None) -> str:
+        """Return `train`, `val` or `test`. The photo is needed unless it has an identity and that decides.
 
         Raises:
             UserError: a folder or a list does not say it.
@@ -50,6 +55,7 @@ class Splits:
         if identity is not None and identity in self.excluded:
             return "test"
         if self.level is not None:
+            assert photo is not None
             folders = photo.split("/")[:-1]
             name = folders[self.level - 1] if len(folders) >= self.level else ""
             if name.lower() not in FOLDER_NAMES:
@@ -59,7 +65,7 @@ class Splits:
                 )
             return FOLDER_NAMES[name.lower()]
         if self.listed is not None:
-            split = self.listed.get(photo) or (None if identity is None else self.listed.get(identity))
+            split = self.listed.get(photo or "") or (None if identity is None else self.listed.get(identity))
             if split is None:
                 raise UserError(f"--split-from names neither {photo} nor its identity {identity!r}: add one of them")
             return split
@@ -93,22 +99,19 @@ def listed_splits(url: str) -> dict[str, str]:
     return listed
 
 
-def named_people(url: str, identities: Collection[str], photos: Mapping[str, str | None]) -> set[str]:
-    """Return the identities that a list of people, of photos or of pairs names, in any field of its lines.
+def names_in(url: str) -> set[str]:
+    """Return what may be a person or a photo in a list of people, of photos or of pairs, in any field of its lines.
 
     Raises:
         UserError: it is not text, as the .bin files of test sets, which hold no names.
     """
-    people = set(identities)
     found: set[str] = set()
     for _, line in _lines(url):
         for text in [line, *re.split(r"[\t,;]", line), *line.split()]:
             name = text.strip().strip('"')
             above = name.rpartition("/")[0]
-            for each in (name, above, above.rpartition("/")[2], photos.get(name)):
-                if each in people:
-                    found.add(str(each))
-    return found
+            found.update((name, above, above.rpartition("/")[2]))
+    return found - {""}
 
 
 def _lines(url: str) -> list[tuple[int, str]]:

@@ -25,7 +25,7 @@ def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
         )
         photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files))
         reader = PhotoReader(source.files, FaceExtractor(source.settings))
-        plan = replace(source, manifest=Manifest(photos, 0, {})).parts()
+        plan = replace(source, manifest=Manifest.of(photos)).parts()
         for part in plan.parts:
             for made in reader.rows(part_item(plan, part)).values():
                 crops |= {row["photo"]: row["crop"] for row in made.rows if row.get("crop")}

@@ -5,9 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
@@ -170,10 +167,9 @@ def photos_source(
         identities_required=False,
         min_listed_share=ANY_LISTED,  # the list may cover more photos than these
     )
-    in_splits = np.isin(manifest.photos["split"].to_numpy(), list(splits))
-    if not in_splits.any():
+    kept = manifest.only(" or ".join(f"split = '{split}'" for split in splits))
+    if not len(kept):
         raise UserError(f"{photos_url} has no photo in split {', '.join(splits)}: name others by --splits")
-    kept = Manifest(manifest.photos.filter(pa.array(in_splits)), manifest.num_bytes, manifest.num_passed_over)
     return PhotosSource(files=files, manifest=kept, settings=settings)
 
 

@@ -20,6 +20,8 @@ from lib.curation.duplicates import duplicates, light_pattern, near_pairs
 from lib.curation.proposals import NOBODY, Proposal
 from lib.faces.identities import read_identities
 from lib.faces.images import to_jpeg
+from lib.faces.photo_database import PhotoDatabase, columns_of
+from lib.faces.sources.source import SCAN_SCHEMA
 from tests.browser import document
 from tests.faces.test_quality import drawn_crop
 
@@ -120,10 +122,13 @@ def test_two_identities_that_are_merged_into_each_other_come_to_an_end() -> None
 def test_the_list_is_read_back_as_it_was_meant(tmp_path: Path) -> None:
     identities = {"a b.jpg": "Ann, the first", 'q"uote.jpg': "Bob", "x/é.jpg": None, "plain.jpg": "C"}
     (tmp_path / "identities.txt").write_bytes(identities_csv(identities))
-    found = read_identities(
-        str(tmp_path / "identities.txt"), list(identities), photos_url="/photos", min_listed_share=0.5
-    )
-    assert found == identities
+    database = PhotoDatabase()
+    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)})")
+    nothing = {field.name: pa.nulls(len(identities), field.type) for field in SCAN_SCHEMA}
+    database.append("scanned", pa.table({**nothing, "photo": pa.array(identities, pa.string())}))
+    url = str(tmp_path / "identities.txt")
+    read_identities(url, database, photos_url="/photos", min_listed_share=0.5)
+    assert dict(database.rows("select photo, identity from listed")) == identities
     assert next(csv.reader(io.StringIO(identities_csv(identities).decode()))) == ["photo", "identity"]
 
 

@@ -4,15 +4,14 @@ from typing import Any
 
 import cv2
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from lib import storage
 from lib.faces import card, table
 from lib.faces.images import to_jpeg
-from lib.faces.manifest import MANIFEST_SCHEMA, Manifest
 from lib.faces.part_plan import BUCKETS, SIZE
-from lib.parts import Found, begin
+from lib.faces.plan_files import Part, PartPlan
+from lib.parts import Found, begin, split_in
 
 FINGERPRINT = {"id": "0123456789abcdef", "detector": "retinaface", "faces_policy": "prominent"}
 PLAN = {"fingerprint": FINGERPRINT, SIZE: 32, BUCKETS: {"train": 2, "val": 1, "test": 1}}
@@ -33,18 +32,19 @@ def write_part(faces: Path, name: str, rows: list[Row], num_bytes: int) -> None:
     storage.write_parquet(str(faces / name), part.replace_schema_metadata(metadata), compression="none")
 
 
+def plan_of(sizes: dict[str, int], passed_over: dict[str, int]) -> PartPlan:
+    """Return a plan of parts of so many photos."""
+    parts = [Part(key=name, shard=0, start=0, stop=num, names={split_in(name): name}) for name, num in sizes.items()]
+    num_photos = sum(sizes.values())
+    return PartPlan(url="", parts=parts, layout={}, num_photos=num_photos, num_bytes=0, num_passed_over=passed_over)
+
+
 def finish(faces: Path, parts: dict[str, list[Row]], *, passed_over: dict[str, int] | None = None) -> dict[str, Any]:
     for name, rows in parts.items():
         write_part(faces, name, rows, num_bytes=10_000 * len(rows))
-    rows = [
-        {"photo": photo, "identity": identity, "split": name.split("/")[0].removeprefix("split=")}
-        for name, part in parts.items()
-        for photo, identity, _ in part
-    ]
-    manifest = Manifest(pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA), 0, passed_over or {})
-    names = list(parts)
-    begun = begin(Found(str(faces)), PLAN, names)
-    return card.finish(str(faces), manifest, names, begun=begun, photos_per_s=123.456)
+    plan = plan_of({name: len(rows) for name, rows in parts.items()}, passed_over or {})
+    begun = begin(Found(str(faces)), PLAN, plan.file_names())
+    return card.finish(str(faces), plan, begun=begun, photos_per_s=123.456)
 
 
 PARTS: dict[str, list[Row]] = {
@@ -157,9 +157,8 @@ def test_a_table_of_nobody_counts_photos_and_no_identities(faces: Path) -> None:
 
 def test_a_row_too_few_is_never_called_a_success(faces: Path) -> None:
     write_part(faces, "split=train/part-000000.parquet", [("a.jpg", "1", table.ALIGNED)], 10)
-    two = pa.Table.from_pylist([{"photo": name, "split": "train"} for name in "ab"], schema=MANIFEST_SCHEMA)
-    names = ["split=train/part-000000.parquet"]
-    begun = begin(Found(str(faces)), PLAN, names)
+    two = plan_of({"split=train/part-000000.parquet": 2}, {})
+    begun = begin(Found(str(faces)), PLAN, two.file_names())
     with pytest.raises(AssertionError, match="exactly one row"):
-        card.finish(str(faces), Manifest(two, 0, {}), names, begun=begun, photos_per_s=None)
+        card.finish(str(faces), two, begun=begun, photos_per_s=None)
     assert not (faces / "_SUCCESS").exists()

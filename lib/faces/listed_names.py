@@ -1,0 +1,81 @@
+"""Which photo a list means. Lists write names in other ways than the disk does."""
+
+import unicodedata
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from lib.faces.photo_database import PhotoDatabase
+
+LISTED = "number bigint, name varchar, stored varchar, identity varchar, is_bytes boolean, photo varchar"
+"""The columns of the table `lines`: of each line its number, the name as it is written and as a table would have it,
+the identity, whether it holds bytes that are no UTF-8, and the photo that it means, null where that is not there."""
+
+
+def find_photos(database: PhotoDatabase, folder: str) -> None:
+    """Set the column `photo` of the table `lines` to the photo of the table `scanned` that each line means.
+
+    A list may differ from the disk in `./` or the folder's own name in front, in backslashes, in the form of accents
+    (NFC, NFD), and in the suffix. A name that two photos would answer to is taken for neither.
+    """
+    # A list has a name of any bytes as the disk has it, or as a table has it.
+    for candidate in ("stored", "name"):
+        database.run(
+            f"update lines set photo = scanned.photo from scanned where lines.photo is null "
+            f"and scanned.photo = lines.{candidate}"
+        )
+    if not database.value("select count(*) from lines where photo is null"):
+        return
+    _make_keys(database)
+    _make_wanted(database, folder)
+    for key in ("key", "below"):
+        for stem, of in (("", "keys"), ("_stem", "stems")):
+            database.run(
+                f"""update lines set photo = {of}.photo from wanted join {of} on {of}.key = wanted.{key}{stem}
+                where lines.photo is null and wanted.number = lines.number"""
+            )
+    for name in ("keys", "stems", "wanted"):
+        database.run(f"drop table {name}")
+
+
+def _make_keys(database: PhotoDatabase) -> None:
+    """Make the tables `keys` and `stems`: the photo that alone has a key, or a key but for its suffix."""
+    database.run("create table of_photos (photo varchar, key varchar, stem varchar)")
+    for batch in database.batches("select photo from scanned"):
+        photos = batch.column(0).to_pylist()
+        keys = [_key(photo) for photo in photos]
+        database.append("of_photos", _table(photo=photos, key=keys, stem=map(_stem, keys)))
+    for name, key in (("keys", "key"), ("stems", "stem")):
+        database.run(
+            f"""create table {name} as select {key} as key, any_value(photo) as photo from of_photos
+            group by {key} having count(*) = 1"""
+        )
+    database.run("drop table of_photos")
+
+
+def _make_wanted(database: PhotoDatabase, folder: str) -> None:
+    """Make the table `wanted` of the keys that lines without a photo ask for, with and without the folder's name."""
+    database.run(
+        "create table wanted (number bigint, key varchar, key_stem varchar, below varchar, below_stem varchar)"
+    )
+    for batch in database.batches("select number, name from lines where photo is null"):
+        keys = [_key(name) for name in batch.column(1).to_pylist()]
+        below = [key.removeprefix(f"{folder}/") for key in keys]
+        names = _table(key=keys, key_stem=map(_stem, keys), below=below, below_stem=map(_stem, below))
+        database.append("wanted", names.add_column(0, "number", batch.column(0)))
+
+
+def _table(**columns: Iterable[str]) -> pa.Table:
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _key(name: str) -> str:
+    path = (name if name.isascii() else unicodedata.normalize("NFC", name)).replace("\\", "/")
+    while path.startswith("./"):
+        path = path[2:]
+    return path
+
+
+def _stem(key: str) -> str:
+    stem, dot, suffix = key.rpartition(".")
+    return stem if dot and "/" not in suffix and stem and not stem.endswith("/") else key
