@@ -108,6 +108,8 @@ def test_after_kill_9_the_same_command_does_what_is_missing(
         again = run_job("preprocess.py", *flags(data, faces), extra=head.environment)
     assert again.status == 0, again.errors
     assert 0 < again.result["photos_processed"] <= len(photos) - num_present
+    assert f"going on with the list of {len(photos)} photos made before" in again.errors
+    assert not (faces / "_manifest").exists()
     assert rows(faces) == photos
     assert digests(faces) == undisturbed
 

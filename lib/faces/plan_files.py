@@ -93,7 +93,7 @@ class PartPlan:
         """Copy the planned photos into a folder, and return the plan that reads them there. `of` tells lists apart."""
         num_shards = 1 + max((part.shard for part in self.parts), default=-1)
         for number in range(num_shards):
-            storage.write_bytes(_shard_url(url, number), Path(_shard_url(self.url, number)).read_bytes())
+            copy_shard(self.url, url, number)
         rows = [{**vars(part), "names": json.dumps(dict(part.names))} for part in self.parts]
         storage.write_parquet(storage.join(url, _PARTS_NAME), pa.Table.from_pylist(rows, schema=_PARTS_SCHEMA))
         about = {"of": of, "layout": self.layout, "num_photos": self.num_photos, "num_bytes": self.num_bytes}
@@ -114,6 +114,11 @@ def stored_plan(url: str, of: str) -> PartPlan | None:
     parts = [Part(**{**row, "names": json.loads(row["names"])}) for row in rows]
     wanted = ("layout", "num_photos", "num_bytes", "num_passed_over")
     return PartPlan(url=url, parts=parts, **{name: about[name] for name in wanted})
+
+
+def copy_shard(from_url: str, to_url: str, number: int) -> None:
+    """Copy a shard of planned photos from one folder to another."""
+    storage.write_bytes(_shard_url(to_url, number), storage.read_bytes(_shard_url(from_url, number)))
 
 
 def read_rows(url: str, shard: int, start: int, stop: int) -> pa.Table:

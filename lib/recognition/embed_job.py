@@ -35,7 +35,14 @@ from lib.recognition.embedder import (
     find_model,
     load_embedder,
 )
-from lib.recognition.face_source import Source, check_source, faces_source, photos_source, source_settings
+from lib.recognition.face_source import (
+    Source,
+    check_source,
+    faces_source,
+    photos_source,
+    shared_items,
+    source_settings,
+)
 from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
@@ -176,7 +183,7 @@ def embed_source(
         with cluster.connected():
             chosen = chosen_gpus(embedder.url, gpus)
             processed = run_parts(
-                [item for item, _ in todo],
+                shared_items([item for item, _ in todo], output),
                 EmbedWorker,
                 ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, chosen > 0),
                 unit="face",

@@ -11,11 +11,13 @@ from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, read_manifest
-from lib.faces.part_plan import PartPlan, content_of, plan_parts
+from lib.faces.part_plan import content_of, plan_parts
 from lib.faces.photo_parts import part_item
+from lib.faces.plan_files import PartPlan, copy_shard
 from lib.faces.sources.opening import open_source
 from lib.faces.sources.source import Source as PhotoFiles
 from lib.parts import (
+    MANIFEST_FOLDER,
     digest_of,
     part_key,
     part_name,
@@ -104,10 +106,21 @@ class PhotosSource:
         """Return for each part the item for a worker, its files by a model of this digest, and its number of photos."""
         plan = self.parts()
         plan = plan.renamed({name: _output_name(name, name, model) for name in plan.file_names()})
-        return [(part_item(plan, part), part.file_names(), part.stop - part.start) for part in plan.parts]
+        return [(part_item(plan, part), part.file_names(), len(part)) for part in plan.parts]
 
 
 Source = FacesSource | PhotosSource
+
+
+def shared_items(items: Sequence[dict[str, Any]], output: str) -> list[dict[str, Any]]:
+    """Return items whose planned photos, if they have any, every worker can read: copied below the output."""
+    folder = storage.join(output, MANIFEST_FOLDER)
+    copied: set[int] = set()
+    for item in items:
+        if "manifest" in item and item["shard"] not in copied:
+            copy_shard(item["manifest"], folder, item["shard"])
+            copied.add(item["shard"])
+    return [{**item, "manifest": folder} if "manifest" in item else item for item in items]
 
 
 def _output_name(name: str, made_of: str, model: str) -> str:
