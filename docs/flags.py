@@ -98,6 +98,8 @@ def _fields(config: type) -> Iterator[tuple[dataclasses.Field[Any], Any, str]]:
     }
     hints = get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
+        if tyro.conf.Suppress in getattr(hints[field.name], "__metadata__", ()):
+            continue
         yield field, hints[field.name], documentation.get(field.name, "")
 
 

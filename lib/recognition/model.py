@@ -22,9 +22,8 @@ from torch.nn import functional
 
 from lib.errors import UserError
 from lib.imports import quick_imports
-from lib.recognition.spec import INIT_NAMES, SPEC_NAME, WEIGHTS_KEY, ModelSpec
+from lib.recognition.spec import INIT_NAMES, SPEC_NAME, WEIGHTS_KEY, WEIGHTS_SUFFIXES, ModelSpec
 from lib.recognition.weights import (
-    WEIGHTS_SUFFIXES,
     load_pretrained,
     load_tensors,
     read_weights,

@@ -26,6 +26,11 @@ LITE0 = "efficientnet-lite0"
 INIT_NAMES = (AUTO, NONE, HUB, LITE0)
 """Where the weights of a training may start, beside files and folders."""
 
+SAFETENSORS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pth", ".pt")
+WEIGHTS_SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+"""Of files of weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

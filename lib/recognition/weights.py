@@ -16,16 +16,13 @@ import torch
 from torch import nn
 
 from lib.errors import JobError, UserError
-from lib.recognition.spec import AUTO, HUB, IMAGENET_MEAN, IMAGENET_STD, LITE0, NONE
+from lib.recognition.spec import AUTO, HUB, IMAGENET_MEAN, IMAGENET_STD, LITE0, NONE, SAFETENSORS_SUFFIX
 from lib.storage import exists, read_bytes
 
 logger = logging.getLogger(__name__)
 
 LITE0_BACKBONE = "tf_efficientnet_lite0"
 
-SAFETENSORS_SUFFIX = ".safetensors"
-TORCH_SUFFIXES = (".pth", ".pt")
-WEIGHTS_SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
 
 HUB_ANSWER_LIMIT_S = 3.0
 

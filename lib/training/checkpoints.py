@@ -71,6 +71,10 @@ class Progress:
     """What `--batch-size auto` has found; 0 before that, and where the flag says a number."""
     finished: bool = False
     """No further epoch follows."""
+    stage: int = 0
+    """Of the recipe, from 0, that the optimiser's state belongs to."""
+    may_freeze: bool = False
+    """Whether a recipe may freeze stages: the weights are pretrained, and timm tells the backbone's stages."""
     num_centres: int = 0
     """Identities whose centres lie beside the checkpoint."""
     sums: dict[str, float] = field(default_factory=dict)

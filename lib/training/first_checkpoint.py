@@ -11,7 +11,7 @@ from lib.recognition.model import initial_model
 from lib.recognition.spec import ModelSpec
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress
-from lib.training.freezing import checkpoint_activations, freeze_stages, has_statistics
+from lib.training.freezing import can_freeze, checkpoint_activations, freeze_stages, has_statistics
 from lib.training.schedule import PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM, first_phase, usual_lr
 from lib.training.settings import TrainConfig
 
@@ -33,6 +33,7 @@ def begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSp
     logger.info("peak learning rate %g; gradients are clipped at a norm of %g", lr, clip_norm)
     storage.check_writable(config.run_url)
     phase = first_phase(config.negatives)
+    frozen = [] if config.staged is None else [stage.settings.get("frozen_stages") for stage in config.staged.stages]
     progress = Progress(
         epoch=1,
         negatives=phase.negatives,
@@ -40,6 +41,7 @@ def begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSp
         fixed_statistics=fixed,
         clip_norm=clip_norm,
         lr=lr,
+        may_freeze=model.is_pretrained and all(can_freeze(model, num) for num in frozen if num),
     )
     checkpoints.write(config.run_url, progress, checkpoints.prefixed("model", model.state_dict()))
     storage.write_json(storage.join(config.run_url, checkpoints.FOLDER, SPEC_NAME), model.spec.to_json())

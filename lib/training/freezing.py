@@ -43,6 +43,15 @@ def freeze_stages(model: EmbeddingModel, num_stages: int) -> None:
             parameters[parameter].requires_grad_(False)
 
 
+def can_freeze(model: EmbeddingModel, num_stages: int) -> bool:
+    """Return whether `freeze_stages` can freeze so many; it may do so."""
+    try:
+        freeze_stages(model, num_stages)
+    except UserError:
+        return False
+    return True
+
+
 def checkpoint_activations(model: EmbeddingModel) -> None:
     """Recompute the activations of each block in the backward pass, instead of keeping them in memory.
 

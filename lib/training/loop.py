@@ -27,6 +27,7 @@ from lib.training.control import StopRequests, WorkerJob, connect_control
 from lib.training.embedding_passes import StoreUpkeep
 from lib.training.feature_store import FeatureStore
 from lib.training.objective import SUM_NAMES, EpochSums
+from lib.training.recipe import of_stage, stage_of
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.schedule import learning_rate
 from lib.training.settings import TrainConfig
@@ -96,7 +97,8 @@ class Worker:
 
     def __init__(self, job: WorkerJob, control: Any, device: torch.device) -> None:
         """Open the crops, and take model, optimiser and counts from the newest checkpoint."""
-        self.config = config = job.config
+        config = job.config
+        self._job = job
         self.control = control
         self.device = device
         self.rank, self.num_workers = collective.rank(), collective.num_workers()
@@ -113,6 +115,15 @@ class Worker:
             storage.remove_unfinished(config.run_url)
         self._tell(status="reading the faces")
         self.data = open_data(config, device, job.faces_run_id, job.sources)
+        self._notes = job.sources.notes if job.sources else ()
+        self._requests = StopRequests(control)
+        self._last_saved = time.monotonic()
+        self._begin_stage(checkpoint)
+
+    def _begin_stage(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Take up a checkpoint with the settings of the stage that its epoch belongs to."""
+        job, device = self._job, self.device
+        self.config = config = of_stage(job.config, checkpoint.progress)
         self.index = PhotoIndex(self.data.train.labels_N, needs_pairs=config.needs_pairs)
         self.state = TrainingState(
             config,
@@ -122,12 +133,12 @@ class Worker:
             num_photos=len(self.data.train),
             is_first=self.rank == 0,
             num_identities=len(self.data.train.identities),
+            stage=stage_of(job.config, checkpoint.progress.epoch),
         )
         if config.batch_size == "auto":
             self._choose_batch_size()
         self.validation = Validation(self.data.val, self.config)
         self.watched = WatchedPairs(self.data.watched, self.config, decide=not self.validation.has_pairs)
-        self._notes = job.sources.notes if job.sources else ()
         self.upkeep = self._upkeep(job)
         self.step = TrainingStep(
             self.state,
@@ -139,8 +150,6 @@ class Worker:
         )
         self.anchors_per_step = self.config.anchors_per_step(self.index)
         self.anchors_per_epoch = config.sampling.triplets_per_epoch or len(self.data.train)
-        self._requests = StopRequests(control)
-        self._last_saved = time.monotonic()
 
     def _choose_batch_size(self) -> None:
         """Put a number in the place of `--batch-size auto`: what an earlier start has found, or what fits."""
@@ -183,10 +192,22 @@ class Worker:
             self._save(state.progress, outcome.usage_3N, outcome.suspects)
             if is_leaving and not state.progress.finished:
                 raise JobStopped  # all is in the checkpoint just written
+            if not state.progress.finished and stage_of(self._job.config, state.progress.epoch) != state.progress.stage:
+                state, record = self._next_stage()
         if record:
             record.finish(state.progress)
         # Nobody leaves before the record stands: Ray Train ends all workers with the first that fails.
         collective.broadcast(True)
+
+    def _next_stage(self) -> tuple[TrainingState, RunRecord | None]:
+        """Go on from the checkpoint just written, as a new start of the run does."""
+        collective.broadcast(True)  # worker 0 has written it
+        checkpoint = checkpoints.load_newest(self.config.run_url)
+        assert checkpoint is not None
+        self._begin_stage(checkpoint)
+        self.compile()
+        self._tell(line=f"stage {self.state.progress.stage + 1} of the recipe: --loss {self.config.objective.loss}")
+        return self.state, self._record() if self.rank == 0 else None
 
     def _record(self) -> RunRecord:
         state, validation = self.state, self.validation

@@ -227,6 +227,7 @@ class RunRecord:
                 "lr": progress.lr,
                 "augment": config.sampling.augment,
                 "init": storage.redacted(config.init),
+                **({} if config.staged is None else {"recipe": config.staged.reason}),
                 "seed": config.run.seed,
             },
         )

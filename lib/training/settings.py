@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, Self, get_type_hints
 
+import tyro
+
 from lib import storage
 from lib.cluster import Gpus, check_gpus
 from lib.config import absolute_url, default_data_url
@@ -23,6 +25,9 @@ from lib.training.flag_groups import (
 )
 from lib.training.triplets import PhotoIndex
 
+HIDDEN = ("given", "staged")
+"""Fields that are no flags."""
+
 FREE_SETTINGS = (
     *("data", "faces", "name", "workers", "gpus", "cache_dir", "loader_threads"),
     *("compile", "checkpoint_activations"),
@@ -33,6 +38,25 @@ FREE_SETTINGS = (
 
 USUAL_BATCH, LARGEST_BATCH = 96, 1024
 """Images of a batch that `--batch-size auto` takes on a CPU, and that it takes on a GPU at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Epochs of a recipe with settings of their own."""
+
+    first_epoch: int
+    settings: Mapping[str, Any]
+    """By the names of their flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `--recipe` came to."""
+
+    name: str
+    reason: str
+    """What is done and why, in one line."""
+    stages: tuple[Stage, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +85,16 @@ class TrainConfig:
     """N, or MIN MAX to grow and shrink with the cluster. Default: one per GPU, or one per node without GPUs."""
     gpus: Gpus = "auto"
     """GPUs to train on, one worker each. auto: all of the cluster, or its CPUs if it has none. 0: the CPUs."""
+    recipe: Literal["none", "auto", "fine-tune", "centers"] = "none"
+    """Stages of the training; flags that you give hold in all of them. fine-tune: the head learns first, then all
+    weights, by the softmax of a batch. centers: arcface first, then the softmax. auto: by the number of people and
+    photos and the initial weights. none: one stage, of the flags alone."""
     dry_run: bool = False
     """Check the input and print the plan, then stop."""
+    given: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
+    """Names of the flags that the user gave, which a recipe leaves alone."""
+    staged: tyro.conf.Suppress[tyro.conf.Fixed[Recipe | None]] = None
+    """What the recipe came to, once the faces are known."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -141,7 +173,7 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Return all values by the names of their flags, as `config.json` holds them."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in HIDDEN}
         for group in dict.fromkeys(GROUP_OF.values()):
             values |= asdict(values.pop(group))
         return values
@@ -233,6 +265,9 @@ class TrainConfig:
         decisive["val_faces"] = self.validation.val_faces and storage.redacted(self.validation.val_faces)
         if self.validation.pair_files:
             decisive["val_pairs"] = [self.validation.num_pairs, *map(storage.redacted, self.validation.pair_files)]
+        if self.staged is not None:
+            decisive["recipe_reason"] = self.staged.reason
+            decisive["stages"] = [asdict(stage) for stage in self.staged.stages]
         return {**decisive, "faces_run_id": faces["run_id"], "fingerprint": faces["fingerprint"]}
 
 

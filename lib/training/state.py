@@ -45,8 +45,11 @@ class TrainingState:
         num_photos: int,
         is_first: bool,
         num_identities: int = 0,
+        stage: int = 0,
     ) -> None:
         """Take up a checkpoint. The first worker takes the counts, so that their sum over all workers stays right.
+
+        The optimiser begins anew where its state is of another `stage` of the recipe, which may train other weights.
 
         Raises:
             UserError: there are fewer identities than workers to share their centres, or a part of the checkpoint is
@@ -68,7 +71,8 @@ class TrainingState:
         self.optimizer = devices.adamw(
             _parameter_groups(self.model, config.optimizer.weight_decay), device, lr=self.progress.lr
         )
-        if optimizer := checkpoints.without_prefix("optimizer", tensors):
+        optimizer = checkpoints.without_prefix("optimizer", tensors)
+        if optimizer and checkpoint.progress.stage == stage:
             checkpoints.restore_optimizer(self.optimizer, optimizer)
         self.usage = UsageCounter(num_photos)
         if is_first and "usage" in tensors:
@@ -76,6 +80,7 @@ class TrainingState:
         self.suspects = SuspectLog.from_tensors(checkpoints.without_prefix("suspects", tensors) if is_first else {})
         self._random_state = tensors.get("random_state") if is_first else None
         self.best_scores_P = tensors["best_scores"].numpy().copy() if "best_scores" in tensors else None
+        self.progress = dataclasses.replace(self.progress, stage=stage)
         self.centres: CentreStore | None = None
         if config.objective.terms.centre is not None:
             self.centres = CentreStore(
@@ -88,6 +93,8 @@ class TrainingState:
                 num_workers=collective.num_workers(),
             )
             self._load_centres(config.run_url, checkpoint)
+        else:
+            self.progress = dataclasses.replace(self.progress, num_centres=0)
 
     def _load_centres(self, run_url: str, checkpoint: Checkpoint) -> None:
         assert self.centres is not None

@@ -29,6 +29,7 @@ from lib.training.control import News, WorkerJob, create_control, failure_error
 from lib.training.face_cache import read_identities
 from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
+from lib.training.recipe import TableCounts, all_settings, with_recipe
 from lib.training.settings import TrainConfig
 from lib.training.tracking import Tracking, about_run
 from lib.training.triplets import PhotoIndex
@@ -72,17 +73,24 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         image_size=config.model.image_size or crop_size(success),
         fingerprint=success["fingerprint"],
     )
+    faces_run_id = str(success["run_id"])
+    limit = config.sampling.photos_limit
+    identities = None
+    if config.recipe != "none":
+        identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
+        config = with_recipe(config, TableCounts(photos=len(identities), people=len(identities.unique())))
     plan = config.content(success)
     progress = _settle(config, plan)
     if progress is not None and progress.finished:
         logger.info("%s is finished: nothing to do", config.run_url)
         return _result(config, run_result(read_rows(config.run_url), progress.best_epoch), started)
-    faces_run_id = str(success["run_id"])
-    limit = config.sampling.photos_limit
-    identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
+    if identities is None:
+        identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
+    if config.staged is not None:
+        logger.info("recipe %s", config.staged.reason)
     people = identities.unique().sort()
     labels_N = pc.index_in(identities, people).to_numpy().astype(np.int32)
-    index = PhotoIndex(labels_N, needs_pairs=config.needs_pairs)
+    index = PhotoIndex(labels_N, needs_pairs=any(each.needs_pairs for each in all_settings(config)))
     sources = read_sources(config, success, people)
     tracking = Tracking(config.run.track, about_run(config.name, config.run_url, plan))
     if config.dry_run:

@@ -86,6 +86,7 @@ class SweepConfig:
             ("min-epochs", self.min_epochs, f"0 to --epochs {self.train.epochs}", self.is_in_budget),
             ("keep-one-in", self.keep_one_in, "2 or more", self.keep_one_in >= 2),
             ("workers", self.train.workers, "1: a trial has one worker, and trials run side by side", self.is_single),
+            ("recipe", self.train.recipe, "none: a sweep compares settings", self.train.recipe == "none"),
             ("from-sweep", self.train.run.from_sweep, "for jobs/train.py alone", not self.train.run.from_sweep),
         )
 

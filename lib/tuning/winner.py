@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lib import storage
@@ -24,7 +25,14 @@ def train_defaults(flags: Sequence[str]) -> TrainConfig:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--from-sweep", "--from_sweep", nargs="?", default="")
     url = parser.parse_known_args(list(flags))[0].from_sweep
-    return TrainConfig.of(**winner_settings(url)) if url else TrainConfig()
+    config = TrainConfig.of(**winner_settings(url)) if url else TrainConfig()
+    return replace(config, given=given_names(flags))
+
+
+def given_names(flags: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the settings that flags such as `--loss`, `--no-normalize` or `--train.model.head` set."""
+    words = [flag.partition("=")[0].rpartition(".")[2].lstrip("-") for flag in flags if flag.startswith("--")]
+    return tuple(sorted({word.replace("-", "_").removeprefix("no_") for word in words}))
 
 
 def winner_settings(url: str) -> dict[str, Any]:
