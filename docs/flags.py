@@ -36,6 +36,7 @@ JOBS = (
     "identify",
     "curate",
     "export",
+    "forget",
     "sweep",
     "compare",
     "pipeline",

@@ -26,13 +26,13 @@ def refuse_special(url: str) -> None:
             raise UserError(f"{shown(url)} is a pipe or a device: write its content into a file, and name that")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it; parent folders are made."""
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file under a temporary name and rename it; parent folders are made. `mode` is before the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only on one disk. Hidden, so that listings skip it.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

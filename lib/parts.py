@@ -122,7 +122,14 @@ def settle(url: str, plan: Plan, *, flag: str, overwrite: bool) -> Found:
             f"{url} {problem}: choose another folder by {flag}, go back to those settings, or replace it with "
             "--overwrite"
         )
-    return Found(url, earlier, _success(url), present_files(url)) if earlier is not None else Found(url)
+    return found_at(url) if earlier is not None else Found(url)
+
+
+def found_at(url: str) -> Found:
+    """Return what the folder of a table holds."""
+    plan_url = storage.join(url, PLAN_NAME)
+    plan = storage.read_json(plan_url, {"fingerprint": dict}) if storage.exists(plan_url) else None
+    return Found(url, plan, _success(url), present_files(url))
 
 
 def earlier_plan(
@@ -245,7 +252,7 @@ def read_success(url: str, *, what: str, job: str, run_id: str | None = None) ->
     if success is None:
         raise UserError(f"no finished {what} at {shown} (no {SUCCESS_NAME}): run {job} first")
     if run_id is not None and success["run_id"] != run_id:
-        success = next((kept for kept in _kept_successes(url) if kept["run_id"] == run_id), success)
+        success = next((kept for kept in kept_successes(url) if kept["run_id"] == run_id), success)
     present = present_files(url)
     lost = [name for name, num_bytes in success["parts"].items() if present.get(name) != num_bytes]
     if lost:
@@ -286,7 +293,8 @@ def _kept_versions(url: str) -> list[tuple[int, str]]:
     return [(int(info.path.removesuffix(".json")), info.path) for info in listed if info.path[:-5].isdigit()]
 
 
-def _kept_successes(url: str) -> Iterable[dict[str, Any]]:
+def kept_successes(url: str) -> Iterable[dict[str, Any]]:
+    """Yield what the versions before the finished one that are kept say of themselves."""
     for _, name in _kept_versions(url):
         yield storage.read_json(storage.join(url, VERSIONS_FOLDER, name), SUCCESS_ENTRIES)
 

@@ -32,7 +32,7 @@ from lib.listing import FileInfo, local_files, mark_of, s3_files
 from lib.local_files import is_unfinished, local_path, refuse_special, write_whole
 from lib.redaction import redacted as redacted  # Callers show URLs with it.
 from lib.redaction import shown
-from lib.storage_errors import explained, is_passing, reason_for, s3_code
+from lib.storage_errors import MissingFileError, explained, is_passing, reason_for, s3_code
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,8 @@ def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
     return _act(url, "read", lambda files, path: files.cat_file(path))
 
 
-def write_bytes(url: str, data: bytes) -> None:
-    """Write a file whole or not at all; local parent folders are made.
+def write_bytes(url: str, data: bytes, *, is_private: bool = False) -> None:
+    """Write a file whole or not at all; local parent folders are made. A private local file is its user's alone.
 
     Raises:
         UserError, JobError: it may not be written, the disk is full, or the storage does not answer.
@@ -161,7 +161,7 @@ def write_bytes(url: str, data: bytes) -> None:
         _act(url, "write", lambda files, path: files.pipe_file(path, data))
         return
     with explained(url, "write"):
-        write_whole(local_path(url), data)
+        write_whole(local_path(url), data, 0o600 if is_private else 0o666)
 
 
 def remove_unfinished(url: str) -> None:
@@ -281,6 +281,22 @@ def list_files(
         is_skipped = bool(skip_prefixes) and any(name.startswith(skip_prefixes) for name in info.path.split("/"))
         if not is_skipped and info.path.lower().endswith(suffix):
             yield info
+
+
+def children(url: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files and of the folders right in a folder, sorted; none where it does not exist.
+
+    Raises:
+        UserError, JobError: as `list_files`.
+    """
+    try:
+        found = _act(url, "list", lambda files, path: files.ls(path, detail=True))
+    except MissingFileError:
+        return [], []
+    names = [(str(each["name"]).rstrip("/").rpartition("/")[2], each["type"] == "directory") for each in found]
+    return sorted(name for name, is_folder in names if not is_folder), sorted(
+        name for name, is_folder in names if is_folder
+    )
 
 
 def remove(url: str) -> None:

@@ -29,6 +29,7 @@ URL_FLAGS = {
     "export.py": ("--data", "--model", "--faces", "--output"),
     "identify.py": ("--data", "--model", "--gallery", "--faces", "--output", "--detector-weights"),
     "curate.py": ("--data", "--model", "--faces", "--embeddings", "--against", "--output", "--apply"),
+    "forget.py": ("--data", "--photos-from", "--identities-from", "--also", "--cache-dir"),
     "compare.py": ("--data", "--output", "stray"),
     "sweep.py": ("--data",),
     "pipeline.py": ("--data",),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.job_runner import ROOT
 
-ROOMS = ("", "faces", "recognition", "evaluation", "curation", "training", "tuning", "pipeline")
+ROOMS = ("", "faces", "recognition", "evaluation", "curation", "training", "tuning", "forgetting", "pipeline")
 """From the ground floor up. `sample` stands beside `faces`, and imports the ground floor alone."""
 
 

@@ -60,34 +60,77 @@ def finish(
     """
     check_ours(faces_url, begun)
     fingerprint, file_names = begun["fingerprint"], plan.file_names()
-    logger.info("counting %d parts", len(file_names))
-    totals = _Totals()
-    with ThreadPoolExecutor(8) as pool:
-        for name, part in zip(file_names, pool.map(lambda name: _read_part(faces_url, name), file_names), strict=True):
-            _add(totals, split_in(name), *part)
+    totals = _count(faces_url, file_names)
     assert fingerprint["faces_policy"] == "all" or totals.num_rows == plan.num_photos, "each photo has exactly one row"
-    counts = _counts(totals, plan.num_photos)
-    card = {
-        "run_id": begun["run_id"],
-        "version": begun["version"],
-        "fingerprint": fingerprint,
-        "counts": counts,
-        "splits": {split: _split_figures(totals, split) for split in table.SPLITS},
-        "refused": totals.refused,
+    more = {
         "passed_over": dict(plan.num_passed_over),
-        "bytes_before": totals.bytes_before,
-        "bytes_after": totals.bytes_after,
+        "forgotten": plan.num_forgotten,
         "photos_per_s": photos_per_s and round(photos_per_s, 1),
-        "made_on": sorted(totals.made_on),
     }
-    storage.write_json(storage.join(faces_url, CARD_NAME), card)
-    storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
-    storage.write_bytes(storage.join(faces_url, SHEET_NAME), _contact_sheet(faces_url, file_names))
+    card = _write(faces_url, file_names, begun, totals, plan.num_photos, more)
+    counts: dict[str, Any] = card["counts"]
     about = {"fingerprint": fingerprint, "counts": counts, SIZE: begun[SIZE], BUCKETS: begun[BUCKETS]}
     finish_version(faces_url, begun, file_names, about, keep_versions=keep_versions)
     for line in _split_lines(card):
         logger.info(line)
     return counts
+
+
+def remake(
+    faces_url: str, file_names: list[str], begun: Mapping[str, Any], earlier: Mapping[str, Any], *, num_forgotten: int
+) -> dict[str, Any]:
+    """Write card and contact sheet of a table that lost `num_forgotten` photos; return the counts.
+
+    `earlier` is the counts in `_SUCCESS` of the version before. What only the making of the table knew stays as it is.
+    """
+    card_url = storage.join(faces_url, CARD_NAME)
+    before = storage.read_json(card_url) if storage.exists(card_url) else {}
+    more = {
+        "passed_over": before.get("passed_over", {}),
+        # Once, however often this is done again after a kill.
+        "forgotten": before.get("forgotten", 0) + (num_forgotten if before.get("run_id") != begun["run_id"] else 0),
+        "photos_per_s": before.get("photos_per_s"),
+    }
+    num_photos = int(earlier.get("photos", 0)) - num_forgotten
+    card = _write(faces_url, file_names, begun, _count(faces_url, file_names), num_photos, more)
+    counts: dict[str, Any] = card["counts"]
+    return counts
+
+
+def _count(faces_url: str, file_names: list[str]) -> _Totals:
+    logger.info("counting %d parts", len(file_names))
+    totals = _Totals()
+    with ThreadPoolExecutor(8) as pool:
+        for name, part in zip(file_names, pool.map(lambda name: _read_part(faces_url, name), file_names), strict=True):
+            _add(totals, split_in(name), *part)
+    return totals
+
+
+def _write(
+    faces_url: str,
+    file_names: list[str],
+    begun: Mapping[str, Any],
+    totals: _Totals,
+    num_photos: int,
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write card and contact sheet, and return the card; `more` is what the rows do not tell."""
+    card = {
+        "run_id": begun["run_id"],
+        "version": begun.get("version", 0),
+        "fingerprint": begun["fingerprint"],
+        "counts": _counts(totals, num_photos),
+        "splits": {split: _split_figures(totals, split) for split in table.SPLITS},
+        "refused": totals.refused,
+        "bytes_before": totals.bytes_before,
+        "bytes_after": totals.bytes_after,
+        "made_on": sorted(totals.made_on),
+        **more,
+    }
+    storage.write_json(storage.join(faces_url, CARD_NAME), card)
+    storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
+    storage.write_bytes(storage.join(faces_url, SHEET_NAME), _contact_sheet(faces_url, file_names))
+    return card
 
 
 def _read_part(
@@ -165,6 +208,7 @@ def _readme(card: dict[str, Any]) -> str:
         for entry in card["refused"][:50]
     )
     passed_over = ", ".join(f"{number} {suffix}" for suffix, number in card["passed_over"].items()) or "none"
+    forgotten = f" Photos left out because they were forgotten: {card['forgotten']:,}." if card["forgotten"] else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in fingerprint.items())
     split_lines = "\n".join(_split_lines(card))
     return f"""# Aligned faces
@@ -184,7 +228,7 @@ def _readme(card: dict[str, Any]) -> str:
 | --- | --- |
 {status_rows}
 
-Files that are no photos by their names, passed over: {passed_over}.
+Files that are no photos by their names, passed over: {passed_over}.{forgotten}
 
 {"The first refused ones:" if refused else "None was refused."}
 
@@ -205,7 +249,7 @@ def _contact_sheet(faces_url: str, file_names: list[str]) -> bytes:
     """Return a JPEG of faces taken evenly from the parts."""
     num_tiles = _SHEET_COLUMNS * _SHEET_ROWS
     places = np.unique(np.linspace(0, len(file_names) - 1, min(num_tiles, len(file_names))).astype(int))
-    each = -(-num_tiles // len(places))
+    each = -(-num_tiles // max(1, len(places)))
     crops: list[bytes] = []
     for place in places:
         rows = storage.read_parquet(storage.join(faces_url, file_names[place]), table.columns("status", "crop"))

@@ -63,7 +63,7 @@ Line = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class _Dialect:
+class Dialect:
     """How a line is cut, and which of its fields are photo and identity."""
 
     delimiter: str | None
@@ -102,7 +102,7 @@ def read_identities(url: str, database: PhotoDatabase, *, photos_url: str, min_l
     first, sample = _sample(url)
     if first is None:
         return
-    dialect = _dialect(first, sample, lambda names: _found(database, names, folder))
+    dialect = dialect_of(first, sample, lambda names: _found(database, names, folder))
     faults = _Faults()
     database.run(f"create table lines ({LISTED})")
     lines = itertools.islice(_numbered(url), dialect.has_header, None)
@@ -149,7 +149,7 @@ class _Faults:
             )
 
 
-def _parsed(batch: Sequence[Line], dialect: _Dialect, faults: _Faults) -> pa.Table:
+def _parsed(batch: Sequence[Line], dialect: Dialect, faults: _Faults) -> pa.Table:
     """Return lines as rows of `LISTED`, without those that are faults."""
     numbers, names, stored_names, identities, others = [], [], [], [], []
     for number, line in batch:
@@ -321,7 +321,7 @@ def _sample(url: str) -> tuple[str | None, list[str]]:
     return first, sample
 
 
-def _dialect(first_line: str, sample: Sequence[str], found: Callable[[Sequence[str]], set[str]]) -> _Dialect:
+def dialect_of(first_line: str, sample: Sequence[str], found: Callable[[Sequence[str]], set[str]]) -> Dialect:
     """Return the dialect under which the most of a sample of lines name a photo that is there, else look like it.
 
     `found` tells which of some names are there.
@@ -337,7 +337,7 @@ def _dialect(first_line: str, sample: Sequence[str], found: Callable[[Sequence[s
     return dialects[max(range(len(dialects)), key=score)]  # the first of equals
 
 
-def _dialects(first_line: str) -> Iterator[_Dialect]:
+def _dialects(first_line: str) -> Iterator[Dialect]:
     for delimiter in _DELIMITERS:
         words = first_line.split() if delimiter is None else _cut(first_line, delimiter)
         words = [word.lower() for word in words]
@@ -347,9 +347,9 @@ def _dialects(first_line: str) -> Iterator[_Dialect]:
         if is_header and (delimiter is not None or len(words) == 2):
             assert photo is not None
             assert identity is not None
-            yield _Dialect(delimiter, photo, identity, has_header=True)
+            yield Dialect(delimiter, photo, identity, has_header=True)
     for delimiter, (photo, identity) in itertools.product(_DELIMITERS, [(0, 1), (1, 0)]):
-        yield _Dialect(delimiter, photo, identity)
+        yield Dialect(delimiter, photo, identity)
 
 
 def some(items: Sequence[str], num: int) -> str:

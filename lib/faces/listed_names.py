@@ -43,8 +43,8 @@ def _make_keys(database: PhotoDatabase) -> None:
     database.run("create table of_photos (photo varchar, key varchar, stem varchar)")
     for batch in database.batches("select photo from scanned"):
         photos = batch.column(0).to_pylist()
-        keys = [_key(photo) for photo in photos]
-        database.append("of_photos", _table(photo=photos, key=keys, stem=map(_stem, keys)))
+        keys = [key_of(photo) for photo in photos]
+        database.append("of_photos", _table(photo=photos, key=keys, stem=map(stem_of, keys)))
     for name, key in (("keys", "key"), ("stems", "stem")):
         database.run(
             f"""create table {name} as select {key} as key, any_value(photo) as photo from of_photos
@@ -59,9 +59,9 @@ def _make_wanted(database: PhotoDatabase, folder: str) -> None:
         "create table wanted (number bigint, key varchar, key_stem varchar, below varchar, below_stem varchar)"
     )
     for batch in database.batches("select number, name from lines where photo is null"):
-        keys = [_key(name) for name in batch.column(1).to_pylist()]
+        keys = [key_of(name) for name in batch.column(1).to_pylist()]
         below = [key.removeprefix(f"{folder}/") for key in keys]
-        names = _table(key=keys, key_stem=map(_stem, keys), below=below, below_stem=map(_stem, below))
+        names = _table(key=keys, key_stem=map(stem_of, keys), below=below, below_stem=map(stem_of, below))
         database.append("wanted", names.add_column(0, "number", batch.column(0)))
 
 
@@ -69,13 +69,15 @@ def _table(**columns: Iterable[str]) -> pa.Table:
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """Return a name as all its spellings have it: composed accents, slashes, no `./` in front."""
     path = (name if name.isascii() else unicodedata.normalize("NFC", name)).replace("\\", "/")
     while path.startswith("./"):
         path = path[2:]
     return path
 
 
-def _stem(key: str) -> str:
+def stem_of(key: str) -> str:
+    """Return a name without its suffix."""
     stem, dot, suffix = key.rpartition(".")
     return stem if dot and "/" not in suffix and stem and not stem.endswith("/") else key

@@ -62,6 +62,7 @@ class PartPlan:
     Attributes:
         url: of the folder with the planned photos, in the order of the parts, as in `PLAN_SCHEMA`.
         layout: what the plan keeps, so that later parts have the same borders.
+        num_forgotten: photos that are not among them because they, or the people in them, were forgotten.
         owner: what the folder lasts with, where it is on a scratch disk.
     """
 
@@ -71,6 +72,7 @@ class PartPlan:
     num_photos: int
     num_bytes: int
     num_passed_over: Mapping[str, int]
+    num_forgotten: int = 0
     owner: Any = field(default=None, repr=False)
 
     def file_names(self) -> list[str]:
@@ -98,6 +100,7 @@ class PartPlan:
         storage.write_parquet(storage.join(url, _PARTS_NAME), pa.Table.from_pylist(rows, schema=_PARTS_SCHEMA))
         about = {"of": of, "layout": self.layout, "num_photos": self.num_photos, "num_bytes": self.num_bytes}
         more = {"num_passed_over": dict(self.num_passed_over), "num_shards": num_shards}
+        more |= {"num_forgotten": self.num_forgotten}
         storage.write_json(storage.join(url, _LISTED_NAME), {**about, **more})
         return replace(self, url=url, owner=None)
 
@@ -113,7 +116,8 @@ def stored_plan(url: str, of: str) -> PartPlan | None:
     rows = storage.read_parquet(storage.join(url, _PARTS_NAME), list(_PARTS_SCHEMA)).to_pylist()
     parts = [Part(**{**row, "names": json.loads(row["names"])}) for row in rows]
     wanted = ("layout", "num_photos", "num_bytes", "num_passed_over")
-    return PartPlan(url=url, parts=parts, **{name: about[name] for name in wanted})
+    forgotten = int(about.get("num_forgotten", 0))
+    return PartPlan(url=url, parts=parts, num_forgotten=forgotten, **{name: about[name] for name in wanted})
 
 
 def copy_shard(from_url: str, to_url: str, number: int) -> None:

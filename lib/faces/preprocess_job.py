@@ -22,6 +22,7 @@ from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.preprocess_worker import PartWorker
 from lib.faces.sources.source import Source
 from lib.faces.splits import SHARES
+from lib.faces.tombstones import read_tombstones, without_forgotten
 from lib.part_workers import Processed, Share, run_parts
 from lib.parts import (
     MANIFEST_FOLDER,
@@ -60,7 +61,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
         return _wait_until_done(config)
     source, settings = config.source(), _settings_plan(config)
     if config.dry_run:
-        manifest = _manifest(config, source)
+        manifest, _ = _manifest(config, source)
         plan = plan_parts(manifest, config.content())
         logger.info("%d photos in %d parts would go to %s", len(manifest), len(plan.parts), config.faces_url)
         about = {"parts": len(plan.parts), "photos": len(manifest), "photo_bytes": manifest.num_bytes}
@@ -98,15 +99,19 @@ def _list_digest(config: PreprocessConfig) -> str:
     values = {name: getattr(config, name) for name in (*names, *columns)}
     lists = [config.identities_url, *config.excluded_urls(), *filter(None, [config.split_from_url])]
     marks = [storage.file_info(url)[1:] for url in lists if storage.exists(url)]
-    return digest_of([json.dumps([_settings_plan(config), config.content(), values, marks], sort_keys=True)])
+    tombstones = read_tombstones(config.data)
+    forgotten = [tombstones.digest] if tombstones else []
+    return digest_of(
+        [json.dumps([_settings_plan(config), config.content(), values, marks, *forgotten], sort_keys=True)]
+    )
 
 
 def _planned(config: PreprocessConfig, source: Source, found: Found) -> PartPlan | None:
     """Return the parts of the table, None where an old table is whole, and of these photos."""
-    manifest = _manifest(config, source)
+    manifest, num_forgotten = _manifest(config, source)
     if is_same_old_table(found, lambda: _old_plan(manifest)):
         return None
-    plan = plan_parts(manifest, config.content(), found.plan)
+    plan = replace(plan_parts(manifest, config.content(), found.plan), num_forgotten=num_forgotten)
     names = plan.file_names()
     plan = plan.renamed(dict(zip(names, found.current(names), strict=True)))
     return plan.renamed(names_to_retry(found, plan.file_names(), config.retry)) if config.retry else plan
@@ -175,9 +180,11 @@ def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
     }
 
 
-def _manifest(config: PreprocessConfig, source: Source) -> Manifest:
+def _manifest(config: PreprocessConfig, source: Source) -> tuple[Manifest, int]:
+    """Return the photos, and how many were left out because they were forgotten."""
+    tombstones = read_tombstones(config.data)
     logger.info("listing %s: %s", storage.redacted(config.photos_url), source.what)
-    return read_manifest(
+    manifest = read_manifest(
         source,
         config.identities_url,
         splits=config.splits(),
@@ -185,6 +192,7 @@ def _manifest(config: PreprocessConfig, source: Source) -> Manifest:
         identities_required=config.faces_policy != "all",
         min_listed_share=config.min_listed_share,
     )
+    return without_forgotten(manifest, tombstones)
 
 
 def _old_plan(manifest: Manifest) -> dict[str, Any]:

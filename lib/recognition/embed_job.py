@@ -5,9 +5,7 @@ The parts are those of the faces table, or those that preprocess would make of t
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -17,6 +15,7 @@ from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
 from lib.faces import table
+from lib.faces.tombstones import read_tombstones
 from lib.layout import Layout
 from lib.part_workers import Processed, Share, run_parts
 from lib.parts import (
@@ -35,6 +34,7 @@ from lib.recognition.embedder import (
     find_model,
     load_embedder,
 )
+from lib.recognition.embeddings_table import counts_of
 from lib.recognition.face_source import (
     Source,
     check_source,
@@ -46,9 +46,6 @@ from lib.recognition.face_source import (
 from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
-
-
-_READERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +109,7 @@ def embed_job(config: EmbedConfig) -> dict[str, Any]:
             extraction_settings(embedder, config.detector_weights),
             split_seed=config.split_seed,
             splits=config.splits,
+            tombstones=read_tombstones(config.data),
         )
     else:
         source = faces_source(layout.faces(config.faces), config.splits)
@@ -192,7 +190,7 @@ def embed_source(
                 share=Share.of_gpus(chosen, most_a_gpu=1),
             )
     storage.remove_unfinished(output)
-    counts = _counts(output, file_names)
+    counts = counts_of(output, file_names)
     about: dict[str, Any] = {
         "model": {"url": storage.redacted(embedder.url), **model},
         "fingerprint": source.fingerprint,
@@ -212,17 +210,3 @@ def model_name(model_url: str) -> str:
     """Return the name of a model: that of its run, else of its own folder or file."""
     names = model_url.rstrip("/").split("/")
     return names[-2] if names[-1] in ("model", "model.onnx") and len(names) > 1 else names[-1].removesuffix(".onnx")
-
-
-def _counts(output: str, file_names: Sequence[str]) -> dict[str, Any]:
-    statuses, identities = Counter[str](), set[str]()
-    columns = table.columns("identity", "status")
-    with ThreadPoolExecutor(_READERS) as pool:
-        for rows in pool.map(lambda name: storage.read_parquet(storage.join(output, name), columns), file_names):
-            statuses.update(rows["status"].to_pylist())
-            identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
-    return {
-        "rows": statuses.total(),
-        **{status: statuses[status] for status in table.STATUSES},
-        "identities": len(identities),
-    }

@@ -4,7 +4,9 @@ Shape suffixes: N rows, D embedding dimension.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,12 @@ import pyarrow as pa
 
 from lib import storage
 from lib.errors import UserError
+from lib.faces import table as faces_table
 from lib.faces.table import FINGERPRINT_KEY
 from lib.faces.table import SCHEMA as FACES_SCHEMA
 from lib.parts import read_success, split_in
+
+_READERS = 16
 
 MODEL_KEY = b"conv-facenet.model"
 """Key in the Parquet metadata for the model as JSON: digest, embedding_dim, template."""
@@ -114,3 +119,18 @@ def _filled(column: pa.ChunkedArray, width: int) -> np.ndarray:
     valid_N = column.is_valid().to_numpy()
     filled_NW[valid_N] = column.combine_chunks().flatten().to_numpy().reshape(-1, width)
     return filled_NW
+
+
+def counts_of(url: str, file_names: Sequence[str]) -> dict[str, Any]:
+    """Return how many rows, of which statuses, and how many identities these files hold."""
+    statuses, identities = Counter[str](), set[str]()
+    columns = faces_table.columns("identity", "status")
+    with ThreadPoolExecutor(_READERS) as pool:
+        for rows in pool.map(lambda name: storage.read_parquet(storage.join(url, name), columns), file_names):
+            statuses.update(rows["status"].to_pylist())
+            identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
+    return {
+        "rows": statuses.total(),
+        **{status: statuses[status] for status in faces_table.STATUSES},
+        "identities": len(identities),
+    }

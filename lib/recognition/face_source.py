@@ -16,6 +16,7 @@ from lib.faces.photo_parts import part_item
 from lib.faces.plan_files import PartPlan, copy_shard
 from lib.faces.sources.opening import open_source
 from lib.faces.sources.source import Source as PhotoFiles
+from lib.faces.tombstones import Tombstones, without_forgotten
 from lib.parts import (
     MANIFEST_FOLDER,
     digest_of,
@@ -163,8 +164,11 @@ def photos_source(
     split_seed: int = 0,
     splits: Sequence[str] = table.SPLITS,
     with_identities: bool = True,
+    tombstones: Tombstones | None = None,
 ) -> PhotosSource:
     """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
+
+    Those that were forgotten are left out.
 
     Raises:
         UserError: as `read_manifest` does; or no photo is in these splits.
@@ -180,6 +184,7 @@ def photos_source(
         identities_required=False,
         min_listed_share=ANY_LISTED,  # the list may cover more photos than these
     )
+    manifest, _ = without_forgotten(manifest, tombstones)
     kept = manifest.only(" or ".join(f"split = '{split}'" for split in splits))
     if not len(kept):
         raise UserError(f"{photos_url} has no photo in split {', '.join(splits)}: name others by --splits")

@@ -1,0 +1,1 @@
+"""Takes people and photos out of everything that the jobs have made."""

@@ -1,0 +1,62 @@
+"""Copies of crops that training keeps on this node: one that shows a target goes as a whole."""
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from lib.forgetting.targets import IDENTITY, PHOTO, Targets
+from lib.training.face_cache import CACHE_SCHEMA, default_folder
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = [CACHE_SCHEMA.get_field_index(name) for name in (PHOTO, IDENTITY)]
+
+
+def caches_with(targets: Targets, cache_dir: str | None) -> dict[str, int]:
+    """Return the caches of this node that name the targets, and how many rows of each do.
+
+    They lie in the user's own folder, and in `cache_dir`. One that was never finished, or cannot be read, counts as one
+    row: nobody can tell whom it shows.
+    """
+    found: dict[str, int] = {}
+    for folder in dict.fromkeys(filter(None, [default_folder(), cache_dir])):
+        for path in Path(folder).glob("faces-*.arrow"):
+            if num := _rows_in(path, targets):
+                found[str(path)] = num
+        found |= {str(path): 1 for path in _abandoned(Path(folder))}
+    return found
+
+
+def remove_cache(path: str) -> None:
+    """Remove a cache. A training that has it open goes on with its own view of it."""
+    Path(path).unlink(missing_ok=True)
+
+
+def _rows_in(path: Path, targets: Targets) -> int:
+    try:
+        with pa.memory_map(str(path)) as source:
+            file = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=_FIELDS))
+            batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            return sum(targets.rows(pa.Table.from_batches([batch])).true_count for batch in batches)
+    except FileNotFoundError:  # removed by a training meanwhile
+        return 0
+    except (pa.ArrowException, OSError):
+        logger.warning("%s cannot be read: it is removed", path)
+        return 1
+
+
+def _abandoned(folder: Path) -> Iterator[Path]:
+    """Yield the unfinished caches that no process is making."""
+    for path in folder.glob("faces-*.unfinished"):
+        try:
+            with path.with_suffix(".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            logger.warning("a training is making %s: run this command again afterwards", path.with_suffix(".arrow"))
+            continue
+        yield path
