@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from lib import storage
 from lib.errors import JobError, UserError
 from lib.training.schedule import PRETRAINED_CLIP_NORM, USUAL_LR
@@ -31,6 +33,8 @@ CONFIG_NAME = "config.json"
 FOLDER = "checkpoints"
 SPEC_NAME = "spec.json"
 """In that folder: what the model is whose weights the checkpoints hold."""
+IDENTITIES_NAME = "identities.parquet"
+"""In that folder: whose the centres are, in their order."""
 NUM_KEPT = 2
 """The one before the last stays, in case the last one is damaged."""
 
@@ -163,6 +167,22 @@ def _write(run_url: str, name: str, tensors: Tensors, metadata: dict[str, str] |
                 ) from error
             logger.warning("no checkpoint could be written (%s); trying again in %g s", error, pause_s)
             time.sleep(pause_s)
+
+
+def write_identities(run_url: str, names: pa.Array) -> None:
+    """Write whose the centres of a run are, in their order."""
+    table = pa.table({"identity": names.cast(pa.string())})
+    storage.write_parquet(storage.join(run_url, FOLDER, IDENTITIES_NAME), table)
+
+
+def read_identities(run_url: str) -> pa.Array:
+    """Return whose the centres of a run are, in their order.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    url = storage.join(run_url, FOLDER, IDENTITIES_NAME)
+    return storage.read_parquet(url, [pa.field("identity", pa.string())])["identity"].combine_chunks()
 
 
 def load_newest(run_url: str) -> Checkpoint | None:

@@ -23,6 +23,8 @@ from lib.errors import JobError, JobStopped, UserError
 from lib.terminal import send_log_to_driver
 from lib.training import checkpoints, collective
 from lib.training.batches import EpochBatches, EpochPlan
+from lib.training.centre_start import start_centres
+from lib.training.centre_store import CentreStore
 from lib.training.control import StopRequests, WorkerJob, connect_control
 from lib.training.embedding_passes import StoreUpkeep
 from lib.training.feature_store import FeatureStore
@@ -135,6 +137,8 @@ class Worker:
             num_identities=len(self.data.train.identities),
             stage=stage_of(job.config, checkpoint.progress.epoch),
         )
+        if self.state.centres is not None and not checkpoint.progress.num_centres:
+            self._start_centres(self.state.centres)
         if config.batch_size == "auto":
             self._choose_batch_size()
         self.validation = Validation(self.data.val, self.config)
@@ -150,6 +154,12 @@ class Worker:
         )
         self.anchors_per_step = self.config.anchors_per_step(self.index)
         self.anchors_per_epoch = config.sampling.triplets_per_epoch or len(self.data.train)
+
+    def _start_centres(self, centres: CentreStore) -> None:
+        self._tell(status="starting the centres")
+        spec, data, model = self.state.model.spec, self.data, self.state.evaluated
+        note = start_centres(centres, self.config.init, spec, data.train, data.embedding, model)
+        self._tell(line=note)
 
     def _choose_batch_size(self) -> None:
         """Put a number in the place of `--batch-size auto`: what an earlier start has found, or what fits."""

@@ -106,6 +106,8 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         with quick_imports():
             from lib.training.first_checkpoint import begin
 
+        if any(each.objective.terms.centre is not None for each in all_settings(config)):
+            checkpoints.write_identities(config.run_url, people)
         spec = begin(config, plan, spec)
     else:
         spec = _earlier_spec(config)
