@@ -78,17 +78,31 @@ def _is_near(folder: Path, root: Path) -> bool:
 
 
 def s3_files(
-    ask: Callable[[dict[str, Any]], dict[str, Any]], bucket: str, key: str, limit: int | None = None
+    ask: Callable[[dict[str, Any]], dict[str, Any]],
+    bucket: str,
+    key: str,
+    limit: int | None = None,
+    *,
+    in_order: bool = True,
 ) -> Iterator[FileInfo]:
     """Yield the objects below a key, at most about `limit`. `ask` sends a request to `list_objects_v2`.
 
     s3fs's own `find` holds a kilobyte for each object, and compares each folder with all others.
     """
-    prefix = key and key + "/"
+    pages = _s3_pages(ask, bucket, key and key + "/", limit)
+    if in_order:
+        # Amazon sorts so too, but not every server that speaks S3.
+        pages = iter(pa.concat_tables(pages).sort_by("path").to_batches(max_chunksize=10_000))
+    for page in pages:
+        yield from map(FileInfo, *(column.to_pylist() for column in page.columns))
+
+
+def _s3_pages(
+    ask: Callable[[dict[str, Any]], dict[str, Any]], bucket: str, prefix: str, limit: int | None
+) -> Iterator[pa.Table | pa.RecordBatch]:
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
     if limit is not None:
         request["MaxKeys"] = limit
-    pages = []
     is_last = False
     while not is_last:
         page = ask(request)
@@ -96,9 +110,6 @@ def s3_files(
         paths = pa.array([entry["Key"].removeprefix(prefix) for entry in found], pa.large_string())
         sizes = pa.array([entry["Size"] for entry in found], pa.int64())
         marks = pa.array([mark_of(entry) for entry in found], pa.large_string())
-        pages.append(pa.table({"path": paths, "num_bytes": sizes, "mark": marks}))
+        yield pa.table({"path": paths, "num_bytes": sizes, "mark": marks})
         is_last = limit is not None or not page.get("IsTruncated")
         request["ContinuationToken"] = page.get("NextContinuationToken", "")
-    # Amazon sorts so too, but not every server that speaks S3.
-    for batch in pa.concat_tables(pages).sort_by("path").to_batches(max_chunksize=10_000):
-        yield from map(FileInfo, *(column.to_pylist() for column in batch.columns))

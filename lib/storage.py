@@ -260,12 +260,14 @@ def list_files(
     suffix: str | tuple[str, ...] = "",
     skip_prefixes: tuple[str, ...] = (".", "_"),
     limit: int | None = None,
+    in_order: bool = True,
 ) -> Iterator[FileInfo]:
     """Yield the files below a folder, at any depth, sorted by path; a missing folder has none.
 
     A local listing holds the names of one folder at a time, one of S3 all paths, sizes and marks: 90 bytes a file.
 
     Args:
+        in_order: False: S3's are in the order in which it names them, and a thousand at a time are in memory.
         limit: look at no more than about so many files. Their order may not be that of the whole listing.
         suffix: endings to take, in lower case; upper-case names match too.
         skip_prefixes: a file is left out if its name, or that of a folder in its path, begins with one of these.
@@ -276,7 +278,7 @@ def list_files(
     if is_local(url):
         listing = local_files(str(local_path(url)))
     else:
-        listing = _list_s3(url, limit) if _scheme(url) in S3_SCHEMES else _list_remote(url)
+        listing = _list_s3(url, limit, in_order) if _scheme(url) in S3_SCHEMES else _list_remote(url)
     for info in islice(listing, limit):
         is_skipped = bool(skip_prefixes) and any(name.startswith(skip_prefixes) for name in info.path.split("/"))
         if not is_skipped and info.path.lower().endswith(suffix):
@@ -352,13 +354,13 @@ def read_range(url: str, start: int, end: int) -> bytes:
         raise
 
 
-def _list_s3(url: str, limit: int | None) -> Iterator[FileInfo]:
+def _list_s3(url: str, limit: int | None, in_order: bool) -> Iterator[FileInfo]:
     def ask(request: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = _act(url, "list", lambda files, _: files.call_s3("list_objects_v2", **request))
         return answer
 
     bucket, _, key = filesystem(url)[1].rstrip("/").partition("/")
-    return s3_files(ask, bucket, key, limit)
+    return s3_files(ask, bucket, key, limit, in_order=in_order)
 
 
 def _list_remote(url: str) -> Iterator[FileInfo]:

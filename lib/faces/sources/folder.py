@@ -32,12 +32,17 @@ class FolderSource(Source):
     what = "pictures"
     suffixes = PHOTO_SUFFIXES
 
+    @property
+    def is_sorted(self) -> bool:
+        """Whether the order of its files decides the order of its photos."""
+        return False
+
     def shards(self) -> list[Shard]:
         """Return the whole folder. A folder of a bucket below it can be scanned alone too."""
         return [Shard("")]
 
     def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
-        """Yield the photos of a folder, sorted by name."""
+        """Yield the photos of a folder, in no order."""
         files = self.files(shard.name)
         while batch := list(islice(files, BATCH_ROWS)):
             nothing = pa.nulls(len(batch))

@@ -101,6 +101,11 @@ class Source(ABC):
         self.passed_over: Counter[str] = Counter()
         self._foreign = foreign
 
+    @property
+    def is_sorted(self) -> bool:
+        """Whether the order of its files decides the order of its photos."""
+        return True
+
     @abstractmethod
     def shards(self) -> list[Shard]:
         """Return the shards, in the order of the photos."""
@@ -139,7 +144,7 @@ class Source(ABC):
         ours = theirs = ""
         foreign = tuple(self._foreign)
         unmatched = set(self._patterns)
-        for info in storage.list_files(self.file_url(folder), skip_prefixes=()):
+        for info in storage.list_files(self.file_url(folder), skip_prefixes=(), in_order=self.is_sorted):
             path = storage.join(folder, info.path) if folder else info.path
             if self._patterns:
                 if (pattern := matches(path, self._patterns)) is None:
