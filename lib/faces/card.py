@@ -9,12 +9,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import storage
 from lib.faces import table
 from lib.faces.images import to_jpeg
 from lib.faces.part_plan import BUCKETS, SIZE
+from lib.faces.photo_database import BATCH_ROWS, PhotoDatabase
 from lib.faces.plan_files import PartPlan
 from lib.parts import KEEP_VERSIONS, check_ours, finish_version, split_in
 
@@ -27,12 +29,38 @@ _SHEET_COLUMNS, _SHEET_ROWS, _TILE = 12, 6, 120
 _MAX_REFUSED_NAMED = 200
 
 
+class _People:
+    """Counts the people of each split on disk, for there may be millions."""
+
+    def __init__(self) -> None:
+        self._database = PhotoDatabase()
+        self._database.run("create table people (split varchar, identity varchar)")
+        self._waiting: list[pa.Table] = []
+
+    def add(self, split: str, identities: list[str]) -> None:
+        """Count the identities of aligned faces."""
+        splits = pa.repeat(pa.scalar(split), len(identities))
+        self._waiting.append(pa.table({"split": splits, "identity": pa.array(identities, pa.string())}))
+        if sum(map(len, self._waiting)) >= BATCH_ROWS:
+            self._write()
+
+    def by_split(self) -> dict[str, int]:
+        """Return the number of identities of each split."""
+        self._write()
+        counts = dict(self._database.rows("select split, count(distinct identity) from people group by split"))
+        return {split: counts.get(split, 0) for split in table.SPLITS}
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._database.append("people", pa.concat_tables(self._waiting))
+            self._waiting = []
+
+
 @dataclass
 class _Totals:
     statuses: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in table.SPLITS})
-    photos_by_identity: dict[str, Counter[str]] = field(
-        default_factory=lambda: {split: Counter() for split in table.SPLITS}
-    )
+    people: _People = field(default_factory=_People)
+    num_known: Counter[str] = field(default_factory=Counter)
     refused: list[dict[str, str]] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -115,12 +143,13 @@ def _write(
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write card and contact sheet, and return the card; `more` is what the rows do not tell."""
+    people = totals.people.by_split()
     card = {
         "run_id": begun["run_id"],
         "version": begun.get("version", 0),
         "fingerprint": begun["fingerprint"],
-        "counts": _counts(totals, num_photos),
-        "splits": {split: _split_figures(totals, split) for split in table.SPLITS},
+        "counts": _counts(totals, num_photos, sum(people.values())),
+        "splits": {split: _split_figures(totals, split, people[split]) for split in table.SPLITS},
         "refused": totals.refused,
         "bytes_before": totals.bytes_before,
         "bytes_after": totals.bytes_after,
@@ -163,29 +192,33 @@ def _add(
     totals.statuses[split].update(statuses)
     totals.bytes_before += bytes_before
     totals.bytes_after += bytes_after
-    for name, identity, status, reason in zip(names, identities, statuses, reasons, strict=True):
-        if status == table.ALIGNED and identity is not None:
-            totals.photos_by_identity[split][identity] += 1
-        elif status != table.ALIGNED and len(totals.refused) < _MAX_REFUSED_NAMED:
+    known = [
+        identity
+        for identity, status in zip(identities, statuses, strict=True)
+        if status == table.ALIGNED and identity is not None
+    ]
+    totals.people.add(split, known)
+    totals.num_known[split] += len(known)
+    for name, status, reason in zip(names, statuses, reasons, strict=True):
+        if status != table.ALIGNED and len(totals.refused) < _MAX_REFUSED_NAMED:
             totals.refused.append({"photo": name, "status": status, **({"reason": reason} if reason else {})})
 
 
-def _counts(totals: _Totals, num_photos: int) -> dict[str, Any]:
+def _counts(totals: _Totals, num_photos: int, num_people: int) -> dict[str, Any]:
     statuses: Counter[str] = sum(totals.statuses.values(), Counter())
     return {
         "photos": num_photos,
         "rows": totals.num_rows,
         **{status: statuses[status] for status in table.STATUSES},
-        "identities": sum(len(photos) for photos in totals.photos_by_identity.values()),
+        "identities": num_people,
     }
 
 
-def _split_figures(totals: _Totals, split: str) -> dict[str, Any]:
-    photos = totals.photos_by_identity[split]
+def _split_figures(totals: _Totals, split: str, num_people: int) -> dict[str, Any]:
     return {
-        "identities": len(photos),
+        "identities": num_people,
         "photos": totals.statuses[split][table.ALIGNED],
-        "mean_photos_per_identity": round(photos.total() / len(photos), 2) if photos else 0.0,
+        "mean_photos_per_identity": round(totals.num_known[split] / num_people, 2) if num_people else 0.0,
         "statuses": dict(totals.statuses[split]),
     }
 
