@@ -222,6 +222,8 @@ def epochs_and_files(folder: Path) -> tuple[list[int], list[str]]:
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     # TensorBoard names its files after time and process, and begins one at each start.
     names = {re.sub(r"events\.out\.tfevents.*", "events", name) for name in names}
+    # How many triplets an epoch has depends on the negatives that the store knew of in time.
+    names = {re.sub(r"step-\d+", "step", name) for name in names}
     return [row["epoch"] for row in history], sorted(names)
 
 

@@ -19,23 +19,35 @@ def find_photos(database: PhotoDatabase, folder: str) -> None:
     (NFC, NFD), and in the suffix. A name that two photos would answer to is taken for neither.
     """
     # A list has a name of any bytes as the disk has it, or as a table has it.
-    for candidate in ("stored", "name"):
-        database.run(
-            f"update lines set photo = scanned.photo from scanned where lines.photo is null "
-            f"and scanned.photo = lines.{candidate}"
-        )
+    _set_photo(
+        database,
+        "coalesce(a.photo, b.photo)",
+        """left join scanned a on a.photo = lines.stored
+        left join scanned b on b.photo = lines.name and lines.name <> lines.stored""",
+    )
     if not database.value("select count(*) from lines where photo is null"):
         return
     _make_keys(database)
     _make_wanted(database, folder)
-    for key in ("key", "below"):
-        for stem, of in (("", "keys"), ("_stem", "stems")):
-            database.run(
-                f"""update lines set photo = {of}.photo from wanted join {of} on {of}.key = wanted.{key}{stem}
-                where lines.photo is null and wanted.number = lines.number"""
-            )
+    _set_photo(
+        database,
+        "coalesce(lines.photo, k1.photo, s1.photo, k2.photo, s2.photo)",
+        """left join wanted on wanted.number = lines.number
+        left join keys k1 on k1.key = wanted.key
+        left join stems s1 on s1.key = wanted.key_stem
+        left join keys k2 on k2.key = wanted.below
+        left join stems s2 on s2.key = wanted.below_stem""",
+    )
     for name in ("keys", "stems", "wanted"):
         database.run(f"drop table {name}")
+
+
+def _set_photo(database: PhotoDatabase, photo: str, joins: str) -> None:
+    """Set the column `photo` of the table `lines`. The table is written anew: an update would be held in memory."""
+    kept = ", ".join(f"lines.{name}" for name in ("number", "name", "stored", "identity", "is_bytes"))
+    database.run(f"create table matched as select {kept}, {photo} as photo from lines {joins}")
+    database.run("drop table lines")
+    database.run("alter table matched rename to lines")
 
 
 def _make_keys(database: PhotoDatabase) -> None:

@@ -83,8 +83,10 @@ class Manifest:
         return self.database.table(self._ordered(MANIFEST_SCHEMA.names), MANIFEST_SCHEMA)
 
     def only(self, condition: str) -> "Manifest":
-        """Remove the photos that do not fulfil a condition in SQL, and return what stays."""
-        self.database.run(f"delete from photos where not ({condition})")
+        """Keep only the photos that fulfil a condition in SQL, and return what stays."""
+        self.database.run(f"create table kept as select * from photos where {condition}")
+        self.database.run("drop table photos")
+        self.database.run("alter table kept rename to photos")
         return replace(self, num=self.database.value("select count(*) from photos"))
 
     def old_digest(self) -> str:
@@ -200,21 +202,18 @@ def _take_identities(source: Source, database: PhotoDatabase, identities_url: st
         by_folder = isinstance(source, ContainerSource) and source.has_folders and has_none
         name = _inner_name(source, database) if by_folder else "photo"
     identity = folder_identities(database, name) if by_folder else "identity"
+    nobody = f"case when identity is null then '{table.NO_IDENTITY}' end" if required else "null::varchar"
     database.run(
         f"""create table known as
-        select photo, {identity} as identity, null::varchar as status, source, "group", "row", num_bytes, mark,
-            rowid as place
-        from scanned"""
+        select photo, identity, {nobody} as status, source, "group", "row", num_bytes, mark, place
+        from (select * replace ({identity} as identity), rowid as place from scanned)"""
     )
-    if not required:
-        return
-    if isinstance(source, FolderSource) and not database.value("select count(identity) from known"):
+    if required and isinstance(source, FolderSource) and not database.value("select count(identity) from known"):
         raise UserError(
             f"{storage.redacted(identities_url or 'identities.txt')} is not there, and {storage.redacted(source.url)} "
             'has no folder per identity: write lines of "photo-name identity" into that file, name another by '
             "--identities, or take every face of photos without identities with --faces-policy all"
         )
-    database.run(f"update known set status = '{table.NO_IDENTITY}' where identity is null")
 
 
 def _inner_name(source: Source, database: PhotoDatabase) -> str:

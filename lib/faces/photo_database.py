@@ -20,6 +20,7 @@ BATCH_ROWS = 65_536
 
 _CONFIG: dict[str, Any] = {
     "memory_limit": MEMORY,
+    "preserve_insertion_order": False,  # whoever needs an order asks for it
     "autoinstall_known_extensions": False,  # nothing is downloaded
     "autoload_known_extensions": False,
 }
@@ -45,6 +46,7 @@ class PhotoDatabase:
             raise UserError(f"temporary files cannot lie in {tempfile.gettempdir()} ({error}): set TMPDIR") from error
         config = {**_CONFIG, "temp_directory": str(self.folder / "spilled")}
         self._connection = stack.enter_context(duckdb.connect(str(self.folder / "photos.duckdb"), config=config))
+        self._connection.execute("set enable_progress_bar = false")  # ours is shown
         weakref.finalize(self, stack.close)
 
     def run(self, sql: str, *values: Any) -> None:
