@@ -13,6 +13,8 @@ JUNK_FOLDERS = (
 
 def stored_name(name: str) -> str:
     r"""Return the name as it stands in a table: bytes that are no UTF-8 as `\xe9`; what looks so, escaped too."""
+    if name.isascii() and "\\x" not in name:
+        return name  # as nearly all are
     escaped = _ESCAPED.sub(lambda match: "\\x5c" + match[0][1:], name)
     return escaped.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
