@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tyro
 
 from lib import cluster, storage
@@ -25,6 +26,7 @@ from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs, made_pairs
 from lib.evaluation.report_content import present
 from lib.faces import table
+from lib.faces.face_filter import FaceFilter, face_filter
 from lib.faces.manifest import Manifest
 from lib.layout import Layout
 from lib.parts import split_in
@@ -68,6 +70,11 @@ class EvaluateConfig:
     """Without --pairs: number of pairs, in 10 folds that share no person."""
     seed: int = 0
     """Seed of the pairs and of the bootstrap."""
+    min_quality: float = 0.0
+    """Measure on faces of at least this quality, 0 to 1. Pairs with another face are left out."""
+    where: str = ""
+    """Measure on faces within ranges of the columns eye_distance, sharpness, brightness, contrast, yaw, pitch, roll and
+    quality, such as yaw=-30:30,sharpness=50: with one end or both."""
     tolerance: float | None = None
     """Threshold for the table of the original project. Default: the model's threshold, else the best one."""
     slices: str | None = None
@@ -97,10 +104,17 @@ class EvaluateConfig:
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
         if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
             raise UserError(f"--tolerance is {self.tolerance}: a distance, 0 or more")
+        if self.taken and self.photos is not None:
+            raise UserError("--min-quality and --where look at the columns of a faces table: leave --photos out")
         cluster.check_gpus(self.gpus)
         for flag, value in (("--seed", self.seed), ("--split-seed", self.split_seed)):
             if value < 0:
                 raise UserError(f"{flag} is {value}: 0 or more")
+
+    @property
+    def taken(self) -> FaceFilter:
+        """Which faces are measured on."""
+        return face_filter(self.min_quality, self.where)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -159,6 +173,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **{name: measured[0].figures[name] for name in KEPT_FIGURES},
         "pairs": config.pairs and storage.redacted(absolute_url(config.pairs, "--pairs")),
         "seed": config.seed,
+        "faces_within": str(config.taken) or None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": notes,
         "difference": _difference(measured),
@@ -204,12 +219,12 @@ def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Sourc
 
 def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Photos, Pairs, list[Source]]:
     """Return the photos, their pairs, and the sources without photos that are in no pair, where that is cheap."""
-    names, identities, statuses, splits = _listed(sources[0])
+    names, identities, statuses, splits = _listed(sources[0], config.taken)
     if config.pairs is None:
         # A raw photo without a face counts as an error, because the model should have found the face. A faces table
         # tests the model alone; photos that are in no pair are reported.
         is_cut_out = isinstance(sources[0], FacesSource)
-        left_out = {table.MISSING, table.NO_IDENTITY} if not is_cut_out else set(table.STATUSES) - {table.ALIGNED}
+        left_out = {table.MISSING, table.NO_IDENTITY} if not is_cut_out else set(statuses) - {table.ALIGNED}
         taken = [
             n
             for n, (identity, status) in enumerate(zip(identities, statuses, strict=True))
@@ -224,7 +239,14 @@ def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Ph
             note = f"{len(names) - len(taken)} of {len(names)} photos are in no pair ({reasons})"
             pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
         return photos, pairs, sources
+    note = ""
+    if config.taken:
+        inside = [n for n, status in enumerate(statuses) if status != _not_within(config.taken)]
+        note = f"{len(names) - len(inside)} of {len(names)} photos are left out ({_not_within(config.taken)})"
+        names, splits = [names[n] for n in inside], [splits[n] for n in inside]
+        identities = [identities[n] for n in inside]
     pairs = read_pairs(absolute_url(config.pairs, "--pairs"), names, seed=config.seed)
+    pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
     if isinstance(sources[0], FacesSource):
         return photos_of(names, identities, splits), pairs, sources
     used_N = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
@@ -244,22 +266,36 @@ def _with_photos(source: PhotosSource, photos: pa.Table) -> PhotosSource:
     return replace(source, manifest=Manifest.of(photos, source.manifest.num_bytes, source.manifest.num_passed_over))
 
 
-def _listed(source: Source) -> tuple[list[str], list[str | None], list[str | None], list[str]]:
-    """Return name, identity, status (if known) and split of every photo of a source."""
+def _not_within(taken: FaceFilter) -> str:
+    return f"not within {taken}"
+
+
+def _listed(source: Source, taken: FaceFilter) -> tuple[list[str], list[str | None], list[str | None], list[str]]:
+    """Return name, identity, status (if known) and split of every photo of a source.
+
+    The status of aligned faces that are left out says so.
+    """
     if isinstance(source, PhotosSource):
         columns = ("photo", "identity", "status", "split")
         photos = source.manifest.photos
         names, identities, statuses, splits = (photos[column].to_pylist() for column in columns)
         return names, identities, statuses, splits
-    parts = [
-        storage.read_parquet(storage.join(source.url, name), table.columns("photo", "identity", "status"))
-        for name in source.file_names
-    ]
+    parts = [_read_part(storage.join(source.url, name), taken) for name in source.file_names]
     rows = pa.concat_tables(parts)
     in_split = [split_in(name) for name in source.file_names]
     splits = [split for split, part in zip(in_split, parts, strict=True) for _ in range(len(part))]
     names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
     return names, identities, statuses, splits
+
+
+def _read_part(url: str, taken: FaceFilter) -> pa.Table:
+    with storage.open_parquet(url, table.columns("photo", "identity", "status")) as file:
+        taken.check(file.schema_arrow, storage.redacted(url))
+        rows = file.read(columns=["photo", "identity", "status", *taken.columns])
+    if taken:
+        is_out = pc.and_(pc.equal(rows["status"], table.ALIGNED), pc.invert(taken.keeps(rows)))
+        rows = rows.set_column(2, "status", pc.if_else(is_out, _not_within(taken), rows["status"]))
+    return rows.select(["photo", "identity", "status"])
 
 
 def _difference(measured: Sequence[Measured]) -> dict[str, float] | None:

@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 from lib import storage
 from lib.errors import JobError, UserError
 from lib.faces import table
+from lib.faces.face_filter import EVERY_FACE, FaceFilter
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +116,13 @@ def build_cache(
     photos_limit: int = 0,
     only: Only | None = None,
     run_id: str | None = None,
+    taken: FaceFilter = EVERY_FACE,
 ) -> str:
     """Return the path of the cache file of these splits, after making it where it is not there yet.
 
     With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most. `run_id`
-    is that of the version of the table, which is the present one if that version is not kept.
+    is that of the version of the table, which is the present one if that version is not kept. Faces that `taken` leaves
+    out are not in it.
 
     Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
     file under the final name. Caches of other faces are left alone, but for old ones in `default_folder`.
@@ -132,7 +135,7 @@ def build_cache(
     """
     folder = Path(cache_dir)
     success = table.read_success(faces_url, run_id=run_id)
-    path = folder / _cache_name(success, splits, photos_limit, only)
+    path = folder / _cache_name(success, splits, photos_limit, only, taken)
     if _is_there(path):
         return str(path)
     try:
@@ -144,7 +147,7 @@ def build_cache(
         if not _is_there(path):
             if cache_dir == default_folder():
                 _remove_old(folder)
-            _build(_part_urls(faces_url, success, splits), splits, path, photos_limit, only)
+            _build(_part_urls(faces_url, success, splits), splits, path, photos_limit, only, taken)
     return str(path)
 
 
@@ -174,8 +177,11 @@ def _remove_old(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _cache_name(success: dict[str, Any], splits: Sequence[str], photos_limit: int, only: Only | None) -> str:
-    chosen = [*([photos_limit] if photos_limit else []), *([only.digest()] if only else [])]
+def _cache_name(
+    success: dict[str, Any], splits: Sequence[str], photos_limit: int, only: Only | None, taken: FaceFilter
+) -> str:
+    chosen: list[Any] = [*([photos_limit] if photos_limit else []), *([only.digest()] if only else [])]
+    chosen += [str(taken)] if taken else []
     content = json.dumps([FORMAT_VERSION, success, *chosen], sort_keys=True)
     return f"faces-{'-'.join(splits)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
 
@@ -191,11 +197,13 @@ def _locked(descriptor: int, path: Path) -> Iterator[None]:
     yield
 
 
-def _build(urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int, kept: Only | None) -> None:
+def _build(
+    urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int, kept: Only | None, taken: FaceFilter
+) -> None:
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         num_bytes_needed = sum(pool.map(_num_bytes, urls))
     if photos_limit:
-        kept = Only(column="identity", names=limited_identities(_identities(urls), photos_limit))
+        kept = Only(column="identity", names=limited_identities(read_names(urls, "identity", taken), photos_limit))
     if kept is not None:
         names = read_names(urls, kept.column)
         num_kept = pc.sum(pc.is_in(names, value_set=kept.names)).as_py() or 0
@@ -208,7 +216,7 @@ def _build(urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit:
         raise _disk_full(path.parent, num_bytes_needed)
     temporary = path.with_suffix(".unfinished")
     try:
-        num_rows = _copy(urls, temporary, kept)
+        num_rows = _copy(urls, temporary, kept, taken)
         if num_rows:
             temporary.replace(path)
     except OSError as error:
@@ -218,8 +226,9 @@ def _build(urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit:
     finally:
         temporary.unlink(missing_ok=True)
     if not num_rows:
+        within = f" and within {taken}" if taken else ""
         raise NoFacesError(
-            f"no photo in split {', '.join(splits)} of the faces table is aligned: "
+            f"no photo in split {', '.join(splits)} of the faces table is aligned{within}: "
             "run jobs/preprocess.py on photos with faces first"
         )
     logger.info("made %s: %d crops, %.1f MB", path, num_rows, path.stat().st_size / 1e6)
@@ -244,13 +253,13 @@ def _num_bytes(url: str) -> int:
         return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
 
 
-def _copy(urls: Sequence[str], path: Path, kept: Only | None) -> int:
+def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter) -> int:
     """Write the aligned faces that are `kept` (None: all), file after file; return how many there are."""
     num_rows = 0
     path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as sink:
         with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
-            for batch in _equal_batches(urls, kept):
+            for batch in _equal_batches(urls, kept, taken):
                 writer.write_batch(batch)
                 num_rows += len(batch)
         sink.flush()
@@ -258,14 +267,15 @@ def _copy(urls: Sequence[str], path: Path, kept: Only | None) -> int:
     return num_rows
 
 
-def _equal_batches(urls: Sequence[str], only: Only | None) -> Iterator[pa.RecordBatch]:
+def _equal_batches(urls: Sequence[str], only: Only | None, taken: FaceFilter) -> Iterator[pa.RecordBatch]:
     """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter."""
     pending: list[pa.RecordBatch] = []
     num_pending = 0
     for url in urls:
         with storage.open_parquet(url, table.columns(*CACHE_SCHEMA.names, "status")) as file:
-            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status"]):
-                kept = batch.filter(_usable(batch)).select(CACHE_SCHEMA.names)
+            taken.check(file.schema_arrow, storage.redacted(url))
+            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status", *taken.columns]):
+                kept = batch.filter(_usable(batch, taken)).select(CACHE_SCHEMA.names)
                 if only is not None:
                     kept = only.kept(kept)
                 # A crop that is not there is met, counted and named like one that cannot be decoded.
@@ -282,29 +292,48 @@ def _equal_batches(urls: Sequence[str], only: Only | None) -> Iterator[pa.Record
 
 
 def read_identities(
-    faces_url: str, splits: Sequence[str], *, photos_limit: int = 0, run_id: str | None = None
+    faces_url: str,
+    splits: Sequence[str],
+    *,
+    photos_limit: int = 0,
+    run_id: str | None = None,
+    taken: FaceFilter = EVERY_FACE,
 ) -> pa.ChunkedArray:
     """Return the identity of each row that such a cache holds, in its order, without reading the crops.
 
     Raises:
         UserError: the faces folder is absent or not finished, or the limit leaves nobody.
     """
-    identities = _identities(_part_urls(faces_url, table.read_success(faces_url, run_id=run_id), splits))
+    urls = _part_urls(faces_url, table.read_success(faces_url, run_id=run_id), splits)
+    identities = read_names(urls, "identity", taken)
     if not photos_limit:
         return identities
     return identities.filter(pc.is_in(identities, value_set=limited_identities(identities, photos_limit)))
 
 
-def _identities(urls: Sequence[str]) -> pa.ChunkedArray:
-    return read_names(urls, "identity")
+def num_left_out(faces_url: str, splits: Sequence[str], taken: FaceFilter, *, run_id: str | None = None) -> int:
+    """Return how many aligned faces of people `taken` leaves out, and say it in the log."""
+    urls = _part_urls(faces_url, table.read_success(faces_url, run_id=run_id), splits)
+    num_all = len(read_names(urls, "identity"))
+    num = num_all - len(read_names(urls, "identity", taken))
+    logger.info("%d of %d faces are left out: not within %s", num, num_all, taken)
+    return num
 
 
-def read_names(urls: Sequence[str], column: Literal["photo", "identity"]) -> pa.ChunkedArray:
+def read_names(
+    urls: Sequence[str], column: Literal["photo", "identity"], taken: FaceFilter = EVERY_FACE
+) -> pa.ChunkedArray:
     """Return the photo or the identity of each row of a cache of these parts, in its order."""
-    columns = dict.fromkeys((column, "identity", "status"))
+    columns = list(dict.fromkeys((column, "identity", "status")))
+
+    def read(url: str) -> pa.ChunkedArray:
+        with storage.open_parquet(url, table.columns(*columns)) as file:
+            taken.check(file.schema_arrow, storage.redacted(url))
+            part = file.read(columns=[*columns, *taken.columns])
+        return part.filter(_usable(part, taken))[column]
+
     with ThreadPoolExecutor(READ_AHEAD) as pool:
-        parts = pool.map(lambda url: storage.read_parquet(url, table.columns(*columns)), urls)
-        names = [part.filter(_usable(part))[column] for part in parts]
+        names = list(pool.map(read, urls))
     return pa.chunked_array([chunk for column in names for chunk in column.chunks], pa.string())
 
 
@@ -333,8 +362,9 @@ def _hash(identity: str) -> bytes:
     return hashlib.blake2b(f"limit\0{identity}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def _usable(rows: pa.Table | pa.RecordBatch) -> pa.Array | pa.ChunkedArray:
-    return pc.and_(pc.equal(rows["status"], table.ALIGNED), pc.is_valid(rows["identity"]))
+def _usable(rows: pa.Table | pa.RecordBatch, taken: FaceFilter) -> pa.Array | pa.ChunkedArray:
+    usable = pc.and_(pc.equal(rows["status"], table.ALIGNED), pc.is_valid(rows["identity"]))
+    return pc.and_(usable, taken.keeps(rows)) if taken else usable
 
 
 def decode_jpeg(jpeg: npt.NDArray[np.uint8], reduction: int = 1) -> npt.NDArray[np.uint8] | None:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from lib.cluster import Compile, Precision
 from lib.errors import UserError
+from lib.faces.face_filter import FaceFilter, face_filter
 from lib.flags import check_values
 from lib.training.augmentation import Level
 from lib.training.loss_terms import CENTRE_MARGINS, LossTerms, loss_terms
@@ -69,14 +70,25 @@ class SamplingSettings:
     """none; original: flip, rotation, auto contrast; strong: also crop, light, grey, blur, JPEG."""
     photos_limit: int = 0
     """Train on at most this many photos, of whole people chosen by a hash; 0 uses all."""
+    min_quality: float = 0.0
+    """Train on faces of at least this quality, 0 to 1. Validation keeps all faces, so that its figures compare."""
+    where: str = ""
+    """Train on faces within ranges of the columns eye_distance, sharpness, brightness, contrast, yaw, pitch, roll and
+    quality, such as yaw=-30:30,sharpness=50: with one end or both."""
 
     def __post_init__(self) -> None:
+        _ = self.faces
         check_values(
             ("photos-per-person", self.photos_per_person, "2 or more", self.photos_per_person >= 2),
             ("triplets-per-epoch", self.triplets_per_epoch, "1 or more, or 0", self.triplets_per_epoch >= 0),
             ("accumulate", self.accumulate, "1 or more", self.accumulate >= 1),
             ("photos-limit", self.photos_limit, "1 or more, or 0", self.photos_limit >= 0),
         )
+
+    @property
+    def faces(self) -> FaceFilter:
+        """Which faces are trained on."""
+        return face_filter(self.min_quality, self.where)
 
 
 @dataclass(frozen=True, kw_only=True)

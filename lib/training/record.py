@@ -28,6 +28,9 @@ Floats = npt.NDArray[np.float32]
 
 OUTCOME_NAME = "outcome.json"
 
+FILTERED = ("faces within", "faces left out")
+"""What the driver says in a model's spec of `--min-quality` and `--where`."""
+
 Ending = Literal["stopped", "failed"]
 
 
@@ -219,6 +222,7 @@ class RunRecord:
             training={
                 "photos": len(self._cache),
                 "identities": len(self._cache.identities),
+                **{name: model.spec.training[name] for name in FILTERED if name in model.spec.training},
                 "epoch": progress.epoch,
                 "steps": progress.step,
                 "batch": config.sampling.batch,

@@ -26,7 +26,7 @@ from lib.terminal import terminal
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress
 from lib.training.control import News, WorkerJob, create_control, failure_error
-from lib.training.face_cache import read_identities
+from lib.training.face_cache import num_left_out, read_identities
 from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
 from lib.training.recipe import TableCounts, all_settings, with_recipe
@@ -74,10 +74,10 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         fingerprint=success["fingerprint"],
     )
     faces_run_id = str(success["run_id"])
-    limit = config.sampling.photos_limit
+    limit, taken = config.sampling.photos_limit, config.sampling.faces
     identities = None
     if config.recipe != "none":
-        identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
+        identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id, taken=taken)
         config = with_recipe(config, TableCounts(photos=len(identities), people=len(identities.unique())))
     plan = config.content(success)
     progress = _settle(config, plan)
@@ -85,7 +85,12 @@ def train(config: TrainConfig, workers: Workers | None = None) -> dict[str, Any]
         logger.info("%s is finished: nothing to do", config.run_url)
         return _result(config, run_result(read_rows(config.run_url), progress.best_epoch), started)
     if identities is None:
-        identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id)
+        identities = read_identities(config.faces_url, ["train"], photos_limit=limit, run_id=faces_run_id, taken=taken)
+    if taken:
+        left_out = num_left_out(config.faces_url, ["train"], taken, run_id=faces_run_id)
+        spec = replace(spec, training={"faces within": str(taken), "faces left out": left_out})
+        if not len(identities):
+            raise UserError(f"no face to train on is within {taken}: lower --min-quality, or widen --where")
     if config.staged is not None:
         logger.info("recipe %s", config.staged.reason)
     people = identities.unique().sort()

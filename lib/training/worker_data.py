@@ -51,8 +51,9 @@ def open_data(
         UserError: no crop to train on, or a part of the table is damaged.
     """
     folder = config.run.cache_dir or default_folder()
-    limit = config.sampling.photos_limit
-    train = FaceCache(build_cache(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id))
+    limit, taken = config.sampling.photos_limit, config.sampling.faces
+    path = build_cache(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id, taken=taken)
+    train = FaceCache(path)
     sources = sources or own_people(config, faces_run_id)
     val = None
     # Nothing else is borne: training on would hide a damaged part, which other nodes may not see.

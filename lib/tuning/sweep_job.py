@@ -131,7 +131,8 @@ def _check_faces(config: TrainConfig) -> dict[str, int]:
     Raises:
         UserError: too little training data, or too few validation people.
     """
-    identities = read_identities(config.faces_url, ["train"], photos_limit=config.sampling.photos_limit)
+    limit, taken = config.sampling.photos_limit, config.sampling.faces
+    identities = read_identities(config.faces_url, ["train"], photos_limit=limit, taken=taken)
     people = identities.unique().sort()
     index = PhotoIndex(pc.index_in(identities, people).to_numpy().astype(np.int32))
     if config.validation.best_by != "loss" and not config.validation.pair_files and not config.validation.val_faces:
