@@ -300,6 +300,17 @@ def test_two_workers_learn_centres_of_people_with_one_photo_too(connected_head: 
     assert "scale: 64.0 there, 30.0 now" in again.last_error
 
 
+def test_embeddings_of_512_numbers_are_learnt_mined_and_kept(connected_head: RayHead, data: Path) -> None:
+    more = ["--loss", "arcface+softmax", "--negatives", "hard", "--stored-negatives", "16", "--epochs", "2"]
+    brief = ["--batch-size", "24", "--triplets-per-epoch", "96", "--embedding-dim", "512"]
+    done = run_here("train.py", *flags(data, "wide", *more), *brief)
+    assert done.status == 0, done.errors
+    assert [row["store_filled_share"] for row in history(data, "wide")] == [1.0, 1.0]
+    model = load_model(done.result["model"])
+    assert model.spec.embedding_dim == 512
+    assert embed(model, np.zeros((1, 40, 40, 3), np.uint8)).shape == (1, 512)
+
+
 def test_more_workers_than_the_cluster_has_are_refused_saying_what_it_has(connected_head: RayHead, data: Path) -> None:
     refused = run_here("train.py", *flags(data, "many", "--workers", "9"))
     assert refused.status == 2

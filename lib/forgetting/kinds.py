@@ -157,7 +157,7 @@ def names_on_page(data: bytes, targets: Targets) -> tuple[bytes, int]:
 
 
 KINDS = (
-    Kind("rows", ("usage.parquet", "suspects.parquet"), parquet_without),
+    Kind("rows", ("usage.parquet", "suspects.parquet", "identities.parquet"), parquet_without),
     Kind("proposals", ("curation.parquet",), parquet_without),
     Kind("matches", ("matches.parquet",), parquet_without),
     Kind("spreadsheet", ("suspects.csv", "matches.csv", "identities-before.csv"), csv_without),

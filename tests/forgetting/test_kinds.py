@@ -87,6 +87,7 @@ def test_pages_are_searched_for_names_as_html_and_json_write_them(page: str) -> 
     ("path", "what"),
     [
         ("runs/a/usage.parquet", "rows"),
+        ("runs/a/checkpoints/identities.parquet", "rows"),
         ("report/suspects.csv", "spreadsheet"),
         ("curation/identities-before.csv", "spreadsheet"),
         ("identities.txt", "list of identities"),

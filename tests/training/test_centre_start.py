@@ -88,6 +88,15 @@ def test_a_model_without_centres_starts_all_of_them_at_the_means(tmp_path: Path)
     np.testing.assert_allclose(worker.state.centres.centres_RSD[:, 0], means(worker, f"{run_url}/model"), atol=1e-4)
 
 
+def test_centres_of_a_run_whose_list_of_people_is_shorter_are_nobody_s(tmp_path: Path) -> None:
+    """As after jobs/forget.py, which takes a name out of it: the rows of the centres are those of others then."""
+    run_url = finished(begun(tmp_path, people=EARLIER), tmp_path)
+    checkpoints.write_identities(run_url, pa.array(["person 0", "person 2", "person 3"]))
+    worker = begun(tmp_path, people=EARLIER, init=run_url, name="longer")
+    assert worker.state.centres is not None
+    np.testing.assert_allclose(worker.state.centres.centres_RSD[:, 0], means(worker, f"{run_url}/model"), atol=1e-4)
+
+
 def test_other_weights_and_another_head_start_at_random(tmp_path: Path) -> None:
     run_url = finished(begun(tmp_path, people=EARLIER), tmp_path)
     worker = begun(tmp_path, people=EARLIER, name="other")
