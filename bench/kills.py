@@ -37,8 +37,10 @@ LINE_LIMIT_S = 15.0
 """Between a kill and the end of the job."""
 HUNG_S = 300.0
 ORPHANS_LIMIT_S = 120.0
-"""Within which all processes of killed jobs must have ended, after the output is finished. Ray's agents try for a minute
-to reach a head that is dead."""
+"""Within which all processes of killed jobs must have ended, after the output is finished.
+
+Ray's agents try for a minute to reach a head that is dead.
+"""
 EPOCHS = 4
 
 DRIVER = "driver"
