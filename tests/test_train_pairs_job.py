@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import openpyxl
+import pyarrow.parquet as pq
 import pytest
 
 from lib.training.checkpoints import newest_progress
@@ -72,6 +73,31 @@ def test_pairs_of_a_file_choose_the_epoch_where_there_are_no_validation_people(
     refused = run_here("train.py", *flags(tmp_path, "run", *BRIEF, "--val-pairs", "400"))
     assert refused.status == 2
     assert "val_pairs: [20000, " in refused.last_error
+
+
+def test_faces_that_a_worker_cannot_read_end_the_run_in_one_line(connected_head: RayHead, tmp_path: Path) -> None:
+    write_faces(tmp_path / "faces")
+    write_faces(tmp_path / "lfw", people={"test": 40})
+    for part in (tmp_path / "lfw" / "split=test").glob("*.parquet"):
+        damage_crops(part)
+    file = write_pairs(tmp_path / "lfw.csv", range(24, 40))
+    more = ("--val-faces", str(tmp_path / "lfw"), "--val-pairs", file)
+    ended = run_here("train.py", *flags(tmp_path, "run", *BRIEF), *more)
+    assert ended.status == 2, ended.errors
+    assert str(tmp_path / "lfw") in ended.last_error
+    assert "Traceback" not in ended.errors
+
+
+def damage_crops(part: Path) -> None:
+    """Overwrite the crops; the names beside them can be read, as the driver does."""
+    metadata = pq.ParquetFile(part).metadata
+    content = bytearray(part.read_bytes())
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        (crops,) = [c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "crop"]
+        start = crops.data_page_offset
+        content[start : start + crops.total_compressed_size] = b"\xff" * crops.total_compressed_size
+    part.write_bytes(content)
 
 
 def test_a_dry_run_reads_the_pairs_and_says_what_is_left_out(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`jobs/train.py` from and to a bucket of a real S3 server, which goes away in the middle and comes back."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.job_runner import RayHead, finish, kill_session, run_here, run_job, s
 from tests.s3_server import S3Server
 from tests.test_train_job import TINY
 from tests.training.learnable_faces import write_faces
+from tests.training.test_validation_sources import write_pairs
 
 EPOCHS = 4
 
@@ -35,14 +37,19 @@ def epochs(data: str) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_lives_in_a_bucket(head: RayHead, data: str, tmp_path: Any) -> None:
-    done = run_job("train.py", *flags(data, tmp_path), extra=head.environment)
+    pairs = write_pairs(tmp_path / "pairs.csv", range(32, 40), photos=8)
+    storage.write_bytes(f"{data}/my pairs.csv", Path(pairs).read_bytes())
+    watched = ["--val-pairs", "400", f"{data}/my pairs.csv", "--track", f"mlflow:{tmp_path}/mlflow"]
+    done = run_job("train.py", *flags(data, tmp_path), *watched, extra=head.environment)
     assert done.status == 0, done.errors
+    assert 0.5 < done.result["pairs_of_files"]["my_pairs"] <= 1
+    assert storage.read_json(f"{data}/runs/default/tracking.json")[f"mlflow:{tmp_path}/mlflow"]["epoch"] == EPOCHS
     assert epochs(data) == list(range(1, EPOCHS + 1))
     assert load_model(f"{data}/runs/default/model").spec.metrics["accuracy"] == done.result["accuracy"]
     names = {info.path for info in storage.list_files(f"{data}/runs/default")}
     assert {"config.json", "history.csv", "history.xlsx", "usage.parquet"} <= names
     assert any(name.startswith("tensorboard/events") for name in names)
-    assert run_here("train.py", *flags(data, tmp_path)).result["epochs"] == EPOCHS
+    assert run_here("train.py", *flags(data, tmp_path), *watched).result["epochs"] == EPOCHS
 
 
 @pytest.mark.slow
