@@ -19,33 +19,34 @@ def find_photos(database: PhotoDatabase, folder: str) -> None:
     (NFC, NFD), and in the suffix. A name that two photos would answer to is taken for neither.
     """
     # A list has a name of any bytes as the disk has it, or as a table has it.
-    _set_photo(
-        database,
-        "coalesce(a.photo, b.photo)",
-        """left join scanned a on a.photo = lines.stored
-        left join scanned b on b.photo = lines.name and lines.name <> lines.stored""",
-    )
-    if not database.value("select count(*) from lines where photo is null"):
+    _match(database, "scanned m on m.photo = lines.stored")
+    if database.value("select count(*) from lines where photo is null and name <> stored"):
+        _match(database, "scanned m on m.photo = lines.name")
+    if not _num_unmatched(database):
         return
     _make_keys(database)
     _make_wanted(database, folder)
-    _set_photo(
-        database,
-        "coalesce(lines.photo, k1.photo, s1.photo, k2.photo, s2.photo)",
-        """left join wanted on wanted.number = lines.number
-        left join keys k1 on k1.key = wanted.key
-        left join stems s1 on s1.key = wanted.key_stem
-        left join keys k2 on k2.key = wanted.below
-        left join stems s2 on s2.key = wanted.below_stem""",
-    )
+    for wanted, of in (("key", "keys"), ("key_stem", "stems"), ("below", "keys"), ("below_stem", "stems")):
+        if _num_unmatched(database):
+            found = f"(select wanted.number, {of}.photo from wanted join {of} on {of}.key = wanted.{wanted})"
+            _match(database, f"{found} m on m.number = lines.number")
     for name in ("keys", "stems", "wanted"):
         database.run(f"drop table {name}")
 
 
-def _set_photo(database: PhotoDatabase, photo: str, joins: str) -> None:
-    """Set the column `photo` of the table `lines`. The table is written anew: an update would be held in memory."""
-    kept = ", ".join(f"lines.{name}" for name in ("number", "name", "stored", "identity", "is_bytes"))
-    database.run(f"create table matched as select {kept}, {photo} as photo from lines {joins}")
+def _num_unmatched(database: PhotoDatabase) -> int:
+    return int(database.value("select count(*) from lines where photo is null"))
+
+
+def _match(database: PhotoDatabase, joined: str) -> None:
+    """Set the column `photo` of the table `lines`, where it is null, to that of what is joined as `m`.
+
+    One join at a time, and the table is written anew: several joins, or an update, would outgrow the memory.
+    """
+    database.run(
+        f"""create table matched as select lines.number, lines.name, lines.stored, lines.identity, lines.is_bytes,
+        coalesce(lines.photo, m.photo) as photo from lines left join {joined}"""
+    )
     database.run("drop table lines")
     database.run("alter table matched rename to lines")
 

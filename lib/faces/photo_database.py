@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.scratch import scratch_folder
 
 FOLDER_PREFIX = "cf-photos-"
-MEMORY = "256MB"
+MEMORY = "400MB"
 """What the database holds before it uses the disk. It does not grow with the number of photos."""
 BATCH_ROWS = 65_536
 
