@@ -89,7 +89,7 @@ def histogram_plot(name: str, distances_P: NDArray, same_P: NDArray[np.bool_], t
         if len(values):
             axes.hist(values, list(bins), density=True, alpha=0.55, label=label, color=color)
     axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3f}")
-    axes.legend()
+    axes.legend(loc="upper right")
     return _png(figure)
 
 
@@ -108,7 +108,7 @@ def history_plot(
         axes.plot(epochs, [np.nan if value is None else value for value in values], marker=".", label=name)
     if is_logarithmic:
         axes.set_yscale("log", nonpositive="mask")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
     return _png(figure)
 
 
@@ -161,7 +161,7 @@ def curves_plot(title: str, y_label: str, lines: Mapping[str, Sequence[tuple[int
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7)
+        axes.legend(loc="upper right", fontsize=7)
     return _png(figure)
 
 

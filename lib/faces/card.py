@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import storage
-from lib.faces import table
+from lib.faces import quality, quality_figures, table
 from lib.faces.images import to_jpeg
 from lib.faces.part_plan import BUCKETS, SIZE
 from lib.faces.photo_database import BATCH_ROWS, PhotoDatabase
@@ -22,8 +22,8 @@ from lib.parts import KEEP_VERSIONS, check_ours, finish_version, split_in
 
 logger = logging.getLogger(__name__)
 
-CARD_NAME, README_NAME, SHEET_NAME = "card.json", "README.md", "contact_sheet.jpg"
-NAMES = (CARD_NAME, README_NAME, SHEET_NAME)
+CARD_NAME, README_NAME, SHEET_NAME, QUALITY_NAME = "card.json", "README.md", "contact_sheet.jpg", "quality.jpg"
+NAMES = (CARD_NAME, README_NAME, SHEET_NAME, QUALITY_NAME)
 
 _SHEET_COLUMNS, _SHEET_ROWS, _TILE = 12, 6, 120
 _MAX_REFUSED_NAMED = 200
@@ -65,6 +65,7 @@ class _Totals:
     bytes_before: int = 0
     bytes_after: int = 0
     made_on: set[str] = field(default_factory=set)
+    quality: quality_figures.Figures = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -154,19 +155,32 @@ def _write(
         "bytes_before": totals.bytes_before,
         "bytes_after": totals.bytes_after,
         "made_on": sorted(totals.made_on),
+        "quality": quality_figures.quantiles(totals.quality),
         **more,
     }
     storage.write_json(storage.join(faces_url, CARD_NAME), card)
     storage.write_bytes(storage.join(faces_url, README_NAME), _readme(card).encode())
     storage.write_bytes(storage.join(faces_url, SHEET_NAME), _contact_sheet(faces_url, file_names))
+    quality_url = storage.join(faces_url, QUALITY_NAME)
+    if totals.quality:
+        storage.write_bytes(
+            quality_url, quality_figures.picture(totals.quality, lambda name, rows: _crops(faces_url, name, rows))
+        )
+    else:
+        storage.remove(quality_url)
     return card
+
+
+def _crops(faces_url: str, name: str, rows: Sequence[int]) -> dict[int, bytes]:
+    crops = storage.read_parquet(storage.join(faces_url, name), table.columns("crop"))["crop"]
+    return {n: crops[n].as_py() for n in rows}
 
 
 def _read_part(
     faces_url: str, name: str
-) -> tuple[list[str], list[str | None], list[str], list[str | None], int, int, str]:
+) -> tuple[list[str], list[str | None], list[str], list[str | None], int, int, str, quality_figures.Figures]:
     with storage.open_parquet(storage.join(faces_url, name), table.columns("photo", "identity", "status")) as file:
-        columns = ["photo", "identity", "status", "reason"]
+        columns = ["photo", "identity", "status", "reason", *quality.NAMES]
         rows = file.read(columns=[name for name in columns if name in file.schema_arrow.names])
         metadata = file.schema_arrow.metadata or {}
         footer = file.metadata
@@ -174,7 +188,8 @@ def _read_part(
     names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
     reasons = rows["reason"].to_pylist() if "reason" in rows.column_names else [None] * len(names)
     made_on = metadata.get(table.MADE_ON_KEY, b"").decode()
-    return names, identities, statuses, reasons, int(metadata.get(table.BYTES_KEY, b"0")), num_bytes, made_on
+    spread = quality_figures.of_part(name, rows)
+    return names, identities, statuses, reasons, int(metadata.get(table.BYTES_KEY, b"0")), num_bytes, made_on, spread
 
 
 def _add(
@@ -187,7 +202,9 @@ def _add(
     bytes_before: int,
     bytes_after: int,
     made_on: str,
+    spread: quality_figures.Figures,
 ) -> None:
+    quality_figures.merged(totals.quality, spread)
     totals.made_on |= set(made_on.split(", ")) - {""}
     totals.statuses[split].update(statuses)
     totals.bytes_before += bytes_before
@@ -241,6 +258,7 @@ def _readme(card: dict[str, Any]) -> str:
         for entry in card["refused"][:50]
     )
     passed_over = ", ".join(f"{number} {suffix}" for suffix, number in card["passed_over"].items()) or "none"
+    quality_part = f"![measures of the faces]({QUALITY_NAME})\n\n" if card["quality"] else ""
     forgotten = f" Photos left out because they were forgotten: {card['forgotten']:,}." if card["forgotten"] else ""
     settings = "\n".join(f"| {name} | {value} |" for name, value in fingerprint.items())
     split_lines = "\n".join(_split_lines(card))
@@ -255,7 +273,7 @@ def _readme(card: dict[str, Any]) -> str:
 
 ![contact sheet]({SHEET_NAME})
 
-## What became of each photo
+{quality_part}## What became of each photo
 
 | status | photos |
 | --- | --- |
@@ -293,6 +311,8 @@ def _contact_sheet(faces_url: str, file_names: list[str]) -> bytes:
     for tile, crop in enumerate(crops[:num_tiles]):
         y, x = (_TILE * place for place in divmod(tile, _SHEET_COLUMNS))
         picture = cv2.imdecode(np.frombuffer(crop, np.uint8), cv2.IMREAD_COLOR)
+        if picture is None:  # crops that came aligned are not decoded before
+            continue
         sheet[y : y + _TILE, x : x + _TILE] = cv2.resize(picture, (_TILE, _TILE), interpolation=cv2.INTER_AREA)
     used_rows = max(1, -(-min(len(crops), num_tiles) // _SHEET_COLUMNS))
     return to_jpeg(sheet[: used_rows * _TILE], quality=90)

@@ -166,7 +166,7 @@ KINDS = (
     Kind("page", ("report.html",), names_on_page, is_removed=True, again="jobs/evaluate.py"),
     Kind("page", ("curation.html",), names_on_page, is_removed=True, again="jobs/curate.py"),
     Kind("picture", ("matches.jpg",), names_on_page, is_removed=True, again="jobs/identify.py"),
-    Kind("picture", ("contact_sheet.jpg",), names_on_page, is_removed=True, again="jobs/preprocess.py"),
+    Kind("picture", ("contact_sheet.jpg", "quality.jpg"), names_on_page, is_removed=True, again="jobs/preprocess.py"),
 )
 """The first kind that has a file counts. A page or picture goes, too, when a file beside or below it names one of
 the targets: it may show them without their name."""

@@ -162,3 +162,19 @@ def test_a_row_too_few_is_never_called_a_success(faces: Path) -> None:
     with pytest.raises(AssertionError, match="exactly one row"):
         card.finish(str(faces), two, begun=begun, photos_per_s=None)
     assert not (faces / "_SUCCESS").exists()
+
+
+def test_a_crop_that_cannot_be_decoded_leaves_its_place_in_the_contact_sheet_empty(tmp_path: Path) -> None:
+    parts = {name: list(rows) for name, rows in PARTS.items()}
+    for name, rows in parts.items():
+        write_part(tmp_path, name, rows, num_bytes=1)
+    name = next(iter(parts))
+    rows = storage.read_parquet(str(tmp_path / name)).to_pylist()
+    broken = table.faces_table([{**row, "crop": b"no picture"} for row in rows], json.dumps(FINGERPRINT))
+    storage.write_parquet(str(tmp_path / name), broken)
+    plan = plan_of({name: len(rows) for name, rows in parts.items()}, {})
+    begun = begin(Found(str(tmp_path)), PLAN, plan.file_names())
+    counts = card.finish(str(tmp_path), plan, begun=begun, photos_per_s=None)
+    sheet = cv2.imread(str(tmp_path / card.SHEET_NAME))
+    assert counts["aligned"] == 4
+    assert (sheet[:110, :230] > 250).all()
