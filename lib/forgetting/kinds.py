@@ -21,6 +21,9 @@ from lib.faces.identities import dialect_of, identity_or_nobody
 from lib.faces.photo_names import stored_name
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets, role_of
 
+MANY = 1000
+"""Photos up to which each is looked for in a page."""
+
 _SAMPLED = 500
 """Lines that tell the dialect of a list."""
 
@@ -148,7 +151,12 @@ def json_without(data: bytes, targets: Targets) -> tuple[bytes, int]:
 
 
 def names_on_page(data: bytes, targets: Targets) -> tuple[bytes, int]:
-    """Return how many of the photos a page names, as they are or as HTML and JSON write them. It cannot be left."""
+    """Return how many of the photos a page names, as they are or as HTML and JSON write them.
+
+    With more than `MANY` photos that would take hours, and every page counts as one that names them.
+    """
+    if len(targets.photos) > MANY:
+        return data, 1
     num = 0
     for name in targets.photos:
         forms = {name, str(markupsafe.escape(name)), json.dumps(name)[1:-1]}

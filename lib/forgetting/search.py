@@ -10,7 +10,7 @@ from lib import parts, storage
 from lib.errors import UserError
 from lib.faces import card
 from lib.faces.tombstones import FOLDER
-from lib.forgetting.kinds import Kind, kind_of, listed
+from lib.forgetting.kinds import MANY, Kind, kind_of, listed
 from lib.forgetting.models import is_run
 from lib.forgetting.tables import TableHits, look_for, named_in
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets, of_names
@@ -202,8 +202,11 @@ def _counted(without: Callable[[bytes, Targets], tuple[bytes, int]], url: str, d
 
 
 def texts_with(where: Places, targets: Targets) -> list[str]:
-    """Return the texts that no job has made and that name a photo: they are the user's, and told to the user."""
-    names = [name.encode("utf-8", "surrogateescape") for name in targets.photos]
+    """Return the texts that no job has made and that name a photo: they are the user's, and told to the user.
+
+    The first `MANY` photos are looked for.
+    """
+    names = [name.encode("utf-8", "surrogateescape") for name in sorted(targets.photos)[:MANY]]
 
     def holds(url: str) -> bool:
         data = _content(url)

@@ -83,6 +83,11 @@ def test_pages_are_searched_for_names_as_html_and_json_write_them(page: str) -> 
     assert names_on_page(page.encode(), TARGETS)[1] == 0
 
 
+def test_with_very_many_photos_every_page_counts() -> None:
+    many = of_names(map(str, range(1001)), [])
+    assert names_on_page(b"nothing", many)[1] == 1
+
+
 @pytest.mark.parametrize(
     ("path", "what"),
     [
