@@ -24,7 +24,9 @@ from lib.faces.tombstones import read_tombstones
 from lib.forgetting import forget_job
 from lib.forgetting.forget_job import ForgetConfig, forget
 from lib.recognition.embed_job import EmbedConfig, embed_job
+from lib.recognition.embedder import load_embedder
 from lib.recognition.identify_job import IdentifyConfig, identify
+from lib.recognition.model import keep_threshold
 from lib.training.face_cache import FaceCache, build_cache
 from lib.training.suspects import SuspectLog
 from lib.training.triplets import UsageCounter
@@ -135,7 +137,7 @@ def the_receipt(data: Path) -> dict:
 
 
 def test_no_byte_of_a_person_stays_and_everybody_else_does(
-    data: Path, needles: list[bytes], caplog: pytest.LogCaptureFixture
+    made: Path, data: Path, needles: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lib")
     before = files_with(data, needles)
@@ -154,7 +156,12 @@ def test_no_byte_of_a_person_stays_and_everybody_else_does(
     assert done["rows"] >= 4 * num
     assert done["models"] == [str(data / "runs" / "first")]
     assert (data / "runs" / "first" / "FORGOTTEN.json").exists()
-    assert "Forgotten" in (data / "runs" / "first" / "model" / "README.md").read_text()
+    model = data / "runs" / "first" / "model"
+    assert "Forgotten" in (model / "README.md").read_text()
+    digest = load_embedder(str(model)).digest
+    assert digest == load_embedder(str(made / "runs" / "first" / "model")).digest  # galleries stay those of the model
+    keep_threshold(str(model), 0.2, {})  # writes the card anew
+    assert "forgotten later" in (model / "README.md").read_text()
     assert "model/model.safetensors" in receipt["models_trained_on_them"][done["models"][0]]["weights"]
     assert f"{num} photos are gone" in caplog.text
     assert "remove them yourself" in caplog.text

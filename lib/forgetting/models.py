@@ -64,6 +64,12 @@ def mark(run_url: str, why: str, receipt: str, counts: Mapping[str, int]) -> Non
     marks = storage.read_json(url, {"marks": list})["marks"] if storage.exists(url) else []
     if all(each.get("receipt") != receipt for each in marks):
         storage.write_json(url, {"marks": [*marks, {"receipt": receipt, "why": why, **counts}]})
+    spec_url = storage.join(run_url, "model", "model.json")
+    if storage.exists(spec_url):  # a card that is written anew tells it from there
+        spec = storage.read_json(spec_url, {"training": dict})
+        if receipt not in str(told := spec["training"].get("forgotten later", "")):
+            spec["training"]["forgotten later"] = ", ".join(filter(None, [told, receipt]))
+            storage.write_json(spec_url, spec)
     card_url = storage.join(run_url, "model", "README.md")
     if storage.exists(card_url):
         card = storage.read_bytes(card_url).decode()
