@@ -79,6 +79,8 @@ def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     with quick_imports():
         import timm  # takes seconds, which who only reads a ModelSpec need not wait
 
+        from lib.recognition import iresnet as iresnet  # makes its networks models of timm
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.lower(), timm.list_models(), n=5)
         hint = f"near it are {', '.join(near)}" if near else "timm.list_models() lists them all"
@@ -103,7 +105,8 @@ def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
     """Return a new model in training mode whose weights `init` names; its mean and std follow the weights.
 
     `init` is a run or model folder of this project (the head is taken too where its shapes fit), or what
-    `lib.recognition.weights.load_pretrained` takes. The layers that stay random follow torch's global seed.
+    `lib.recognition.weights.load_pretrained` takes. The layers that stay random follow torch's global seed. A head of
+    one layer starts as the identity after a backbone whose published weights give embeddings of that length.
 
     Raises:
         UserError: no such weights, or they do not fit `spec`; JobError: `hub` was asked for and does not answer.
@@ -115,7 +118,22 @@ def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
     if normalization:
         model.is_pretrained = True
         model.spec = dataclasses.replace(spec, mean=normalization.mean, std=normalization.std)
+        if getattr(model.backbone, "gives_embeddings", False):
+            _start_as_identity(model.head)
     return model
+
+
+def _start_as_identity(head: nn.Sequential) -> None:
+    """Make a head of one square layer leave its input as it is; others stay random."""
+    layer = head[0]
+    if len(head) == 1 and isinstance(layer, nn.Linear) and layer.in_features == layer.out_features:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    else:
+        logger.warning(
+            "the head starts from random weights: with --embedding-dim 512 and no --head it gives the vectors "
+            "of the file"
+        )
 
 
 def _continue_from(model: EmbeddingModel, init: str) -> EmbeddingModel:
