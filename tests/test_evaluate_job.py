@@ -155,7 +155,7 @@ def test_two_models_are_measured_on_given_pairs_of_raw_photos_in_a_bucket(
     config = EvaluateConfig(
         data=s3_bucket,
         photos=f"{s3_bucket}/photos",
-        pairs=pairs_url,
+        pairs=(pairs_url,),
         model=(str(run), onnx_url),
         output=f"{s3_bucket}/out ü",
     )
@@ -192,7 +192,7 @@ def test_lfw_is_evaluated_by_its_own_pairs(
     taken = [line for fold in range(2) for kind in range(2) for line in lines[1 + (2 * fold + kind) * num_each :][:25]]
     (tmp_path / "pairs.txt").write_text("\n".join(["2\t25", *taken]))
     photos = str(real_photos / "lfw" / "photos")
-    evaluate(EvaluateConfig(model=(str(run),), photos=photos, pairs=str(tmp_path / "pairs.txt")))
+    evaluate(EvaluateConfig(model=(str(run),), photos=photos, pairs=(str(tmp_path / "pairs.txt"),)))
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     assert metrics["num_pairs"] == 100
     assert metrics["models"][0]["num_missing_pairs"] == 0
@@ -218,8 +218,8 @@ def test_bad_input_is_refused_in_one_line(model_url: str, faces_url: str, tmp_pa
     (tmp_path / "pairs.docx").write_text("?")
     (tmp_path / "no.onnx").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     gone, docx, no_model = (str(tmp_path / name) for name in ("gone.csv", "pairs.docx", "no.onnx"))
-    assert "none of its 1 pairs has both photos here" in refused(faces_url, model_url, pairs=gone)
-    assert "pairs are read from .txt" in refused(faces_url, model_url, pairs=docx)
+    assert "none of its 1 pairs has both photos here" in refused(faces_url, model_url, pairs=(gone,))
+    assert "pairs are read from .txt" in refused(faces_url, model_url, pairs=(docx,))
     assert "no finished faces at" in refused(str(tmp_path), model_url)
     assert "no model at" in refused(faces_url, str(tmp_path))
     assert "is no ONNX model" in refused(faces_url, no_model)
@@ -241,7 +241,7 @@ def test_folds_that_cannot_be_used_are_told_before_anything_is_embedded(
     a, b, c, d = (row["photo"] for row in aligned[:4])
     rows = [f"{a},{b},1,{folds[0]}", f"{a},{d},0,{folds[1]}", f"{a},{c},1,{folds[2]}"]
     (tmp_path / "pairs.csv").write_text("\n".join(["photo_a,photo_b,same,fold", *rows]))
-    assert said in refused(faces_url, model_url, pairs=str(tmp_path / "pairs.csv"), output=str(tmp_path / "out"))
+    assert said in refused(faces_url, model_url, pairs=(str(tmp_path / "pairs.csv"),), output=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

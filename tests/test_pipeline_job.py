@@ -64,7 +64,7 @@ def test_each_part_takes_up_what_the_one_before_has_made() -> None:
     assert first.photos_url == "/data/photos"
     assert then.faces_url == last.faces == "/else/faces"
     assert last.model == (then.run_url,) == ("/data/runs/b",)
-    raw = PipelineConfig(data="/data", evaluate=EvaluateConfig(photos="/lfw", pairs="/pairs.txt"))
+    raw = PipelineConfig(data="/data", evaluate=EvaluateConfig(photos="/lfw", pairs=("/pairs.txt",)))
     assert raw.parts()[2].faces is None
 
 

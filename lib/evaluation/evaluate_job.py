@@ -5,42 +5,41 @@ Shapes: N photos, P pairs, D embedding.
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import tyro
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
+from lib.evaluation.listed_photos import photos_and_pairs
 from lib.evaluation.metrics import check_folds, kfold_accuracy
-from lib.evaluation.model_metrics import Measured, Photos, check_embedded, measure, photos_of
-from lib.evaluation.pair_files import read_pairs
-from lib.evaluation.pairs import Pairs, made_pairs
+from lib.evaluation.model_metrics import Measured, Photos, check_embedded, measure
+from lib.evaluation.pairs import Pairs
 from lib.evaluation.report_content import present
+from lib.evaluation.set_figures import Protocol
+from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME, SetsPlan, evaluate_sets
+from lib.evaluation.verification_sets import is_verification_set
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter, face_filter
-from lib.faces.manifest import Manifest
 from lib.layout import Layout
-from lib.parts import split_in
 from lib.recognition.embed_job import embed_source
 from lib.recognition.embed_job import model_name as name_of
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embeddings_table import read_embeddings
-from lib.recognition.face_source import FacesSource, PhotosSource, Source, check_source, faces_source, photos_source
+from lib.recognition.face_source import FacesSource, Source, check_source, faces_source, photos_source
 from lib.recognition.model import keep_threshold, was_evaluated
 from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME, REPORT_NAME, SUSPECTS_NAME = "metrics.json", "report.html", "suspects.csv"
+SUSPECTS_NAME = "suspects.csv"
 
 KEPT_FIGURES = ("accuracy", "accuracy_std", "auc", "eer", "num_pairs")
 """Metrics in the job's result, and in the model beside the threshold they belong to."""
@@ -61,9 +60,13 @@ class EvaluateConfig:
     identities: str | None = None
     """File of lines "photo-name identity" for --photos. Default: identities.txt beside the photos, else their
     folders."""
-    pairs: str | None = None
-    """Pairs to judge: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Default: made from
-    --split."""
+    pairs: tuple[str, ...] = ()
+    """Pairs to judge: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Or one or several
+    verification sets (lfw.bin cfp_fp.bin), which hold their own faces. Default: made from --split."""
+    protocol: Protocol = "ours"
+    """With verification sets: ours, with intervals, or insightface, as published figures are made (implies --flip)."""
+    flip: bool = False
+    """With verification sets: add the embedding of the mirror image to that of the image."""
     split: str = "test"
     """Without --pairs: split whose photos make the pairs: train, val, test, or all."""
     num_pairs: int = 6_000
@@ -100,6 +103,7 @@ class EvaluateConfig:
             raise UserError(f"--model is given {len(self.model)} times: one model, or two side by side")
         if self.faces is not None and self.photos is not None:
             raise UserError("--faces and --photos are both given: choose one")
+        self._check_pairs()
         if self.split not in (*table.SPLITS, "all"):
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
         if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
@@ -111,6 +115,34 @@ class EvaluateConfig:
             if value < 0:
                 raise UserError(f"{flag} is {value}: 0 or more")
 
+    def _check_pairs(self) -> None:
+        """Check --pairs, and that no flag is given that means nothing for them."""
+        sets = [is_verification_set(url) for url in self.pairs]
+        if len(sets) > 1 and not all(sets):
+            raise UserError(f"--pairs names {len(sets)} files: one list of pairs, or verification sets (.bin) only")
+        for flag, given in (("--protocol insightface", self.protocol != "ours"), ("--flip", self.flip)):
+            if given and not any(sets):
+                raise UserError(f"{flag} is for verification sets: --pairs lfw.bin, or leave the flag out")
+        for flag, given in (
+            ("--photos", self.photos is not None),
+            ("--slices", self.slices is not None),
+            ("--min-quality or --where", bool(self.min_quality or self.where)),
+            ("--tolerance", self.tolerance is not None),
+            ("--keep-threshold", self.keep_threshold),
+        ):
+            if given and any(sets):
+                raise UserError(f"{flag} means nothing for verification sets (.bin): leave it out")
+        names = [PurePosixPath(url).stem for url in self.pairs]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"--pairs names two sets that are called {max(names, key=names.count)!r}: rename one of them"
+            )
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether --pairs names verification sets."""
+        return bool(self.pairs) and is_verification_set(self.pairs[0])
+
     @property
     def taken(self) -> FaceFilter:
         """Which faces are measured on."""
@@ -119,7 +151,7 @@ class EvaluateConfig:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits whose photos are used: all of them when --pairs names the photos."""
-        return table.SPLITS if self.pairs is not None or self.split == "all" else (self.split,)
+        return table.SPLITS if self.pairs or self.split == "all" else (self.split,)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -127,9 +159,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     started = time.monotonic()
     layout = Layout(config.data)
     urls = [find_model(layout, given) for given in config.model or (None,)]
+    if config.has_sets:
+        return evaluate_sets(_sets_plan(config, layout, urls))
     embedders = [load_embedder(url, config.onnx) for url in urls]
     sources = [_source(config, layout, embedder) for embedder in embedders]
-    photos, pairs, sources = _photos_and_pairs(config, sources)
+    pairs_url = absolute_url(config.pairs[0], "--pairs") if config.pairs else None
+    photos, pairs, sources = photos_and_pairs(
+        sources, pairs_url, config.taken, num_pairs=config.num_pairs, seed=config.seed
+    )
     check_folds(pairs.same_P, pairs.fold_P)
     if config.strict or config.dry_run:  # otherwise each model is checked when its turn comes
         for source, embedder in zip(sources, embedders, strict=True):
@@ -160,7 +197,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 photos,
                 pairs,
                 tolerance=config.tolerance,
-                with_original=config.pairs is None,
+                with_original=pairs_url is None,
                 seed=config.seed,
             )
         )
@@ -171,7 +208,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     notes = _notes(photos, pairs, measured, num_unknown)
     metrics = {
         **{name: measured[0].figures[name] for name in KEPT_FIGURES},
-        "pairs": config.pairs and storage.redacted(absolute_url(config.pairs, "--pairs")),
+        "pairs": pairs_url and storage.redacted(pairs_url),
         "seed": config.seed,
         "faces_within": str(config.taken) or None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,6 +228,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "photos": len(photos.names),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _sets_plan(config: EvaluateConfig, layout: Layout, urls: Sequence[str]) -> SetsPlan:
+    report = _output(config, layout, urls[0])
+    return SetsPlan(
+        sets=tuple(absolute_url(url, "--pairs") for url in config.pairs),
+        models=urls,
+        names=_names(urls),
+        onnx=config.onnx,
+        # The report of the other evaluation stays beside it.
+        output=storage.join(report, "sets") if config.output is None else report,
+        protocol=config.protocol,
+        flip=config.flip or config.protocol == "insightface",
+        gpus=config.gpus,
+        seed=config.seed,
+        strict=config.strict,
+        dry_run=config.dry_run,
+    )
 
 
 def _output(config: EvaluateConfig, layout: Layout, first_model: str) -> str:
@@ -215,87 +270,6 @@ def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Sourc
         split_seed=config.split_seed,
         splits=config.splits,
     )
-
-
-def _photos_and_pairs(config: EvaluateConfig, sources: list[Source]) -> tuple[Photos, Pairs, list[Source]]:
-    """Return the photos, their pairs, and the sources without photos that are in no pair, where that is cheap."""
-    names, identities, statuses, splits = _listed(sources[0], config.taken)
-    if config.pairs is None:
-        # A raw photo without a face counts as an error, because the model should have found the face. A faces table
-        # tests the model alone; photos that are in no pair are reported.
-        is_cut_out = isinstance(sources[0], FacesSource)
-        left_out = {table.MISSING, table.NO_IDENTITY} if not is_cut_out else set(statuses) - {table.ALIGNED}
-        taken = [
-            n
-            for n, (identity, status) in enumerate(zip(identities, statuses, strict=True))
-            if identity is not None and status not in left_out
-        ]
-        photos = photos_of([names[n] for n in taken], [identities[n] for n in taken], [splits[n] for n in taken])
-        people = [str(identities[n]) for n in taken]
-        pairs = made_pairs(photos.names, people, num_pairs=config.num_pairs, seed=config.seed)
-        if len(taken) < len(names):
-            unused = Counter(statuses[n] or "of nobody known" for n in set(range(len(names))).difference(taken))
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(unused.items()))
-            note = f"{len(names) - len(taken)} of {len(names)} photos are in no pair ({reasons})"
-            pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
-        return photos, pairs, sources
-    note = ""
-    if config.taken:
-        inside = [n for n, status in enumerate(statuses) if status != _not_within(config.taken)]
-        note = f"{len(names) - len(inside)} of {len(names)} photos are left out ({_not_within(config.taken)})"
-        names, splits = [names[n] for n in inside], [splits[n] for n in inside]
-        identities = [identities[n] for n in inside]
-    pairs = read_pairs(absolute_url(config.pairs, "--pairs"), names, seed=config.seed)
-    pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
-    if isinstance(sources[0], FacesSource):
-        return photos_of(names, identities, splits), pairs, sources
-    used_N = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
-    place_N = np.full(len(names), -1)
-    place_N[used_N] = np.arange(len(used_N))
-    kept = [
-        _with_photos(source, source.manifest.photos.take(used_N))
-        for source in sources
-        if isinstance(source, PhotosSource)
-    ]
-    pairs = replace(pairs, a_P=place_N[pairs.a_P], b_P=place_N[pairs.b_P])
-    photos = photos_of([names[n] for n in used_N], [identities[n] for n in used_N], [splits[n] for n in used_N])
-    return photos, pairs, list(kept)
-
-
-def _with_photos(source: PhotosSource, photos: pa.Table) -> PhotosSource:
-    return replace(source, manifest=Manifest.of(photos, source.manifest.num_bytes, source.manifest.num_passed_over))
-
-
-def _not_within(taken: FaceFilter) -> str:
-    return f"not within {taken}"
-
-
-def _listed(source: Source, taken: FaceFilter) -> tuple[list[str], list[str | None], list[str | None], list[str]]:
-    """Return name, identity, status (if known) and split of every photo of a source.
-
-    The status of aligned faces that are left out says so.
-    """
-    if isinstance(source, PhotosSource):
-        columns = ("photo", "identity", "status", "split")
-        photos = source.manifest.photos
-        names, identities, statuses, splits = (photos[column].to_pylist() for column in columns)
-        return names, identities, statuses, splits
-    parts = [_read_part(storage.join(source.url, name), taken) for name in source.file_names]
-    rows = pa.concat_tables(parts)
-    in_split = [split_in(name) for name in source.file_names]
-    splits = [split for split, part in zip(in_split, parts, strict=True) for _ in range(len(part))]
-    names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
-    return names, identities, statuses, splits
-
-
-def _read_part(url: str, taken: FaceFilter) -> pa.Table:
-    with storage.open_parquet(url, table.columns("photo", "identity", "status")) as file:
-        taken.check(file.schema_arrow, storage.redacted(url))
-        rows = file.read(columns=["photo", "identity", "status", *taken.columns])
-    if taken:
-        is_out = pc.and_(pc.equal(rows["status"], table.ALIGNED), pc.invert(taken.keeps(rows)))
-        rows = rows.set_column(2, "status", pc.if_else(is_out, _not_within(taken), rows["status"]))
-    return rows.select(["photo", "identity", "status"])
 
 
 def _difference(measured: Sequence[Measured]) -> dict[str, float] | None:

@@ -81,7 +81,7 @@ def parse_lfw_pairs(content: bytes, photos: Sequence[str], url: str, *, seed: in
     kept = _distinct(pa.array(all_a), pa.array(all_b), np.array(same), url)
     names_a, names_b = ([names[row] for row in kept] for names in (all_a, all_b))
     same_P = np.array(same)[kept]
-    fold_P = kept // (2 * num_each) if num_folds > 1 else _dealt_folds(same_P, seed)
+    fold_P = kept // (2 * num_each) if num_folds > 1 else dealt_folds(same_P, seed)
     index = _index_by_person_and_stem(photos, {*names_a, *names_b}, url)
     a_P, b_P = (np.array([index.get(name, -1) for name in names]) for names in (names_a, names_b))
     return _found_pairs(a_P, b_P, same_P, fold_P, pa.array(names_a), pa.array(names_b), url)
@@ -161,7 +161,7 @@ def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: 
         if len(labels) > MAX_FOLDS:
             raise UserError(f"{url}: {len(labels)} different folds; at most {MAX_FOLDS} are read, usual are 10")
     else:
-        fold_P = _dealt_folds(same_P, seed)
+        fold_P = dealt_folds(same_P, seed)
     known = pa.array(photos, pa.string())
     a_P, b_P = (pc.fill_null(pc.index_in(names, known), -1).to_numpy() for names in (names_a, names_b))
     return _found_pairs(a_P, b_P, same_P, fold_P, names_a, names_b, url)
@@ -200,7 +200,7 @@ def _named(kind: str, numbers: Sequence[int]) -> str:
     return f"{len(numbers)} {kind}(s) ({named}{', …' if len(numbers) > NUM_NAMED else ''})"
 
 
-def _dealt_folds(same_P: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+def dealt_folds(same_P: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
     """Deal the pairs of each kind evenly into 10 folds, or fewer where one kind has not as many pairs."""
     num_folds = max(1, min(DEFAULT_FOLDS, int(same_P.sum()), int((~same_P).sum())))
     rng = np.random.default_rng(seed)
