@@ -20,8 +20,8 @@ from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
 from lib.evaluation.listed_photos import photos_and_pairs
 from lib.evaluation.metrics import check_folds, kfold_accuracy
-from lib.evaluation.model_metrics import Measured, Photos, check_embedded, measure
-from lib.evaluation.pairs import Pairs
+from lib.evaluation.model_metrics import Measured, check_embedded, measure
+from lib.evaluation.remarks import accuracy_difference, notes_of
 from lib.evaluation.report_content import present
 from lib.evaluation.set_figures import Protocol
 from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME, SetsPlan, evaluate_sets
@@ -33,7 +33,7 @@ from lib.recognition.embed_job import embed_source
 from lib.recognition.embed_job import model_name as name_of
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embeddings_table import read_embeddings
-from lib.recognition.face_source import FacesSource, Source, check_source, faces_source, photos_source
+from lib.recognition.face_source import Source, check_source, faces_source, photos_source
 from lib.recognition.model import keep_threshold, was_evaluated
 from lib.recognition.onnx_model import OnnxInput
 
@@ -205,7 +205,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         kfold = kfold_accuracy(each.distances_P, pairs.same_P, pairs.fold_P)
         each.figures["slices"] = slice_figures(slices, each.distances_P, pairs, kfold, each.figures["threshold"])
     kept = _keep_thresholds(config, measured)
-    notes = _notes(photos, pairs, measured, num_unknown)
+    notes = notes_of(photos, pairs, measured, num_unknown)
     metrics = {
         **{name: measured[0].figures[name] for name in KEPT_FIGURES},
         "pairs": pairs_url and storage.redacted(pairs_url),
@@ -213,7 +213,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "faces_within": str(config.taken) or None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": notes,
-        "difference": _difference(measured),
+        "difference": accuracy_difference(measured),
         "models": [each.figures for each in measured],
     }
     page, found = present(measured, photos, pairs, metrics)
@@ -270,40 +270,6 @@ def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Sourc
         split_seed=config.split_seed,
         splits=config.splits,
     )
-
-
-def _difference(measured: Sequence[Measured]) -> dict[str, float] | None:
-    """Return the second model's accuracy minus the first's, and its standard error over the same folds."""
-    if len(measured) < 2:
-        return None
-    first_F, second_F = (np.array(each.figures["fold_accuracies"]) for each in measured)
-    gain_F = second_F - first_F
-    return {"accuracy": float(gain_F.mean()), "std": float(gain_F.std(ddof=1) / np.sqrt(len(gain_F)))}
-
-
-def _notes(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unknown: int) -> list[str]:
-    notes = [pairs.note] if pairs.note else []
-    for each in measured:
-        failed = each.figures["failed_photos"]
-        if failed:
-            reasons = ", ".join(f"{count} {status}" for status, count in sorted(failed.items()))
-            shown = ", ".join(each.figures["failed_photo_names"][:5])
-            notes.append(
-                f"{each.name}: {sum(failed.values())} photos have no embedding ({reasons}) and make every pair they "
-                f"are in an error, such as {shown}; metrics.json names all"
-            )
-    in_pairs = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
-    num_train = sum(photos.splits[n] == "train" for n in in_pairs)
-    if num_train and isinstance(measured[0].source, FacesSource):
-        notes.append(
-            f"{num_train:,} of the {len(in_pairs):,} photos in pairs are of the split train: "
-            "for a model trained on them the figures are too good"
-        )
-    if num_unknown:
-        notes.append(f"{num_unknown:,} photos of --slices are not here")
-    for note in notes:
-        logger.warning("%s", note)
-    return notes
 
 
 def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bool:

@@ -1,0 +1,50 @@
+"""What a report says beside its figures: what limits them, and how far one model is ahead of another.
+
+Shapes: F folds.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.evaluation.model_metrics import Measured, Photos
+from lib.evaluation.pairs import Pairs
+from lib.recognition.face_source import FacesSource
+
+logger = logging.getLogger(__name__)
+
+
+def accuracy_difference(measured: Sequence[Measured]) -> dict[str, float] | None:
+    """Return the second model's accuracy minus the first's, and its standard error over the same folds."""
+    if len(measured) < 2:
+        return None
+    first_F, second_F = (np.array(each.figures["fold_accuracies"]) for each in measured)
+    gain_F = second_F - first_F
+    return {"accuracy": float(gain_F.mean()), "std": float(gain_F.std(ddof=1) / np.sqrt(len(gain_F)))}
+
+
+def notes_of(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unknown: int) -> list[str]:
+    """Log and return what limits these figures; `num_unknown` photos of --slices are not here."""
+    notes = [pairs.note] if pairs.note else []
+    for each in measured:
+        failed = each.figures["failed_photos"]
+        if failed:
+            reasons = ", ".join(f"{count} {status}" for status, count in sorted(failed.items()))
+            shown = ", ".join(each.figures["failed_photo_names"][:5])
+            notes.append(
+                f"{each.name}: {sum(failed.values())} photos have no embedding ({reasons}) and make every pair they "
+                f"are in an error, such as {shown}; metrics.json names all"
+            )
+    in_pairs = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
+    num_train = sum(photos.splits[n] == "train" for n in in_pairs)
+    if num_train and isinstance(measured[0].source, FacesSource):
+        notes.append(
+            f"{num_train:,} of the {len(in_pairs):,} photos in pairs are of the split train: "
+            "for a model trained on them the figures are too good"
+        )
+    if num_unknown:
+        notes.append(f"{num_unknown:,} photos of --slices are not here")
+    for note in notes:
+        logger.warning("%s", note)
+    return notes
