@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from lib.evaluation.remarks import accuracy_difference, notes_of
 from lib.evaluation.report_content import present
 from lib.evaluation.set_figures import Protocol
 from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME, SetsPlan, evaluate_sets
-from lib.evaluation.verification_sets import is_verification_set
+from lib.evaluation.verification_sets import is_verification_set, set_name
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter, face_filter
 from lib.layout import Layout
@@ -132,7 +131,7 @@ class EvaluateConfig:
         ):
             if given and any(sets):
                 raise UserError(f"{flag} means nothing for verification sets (.bin): leave it out")
-        names = [PurePosixPath(url).stem for url in self.pairs]
+        names = [set_name(url) for url in self.pairs]
         if len(set(names)) < len(names):
             raise UserError(
                 f"--pairs names two sets that are called {max(names, key=names.count)!r}: rename one of them"

@@ -59,7 +59,16 @@ class VerificationSet:
 
 def is_verification_set(url: str) -> bool:
     """Return whether a file of pairs is one by its name."""
-    return PurePosixPath(url).suffix.lower() == SUFFIX
+    return _path(url).suffix.lower() == SUFFIX
+
+
+def set_name(url: str) -> str:
+    """Return what a set is called: its file without the suffix."""
+    return _path(url).stem
+
+
+def _path(url: str) -> PurePosixPath:
+    return PurePosixPath(url.partition("?")[0] if "://" in url else url)
 
 
 def read_verification_set(url: str) -> VerificationSet:
@@ -96,7 +105,7 @@ def parse_verification_set(content: bytes, url: str) -> VerificationSet:
     images, same_P = _images(found[0], url), _booleans(found[1], url)
     if len(images) != 2 * len(same_P) or not images:
         raise _no_set(url, f"it has {len(images)} images for {len(same_P)} pairs, and a pair has two")
-    return VerificationSet(name=PurePosixPath(url).stem, images=images, same_P=same_P)
+    return VerificationSet(name=set_name(url), images=images, same_P=same_P)
 
 
 def _no_set(url: str, reason: str) -> UserError:
