@@ -11,7 +11,7 @@ from lib.training.checkpoints import newest_progress
 from tests.job_runner import RayHead, run_here
 from tests.test_train_job import flags, history
 from tests.training.learnable_faces import write_faces
-from tests.training.test_validation_sources import write_pairs
+from tests.training.test_validation_sources import write_pairs, write_set
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -22,13 +22,16 @@ BRIEF = ("--epochs", "2", "--batch-size", "48", "--triplets-per-epoch", "480", "
 def test_two_workers_measure_each_epoch_on_a_file_as_evaluate_does(connected_head: RayHead, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces")
     file = write_pairs(tmp_path / "pairs of test.csv", range(32, 40), photos=8)
-    given = flags(tmp_path, "run", *BRIEF, "--val-pairs", "400", file)
+    images = write_set(tmp_path / "same pairs.bin", range(32, 40), photos=8)
+    given = flags(tmp_path, "run", *BRIEF, "--val-pairs", "400", file, images)
     done = run_here("train.py", *given)
     assert done.status == 0, done.errors
     rows = history(tmp_path, "run")
+    assert "same_pairs: aligned to ArcFace's template, which the faces of training are not" in done.errors
+    assert [row["same_pairs_auc"] for row in rows] == [row["pairs_of_test_auc"] for row in rows]
     assert all(0 <= row[f"pairs_of_test_{name}"] <= 1 for row in rows for name in COLUMNS if "tar" not in name)
     best = rows[done.result["best_epoch"] - 1]
-    assert done.result["pairs_of_files"] == {"pairs_of_test": best["pairs_of_test_accuracy"]}
+    assert done.result["pairs_of_files"]["pairs_of_test"] == best["pairs_of_test_accuracy"]
     assert f"pairs_of_test {100 * rows[-1]['pairs_of_test_accuracy']:.2f} %" in done.errors
     with (tmp_path / "runs" / "run" / "history.csv").open() as table:
         assert float(list(csv.DictReader(table))[-1]["pairs_of_test_auc"]) == pytest.approx(

@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,6 +136,17 @@ def build_cache(
     folder = Path(cache_dir)
     success = table.read_success(faces_url, run_id=run_id)
     path = folder / _cache_name(success, splits, photos_limit, only, taken)
+    urls = _part_urls(faces_url, success, splits)
+    return made_once(path, cache_dir, lambda: _build(urls, splits, path, photos_limit, only, taken))
+
+
+def made_once(path: Path, cache_dir: str, build: Callable[[], None]) -> str:
+    """Return the path of a cache file; of the processes of a node that ask for it, one calls `build`.
+
+    Raises:
+        UserError: `cache_dir` cannot be written to, or holds a file of that name that is not ours.
+    """
+    folder = path.parent
     if _is_there(path):
         return str(path)
     try:
@@ -147,7 +158,7 @@ def build_cache(
         if not _is_there(path):
             if cache_dir == default_folder():
                 _remove_old(folder)
-            _build(_part_urls(faces_url, success, splits), splits, path, photos_limit, only, taken)
+            build()
     return str(path)
 
 
@@ -255,11 +266,29 @@ def _num_bytes(url: str) -> int:
 
 def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter) -> int:
     """Write the aligned faces that are `kept` (None: all), file after file; return how many there are."""
+    return _written(path, _equal_batches(urls, kept, taken))
+
+
+def write_batches(path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int) -> None:
+    """Write a cache file of batches of `CACHE_SCHEMA` that need about so many bytes.
+
+    Raises:
+        JobError: the disk is full.
+    """
+    try:
+        _written(path, batches)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise _disk_full(path.parent, num_bytes) from error
+
+
+def _written(path: Path, batches: Iterator[pa.RecordBatch]) -> int:
     num_rows = 0
     path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as sink:
         with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
-            for batch in _equal_batches(urls, kept, taken):
+            for batch in batches:
                 writer.write_batch(batch)
                 num_rows += len(batch)
         sink.flush()

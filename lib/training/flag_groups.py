@@ -207,7 +207,8 @@ class ValidationSettings:
     """Largest number of validation photos after each epoch."""
     val_pairs: int | tuple[str, ...] = DRAWN_PAIRS
     """Number of pairs drawn from validation people; TAR at FAR 1e-3 needs 20,000. And files of pairs, each of which
-    gets an accuracy in every epoch: .txt in LFW's format, .csv or .parquet with photo_a, photo_b, same."""
+    gets an accuracy in every epoch: .txt in LFW's format, .csv or .parquet with photo_a, photo_b, same, or a .bin of
+    InsightFace."""
     val_faces: str | None = None
     """Faces table of validation: its photos are in the files of --val-pairs, and without a file, or where --faces has
     no split val, its people are the validation people. Default: the splits val and test of --faces."""

@@ -8,7 +8,7 @@ Shape suffixes: N rows of a table, M photos in pairs, P pairs.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -20,10 +20,13 @@ import pyarrow.compute as pc
 
 from lib import parts, storage
 from lib.errors import UserError
+from lib.evaluation.insightface_protocol import file_order_folds
 from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs
+from lib.evaluation.verification_sets import is_verification_set, read_verification_set
 from lib.faces import table
 from lib.training.face_cache import READ_AHEAD, Only, limited_identities, read_identities
+from lib.training.set_cache import SetFaces
 from lib.training.settings import TrainConfig
 
 Ints = npt.NDArray[np.integer]
@@ -56,7 +59,7 @@ class PairSet:
 class PairGroup:
     """Files of pairs over the same faces."""
 
-    faces: TableFaces
+    faces: TableFaces | SetFaces
     photos: pa.Array
     """Names [M] of the photos in the pairs. Those that `faces` lacks have no aligned face: their pairs are errors."""
     people_M: Ints
@@ -98,10 +101,38 @@ def read_sources(config: TrainConfig, success: dict, trained: pa.Array) -> Valid
         if not has_own:
             people, left_out = _other_people(config, other, trained)
             notes += left_out
-    if not validation.pair_files:
-        return dataclasses.replace(own, people=people, notes=tuple(notes))
-    group, left_out = _read_group(config, other or success, trained)
-    return ValidationSources(people=people, groups=(group,), notes=(*notes, *left_out))
+    names = dict(zip(column_names(validation.pair_files), validation.pair_files, strict=True))
+    files = {name: file for name, file in names.items() if not is_verification_set(file)}
+    groups = {name: _read_set(name, file) for name, file in names.items() if name not in files}
+    if groups and "arcface" not in str(success["fingerprint"]):
+        notes.append(f"{', '.join(groups)}: aligned to ArcFace's template, which the faces of training are not")
+    if files:
+        group, left_out = _read_group(config, other or success, trained, files)
+        groups |= dict.fromkeys(files, group)
+        notes += left_out
+    in_order = tuple({id(groups[name]): groups[name] for name in names}.values())
+    return ValidationSources(people=people, groups=in_order, notes=tuple(notes))
+
+
+def _read_set(name: str, url: str) -> PairGroup:
+    """Return the pairs of a set, in folds by the order of the file, as its published figures have them."""
+    from lib.evaluation.metrics import check_folds
+
+    info = storage.file_info(url)
+    same_P = read_verification_set(url).same_P
+    num_pairs = len(same_P)
+    place_P = 2 * np.arange(num_pairs)
+    pairs = Pairs(a_P=place_P, b_P=place_P + 1, same_P=same_P, fold_P=file_order_folds(num_pairs))
+    try:
+        check_folds(pairs.same_P, pairs.fold_P)
+    except UserError as error:
+        raise UserError(f"--val-pairs {storage.redacted(url)}: {error}") from None
+    return PairGroup(
+        faces=SetFaces(url=url, num_bytes=info.num_bytes, mark=str(info.mark)),
+        photos=pa.array([str(number) for number in range(2 * num_pairs)]),
+        people_M=np.arange(2 * num_pairs),
+        sets=(PairSet(name=name, pairs=pairs),),
+    )
 
 
 def _other_settings(success: dict, other: dict) -> list[str]:
@@ -135,15 +166,16 @@ def _other_people(config: TrainConfig, other: dict, trained: pa.Array) -> tuple[
     return TableFaces(url=url, run_id=other["run_id"], splits=table.SPLITS, only=only), notes
 
 
-def _read_group(config: TrainConfig, success: dict, trained: pa.Array) -> tuple[PairGroup, list[str]]:
-    """Return the pairs of all files, over the photos that they name."""
+def _read_group(
+    config: TrainConfig, success: dict, trained: pa.Array, files: Mapping[str, str]
+) -> tuple[PairGroup, list[str]]:
+    """Return the pairs of the files, by the names of their columns, over the photos that they name."""
     url = config.validation.val_faces or config.faces_url
     rows, split_N = _read_rows(url, success)
     names = rows["photo"].to_pylist()
     is_trained_N = pc.is_in(rows["identity"], value_set=trained).to_numpy()
     sets, notes = [], []
-    files = config.validation.pair_files
-    for name, file in zip(column_names(files), files, strict=True):
+    for name, file in files.items():
         pairs = read_pairs(file, names, seed=config.run.seed)
         pairs, note = _without_trained(pairs, is_trained_N, file)
         notes += [f"{name}: {each}" for each in (pairs.note, note) if each]
@@ -152,7 +184,9 @@ def _read_group(config: TrainConfig, success: dict, trained: pa.Array) -> tuple[
     photos = rows.take(pa.array(used_M))
     aligned = photos.filter(pc.and_(pc.equal(photos["status"], table.ALIGNED), pc.is_valid(photos["identity"])))
     if not len(aligned):
-        raise UserError(f"not one photo in the pairs of {storage.redacted(files[0])} has an aligned face")
+        raise UserError(
+            f"not one photo in the pairs of {storage.redacted(next(iter(files.values())))} has an aligned face"
+        )
     faces = TableFaces(
         url=url,
         run_id=success["run_id"],

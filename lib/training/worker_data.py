@@ -10,6 +10,7 @@ from lib import device as devices
 from lib.training.decoders import Decoders
 from lib.training.embedding_passes import EmbeddingPass
 from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
+from lib.training.set_cache import SetFaces, build_set_cache
 from lib.training.settings import TrainConfig
 from lib.training.validation_sources import PairGroup, TableFaces, ValidationSources, own_people
 
@@ -81,5 +82,7 @@ def open_data(
     )
 
 
-def _open(faces: TableFaces, folder: str) -> FaceCache:
+def _open(faces: TableFaces | SetFaces, folder: str) -> FaceCache:
+    if isinstance(faces, SetFaces):
+        return FaceCache(build_set_cache(faces, folder))
     return FaceCache(build_cache(faces.url, faces.splits, folder, only=faces.only, run_id=faces.run_id))

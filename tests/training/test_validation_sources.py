@@ -1,6 +1,7 @@
 """What a run is judged by: pairs of files, people of another table, and nobody who is trained on."""
 
 import csv
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from lib.errors import UserError
 from lib.evaluation.pair_files import read_pairs
 from lib.faces.table import read_success
 from lib.training.face_cache import FaceCache, NoFacesError, Only, build_cache, read_identities
+from lib.training.set_cache import SetFaces, build_set_cache
 from lib.training.settings import TrainConfig
 from lib.training.validation_sources import ValidationSources, column_names, read_sources
-from tests.training.learnable_faces import write_faces
+from tests.training.learnable_faces import crop, write_faces
 
 PHOTOS = 4
 
@@ -126,6 +128,39 @@ def test_other_faces_serve_the_file_where_training_has_people_of_its_own(data: P
     assert sources.groups[0].faces.url == str(data / "lfw")
     write_faces(data / "whole" / "faces", people={"train": 6}, photos=PHOTOS)
     assert sources_of(config.replaced(data=str(data / "whole"))).people.url == str(data / "lfw")
+
+
+def write_set(path: Path, people: range, *, photos: int = PHOTOS) -> str:
+    """Write a set as InsightFace does: the pairs of `write_pairs`, of pictures that the file holds."""
+    images, same = [], []
+    for place, person in enumerate(people):
+        for photo in range(1, photos):
+            other = people[(place + 1) % len(people)]
+            images += [crop(person, 0), crop(person, photo), crop(person, 0), crop(other, photo)]
+            same += [True, False]
+    path.write_bytes(pickle.dumps((images, same), protocol=2))
+    return str(path)
+
+
+def test_a_set_of_insightface_brings_its_own_images(data: Path) -> None:
+    url = write_set(data / "lfw.bin", range(20, 30))
+    file = write_pairs(data / "pairs.csv", range(6, 14))
+    first, second = sources_of(TrainConfig.of(data=str(data), val_pairs=(url, file))).groups
+    (found,) = first.sets
+    assert (found.name, len(found.pairs), second.sets[0].name) == ("lfw", 60, "pairs")
+    assert found.pairs.fold_P.tolist() == np.repeat(range(10), 6).tolist()
+    assert isinstance(first.faces, SetFaces)
+    path = build_set_cache(first.faces, str(data / "cache"))
+    cache = FaceCache(path)
+    assert cache.photos.to_pylist() == [str(number) for number in range(120)]
+    assert bytes(cache.crop_bytes(3)) == crop(21, 1)
+    assert build_set_cache(first.faces, str(data / "cache")) == path
+    (data / "hostile.bin").write_bytes(pickle.dumps(Path("/")))
+    with pytest.raises(UserError, match="is refused: it wants"):
+        sources_of(TrainConfig.of(data=str(data), val_pairs=(str(data / "hostile.bin"),)))
+    write_set(data / "short.bin", range(2))
+    with pytest.raises(UserError, match="pairs of one kind only"):
+        sources_of(TrainConfig.of(data=str(data), val_pairs=(str(data / "short.bin"),)))
 
 
 def test_files_have_columns_by_their_names() -> None:

@@ -1,0 +1,49 @@
+"""The images of a verification set, such as lfw.bin, as a cache file of faces: a row an image, named by its number."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from lib.evaluation.verification_sets import read_verification_set
+from lib.training.face_cache import CACHE_SCHEMA, ROWS_PER_BATCH, made_once, write_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetFaces:
+    """The images of one state of a `.bin` file."""
+
+    url: str
+    num_bytes: int
+    mark: str
+    """As `lib.storage.file_info` gives it: another one means other content."""
+
+
+def build_set_cache(faces: SetFaces, cache_dir: str) -> str:
+    """Return the path of the cache file of a set, after making it where it is not there yet.
+
+    Raises:
+        UserError: the file is gone or no set, or `cache_dir` cannot be written to; JobError: the disk is full.
+    """
+    digest = hashlib.sha256(f"{faces.url}\0{faces.num_bytes}\0{faces.mark}".encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"faces-set-{digest}.arrow"
+
+    def build() -> None:
+        temporary = path.with_suffix(".unfinished")
+        try:
+            write_batches(temporary, _batches(faces.url), faces.num_bytes)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    return made_once(path, cache_dir, build)
+
+
+def _batches(url: str) -> Iterator[pa.RecordBatch]:
+    images = read_verification_set(url).images
+    for start in range(0, len(images), ROWS_PER_BATCH):
+        crops = images[start : start + ROWS_PER_BATCH]
+        names = pa.array([str(number) for number in range(start, start + len(crops))])
+        yield pa.record_batch([names, names, pa.array(crops, pa.binary())], schema=CACHE_SCHEMA)
