@@ -8,7 +8,9 @@ from typing import Any
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.extraction import ExtractionSettings, fingerprint
+from lib.faces.aligned import UNKNOWN
+from lib.faces.alignment import EYES
+from lib.faces.extraction import ExtractionSettings, fingerprint, settings_from_fingerprint
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, read_manifest
 from lib.faces.part_plan import content_of, plan_parts
@@ -192,7 +194,19 @@ def photos_source(
 
 
 def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
-    """Return how the faces of a source differ from the model's training faces, see `check_fingerprint`."""
+    """Return how the faces of a source differ from the model's training faces, see `check_fingerprint`.
+
+    Raises:
+        UserError: the faces must be aligned anew for the model, and have no landmarks; or as `check_fingerprint` does.
+    """
+    made = settings_from_fingerprint(source.fingerprint).alignment.template
+    aligned = source.fingerprint.get("aligned")
+    if aligned in (EYES, UNKNOWN) and made != embedder.template:
+        raise UserError(
+            f"the model {storage.redacted(embedder.url)} wants faces aligned as {embedder.template}, and faces made "
+            f"with --aligned {aligned} have no landmarks to align them by: run jobs/preprocess.py with --aligned "
+            f"{embedder.template} if the crops are so aligned, else without --aligned over the photos themselves"
+        )
     next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
     return check_fingerprint(source.fingerprint, embedder, strict=strict, next_step=next_step)
 

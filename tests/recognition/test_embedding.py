@@ -10,12 +10,14 @@ import pytest
 
 from lib.errors import UserError
 from lib.faces import table
+from lib.faces.aligned import ARCFACE_SIDE, UNKNOWN, AlignedCrops
 from lib.faces.alignment import ARCFACE, EYES, Alignment, align
 from lib.faces.images import Photo
 from lib.layout import Layout
 from lib.recognition.embed_job import model_name
 from lib.recognition.embed_worker import BATCH_SIZE, EmbedWorker, embed_faces
 from lib.recognition.embedder import find_model
+from lib.recognition.face_source import FacesSource, check_source
 from lib.recognition.model import SPEC_NAME
 from lib.recognition.recognizer import decoded_crop
 
@@ -74,6 +76,23 @@ def test_a_model_of_another_template_gets_crops_turned_to_it(faces: list[dict], 
         middle = slice(24, 88)
         differences.append(np.abs(crop_HWC[middle, middle].astype(int) - direct_HWC[middle, middle]).mean())
     assert np.median(differences) < 4  # twice resampled and once compressed
+
+
+def _crops(template: str) -> FacesSource:
+    made = ARCFACE if template == ARCFACE else EYES
+    how = AlignedCrops(template=template, alignment=Alignment(template=made, image_size=ARCFACE_SIDE))
+    return FacesSource(url="faces", run_id="0", fingerprint=how.fingerprint(), file_names=[], num_rows=[])
+
+
+@pytest.mark.parametrize("template", [EYES, UNKNOWN])
+def test_crops_without_landmarks_are_refused_before_any_work_where_the_model_wants_them_turned(template: str) -> None:
+    with pytest.raises(UserError, match=f"wants faces aligned as arcface-112, .* --aligned {template} have no landm"):
+        check_source(_crops(template), Recorder(ARCFACE), strict=False)
+
+
+@pytest.mark.parametrize(("template", "wanted"), [(EYES, EYES), (UNKNOWN, EYES), (ARCFACE, ARCFACE), (ARCFACE, EYES)])
+def test_crops_of_the_models_template_or_with_landmarks_are_taken(template: str, wanted: str) -> None:
+    assert check_source(_crops(template), Recorder(wanted), strict=True) == []
 
 
 def test_a_crop_that_is_no_picture_is_told() -> None:
