@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.faces import table
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.loading import BatchLoader, LoadTask, Prefetcher
 from lib.training.triplets import PhotoIndex, draw_triplets
 

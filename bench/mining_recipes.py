@@ -22,7 +22,7 @@ from bench.training_recipes import IMAGE_SIZE, Data, Result, judge, read_data, r
 from lib.errors import UserError
 from lib.faces.table import SPLITS, SUCCESS_NAME
 from lib.recognition.model import load_model
-from lib.training.face_cache import read_identities
+from lib.training.face_names import read_identities
 
 ARMS = {
     "random people": ("--negatives", "random"),

@@ -20,7 +20,8 @@ from bench.inputs import ROOT, drawn, job_environment, run_job
 READER = """
 import sys, time
 import numpy as np
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
 started = time.perf_counter()
 cache = FaceCache(build_cache(sys.argv[1], ["train"], sys.argv[2]))
 ready = time.perf_counter()

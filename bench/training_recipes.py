@@ -43,7 +43,8 @@ from lib.recognition.model import (
     normalized_images,
 )
 from lib.training.augmentation import Level
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.freezing import fix_statistics, freeze_stages
 from lib.training.loading import BatchLoader, LoadTask, Prefetcher
 from lib.training.losses import batch_softmax_loss

@@ -27,7 +27,8 @@ from lib.recognition.embed_job import EmbedConfig, embed_job
 from lib.recognition.embedder import load_embedder
 from lib.recognition.identify_job import IdentifyConfig, identify
 from lib.recognition.model import keep_threshold
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.suspects import SuspectLog
 from lib.training.triplets import UsageCounter
 from tests.job_runner import RayHead, finish, kill_session, run_here, start_job, wait_until

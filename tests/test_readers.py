@@ -16,7 +16,7 @@ from lib.evaluation.pair_files import read_pairs
 from lib.faces import table
 from lib.recognition import embeddings_table
 from lib.recognition.model import ModelSpec
-from lib.training.face_cache import read_identities
+from lib.training.face_names import read_identities
 from lib.training.history import read_rows
 from lib.training.record import read_outcome
 from lib.tuning.compare_job import read_run, trial_urls

@@ -16,8 +16,9 @@ import torch
 from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import made_pairs
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
+from lib.training.cache_building import build_cache
 from lib.training.checkpoints import newest_progress
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.face_cache import FaceCache
 from tests.job_runner import JOB_LIMIT_S, ROOT, RayHead, environment, run_here, run_job
 from tests.training.learnable_faces import write_faces
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets
-from lib.training.face_cache import CACHE_SCHEMA, default_folder
+from lib.training.cache_files import CACHE_SCHEMA, default_folder
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lib.evaluation.verification_sets import read_verification_set
-from lib.training.face_cache import CACHE_SCHEMA, ROWS_PER_BATCH, made_once, write_batches
+from lib.training.cache_files import CACHE_SCHEMA, ROWS_PER_BATCH, made_once, write_batches
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from lib.terminal import terminal
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress
 from lib.training.control import News, WorkerJob, create_control, failure_error
-from lib.training.face_cache import num_left_out, read_identities
+from lib.training.face_names import num_left_out, read_identities
 from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
 from lib.training.recipe import TableCounts, all_settings, with_recipe

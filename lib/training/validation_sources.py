@@ -25,7 +25,8 @@ from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs
 from lib.evaluation.verification_sets import is_verification_set, read_verification_set
 from lib.faces import table
-from lib.training.face_cache import READ_AHEAD, Only, limited_identities, read_identities
+from lib.training.cache_building import Only
+from lib.training.face_names import READ_AHEAD, limited_identities, read_identities
 from lib.training.set_cache import SetFaces
 from lib.training.settings import TrainConfig
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from lib import device as devices
+from lib.training.cache_building import NoFacesError, build_cache
+from lib.training.cache_files import default_folder
 from lib.training.decoders import Decoders
 from lib.training.embedding_passes import EmbeddingPass
-from lib.training.face_cache import FaceCache, NoFacesError, build_cache, default_folder
+from lib.training.face_cache import FaceCache
 from lib.training.set_cache import SetFaces, build_set_cache
 from lib.training.settings import TrainConfig
 from lib.training.validation_sources import PairGroup, TableFaces, ValidationSources, own_people

@@ -24,7 +24,7 @@ from lib.parts import earlier_plan
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.recognition.spec import INIT_NAMES
 from lib.training.control import create_control
-from lib.training.face_cache import read_identities
+from lib.training.face_names import read_identities
 from lib.training.settings import TrainConfig
 from lib.training.train_job import cpus_each, watch, with_devices
 from lib.training.triplets import PhotoIndex

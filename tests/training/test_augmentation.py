@@ -21,8 +21,9 @@ from lib.device import Upload
 from lib.errors import UserError
 from lib.faces import table
 from lib.training.augmentation import MAX_ANGLE_DEG, Draw, augmented, auto_contrast_table, draws, output_to_crop
+from lib.training.cache_building import build_cache
 from lib.training.decoders import Decoders
-from lib.training.face_cache import FaceCache, build_cache, decode_jpeg
+from lib.training.face_cache import FaceCache, decode_jpeg
 from lib.training.loading import BatchLoader, LoadTask, Prefetcher
 
 UNCHANGED = Draw(

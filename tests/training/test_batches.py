@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lib.training.batches import EpochBatches, EpochPlan
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
 from lib.training.triplets import PhotoIndex

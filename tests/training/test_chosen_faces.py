@@ -12,7 +12,9 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.face_filter import face_filter
-from lib.training.face_cache import FaceCache, build_cache, read_identities
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
+from lib.training.face_names import read_identities
 from lib.training.settings import TrainConfig
 from lib.training.train_job import train
 from tests.job_runner import run_here

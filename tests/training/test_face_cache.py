@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 from lib import storage
 from lib.errors import JobError, UserError
 from lib.faces import table
-from lib.training import face_cache
-from lib.training.face_cache import FaceCache, build_cache, decode_jpeg, limited_identities, read_identities
+from lib.training import cache_building, cache_files
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache, decode_jpeg
+from lib.training.face_names import limited_identities, read_identities
 from tests.training.learnable_faces import write_faces as write_many
 
 SIZE = 24
@@ -74,7 +77,7 @@ def start_builder(faces_url: str, cache_dir: str, prelude: str = "") -> subproce
         "import logging, os, sys\n"
         "logging.basicConfig(level=logging.INFO)\n"
         f"{prelude}\n"
-        "from lib.training.face_cache import build_cache\n"
+        "from lib.training.cache_building import build_cache\n"
         "print(build_cache(sys.argv[1], ['train'], sys.argv[2]), flush=True)\n"
     )
     return subprocess.Popen(
@@ -139,7 +142,7 @@ def test_any_row_is_found_whatever_the_files_and_batches(tmp_path_factory, part_
         for n, (size, end) in enumerate(zip(part_sizes, ends, strict=True))
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(face_cache, "ROWS_PER_BATCH", rows_per_batch)
+        patch.setattr(cache_building, "ROWS_PER_BATCH", rows_per_batch)
         cache = FaceCache(build_cache(write_faces(str(folder / "faces"), parts), ["train"], str(folder / "cache")))
         assert [cache.crop_bytes(row).tobytes() for row in range(len(cache))] == [row["crop"] for row in rows]
         assert cache.photos.to_pylist() == [row["photo"] for row in rows]
@@ -210,28 +213,28 @@ def test_a_cache_folder_that_cannot_be_made_is_the_users_mistake(faces, tmp_path
 
 
 def test_caches_are_their_users_alone(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
-    folder = Path(face_cache.default_folder())
+    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    folder = Path(cache_files.default_folder())
     assert folder.parent == tmp_path
     made = Path(build_cache(faces, ["train"], str(folder)))
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, made, made.with_suffix(".lock"))] == [
         *(0o700, 0o600, 0o600)
     ]
     folder.chmod(0o755)
-    face_cache.default_folder()
+    cache_files.default_folder()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
 def test_a_default_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"conv-facenet-{os.geteuid()}").symlink_to(tmp_path / "theirs")
     with pytest.raises(UserError, match=r"is a link or another user's: name .* by --cache-dir"):
-        face_cache.default_folder()
-    monkeypatch.setattr(face_cache.os, "geteuid", lambda: 12345)
+        cache_files.default_folder()
+    monkeypatch.setattr(cache_files.os, "geteuid", lambda: 12345)
     (tmp_path / "conv-facenet-12345").mkdir()
     with pytest.raises(UserError, match="another user's"):
-        face_cache.default_folder()
+        cache_files.default_folder()
 
 
 @pytest.mark.parametrize("suffix", [".lock", ".unfinished", ".arrow"])
@@ -251,8 +254,8 @@ def test_links_planted_in_the_folder_harm_nothing(faces, cache_dir, tmp_path, su
 
 
 def test_caches_that_no_training_uses_go_from_the_default_folder_alone(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
-    for folder in (Path(face_cache.default_folder()), tmp_path / "named"):
+    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    for folder in (Path(cache_files.default_folder()), tmp_path / "named"):
         folder.mkdir(exist_ok=True)
         for days in (6, 8):
             (folder / f"faces-{days}.arrow").touch()
@@ -263,11 +266,11 @@ def test_caches_that_no_training_uses_go_from_the_default_folder_alone(faces, tm
 
 
 def test_a_cache_in_use_stays(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(face_cache.tempfile, "tempdir", str(tmp_path))
-    path = build_cache(faces, ["train"], face_cache.default_folder())
+    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    path = build_cache(faces, ["train"], cache_files.default_folder())
     os.utime(path, (0, 0))
-    build_cache(faces, ["train"], face_cache.default_folder())
-    build_cache(faces, ["val"], face_cache.default_folder())
+    build_cache(faces, ["train"], cache_files.default_folder())
+    build_cache(faces, ["val"], cache_files.default_folder())
     assert Path(path).exists()
 
 
@@ -280,7 +283,7 @@ def test_faces_whose_crops_are_all_corrupt_are_refused(tmp_path, cache_dir):
 
 def test_a_disk_known_to_be_too_small_fails_before_the_copy(faces, cache_dir, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(face_cache.shutil, "disk_usage", lambda _: usage(10, 0, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 0, 10))
     with pytest.raises(JobError, match=r"it's a cache.* is full: the crops need [\d,]+ bytes"):
         build_cache(faces, ["train"], cache_dir)
     assert not list(Path(cache_dir).glob("*.arrow"))

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed
+from lib.training.cache_building import build_cache
 from lib.training.embedding_passes import EmbeddingPass, rows_to_refresh
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.feature_store import NEVER
 from tests.training.learnable_faces import write_faces
 

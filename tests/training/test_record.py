@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lib.recognition.model import EmbeddingModel, ModelSpec, load_model
+from lib.training.cache_building import build_cache
 from lib.training.checkpoints import Progress
 from lib.training.epoch_choice import Difference
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.objective import SUM_NAMES
 from lib.training.record import EpochOutcome, RunRecord
 from lib.training.settings import TrainConfig

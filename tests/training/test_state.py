@@ -13,8 +13,9 @@ from lib.errors import UserError
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.training import checkpoints, collective
 from lib.training.batches import TrainingBatch
+from lib.training.cache_building import build_cache
 from lib.training.checkpoints import Progress
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.loading import BatchLoader, LoadTask
 from lib.training.objective import EpochSums
 from lib.training.settings import TrainConfig

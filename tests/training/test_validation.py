@@ -9,7 +9,8 @@ import torch
 from pytorch_metric_learning.losses import TripletMarginLoss
 from sklearn.metrics import roc_auc_score
 
-from lib.training.face_cache import FaceCache, build_cache
+from lib.training.cache_building import build_cache
+from lib.training.face_cache import FaceCache
 from lib.training.settings import TrainConfig
 from lib.training.validation import Validation
 from tests.training.learnable_faces import write_faces

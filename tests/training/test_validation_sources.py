@@ -11,7 +11,9 @@ import pytest
 from lib.errors import UserError
 from lib.evaluation.pair_files import read_pairs
 from lib.faces.table import read_success
-from lib.training.face_cache import FaceCache, NoFacesError, Only, build_cache, read_identities
+from lib.training.cache_building import NoFacesError, Only, build_cache
+from lib.training.face_cache import FaceCache
+from lib.training.face_names import read_identities
 from lib.training.set_cache import SetFaces, build_set_cache
 from lib.training.settings import TrainConfig
 from lib.training.validation_sources import ValidationSources, column_names, read_sources

@@ -1,0 +1,166 @@
+"""Makes the file of a node's crops from the faces table.
+
+It holds the crops in the order (split, file name, row), so a row is the same photo on every node. Its name carries a
+digest of `_SUCCESS`: other faces get another file.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lib import storage
+from lib.errors import UserError
+from lib.faces import table
+from lib.faces.face_filter import EVERY_FACE, FaceFilter
+from lib.training.cache_files import CACHE_SCHEMA, NO_SPACE, ROWS_PER_BATCH, disk_full, made_once, written
+from lib.training.face_names import READ_AHEAD, limited_identities, part_urls, read_names, usable
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Part of the file's name: raise it when the content changes."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Only:
+    """Which faces of the splits a cache holds: those of these photos, or of these people."""
+
+    column: Literal["photo", "identity"]
+    names: pa.Array
+
+    def kept(self, rows: pa.RecordBatch) -> pa.RecordBatch:
+        """Return those of the rows that are of these photos or people."""
+        return rows.filter(pc.is_in(rows[self.column], value_set=self.names))
+
+    def digest(self) -> str:
+        """Return a digest of the column and the names."""
+        content = json.dumps([self.column, *sorted(self.names.to_pylist())])
+        return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+class NoFacesError(UserError):
+    """No photo of the splits is aligned."""
+
+
+def build_cache(
+    faces_url: str,
+    splits: Sequence[str],
+    cache_dir: str,
+    *,
+    photos_limit: int = 0,
+    only: Only | None = None,
+    run_id: str | None = None,
+    taken: FaceFilter = EVERY_FACE,
+) -> str:
+    """Return the path of the cache file of these splits, after making it where it is not there yet.
+
+    With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most. `run_id`
+    is that of the version of the table, which is the present one if that version is not kept. Faces that `taken` leaves
+    out are not in it.
+
+    Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
+    file under the final name. Caches of other faces are left alone, but for old ones in `default_folder`.
+
+    Raises:
+        NoFacesError: no photo of these splits is aligned.
+        UserError: the faces folder is absent or not finished, a part of it is damaged, the limit leaves nobody, or
+            `cache_dir` cannot be written to or holds a file of that name that is not ours.
+        JobError: the disk is full.
+    """
+    folder = Path(cache_dir)
+    success = table.read_success(faces_url, run_id=run_id)
+    path = folder / _cache_name(success, splits, photos_limit, only, taken)
+    urls = part_urls(faces_url, success, splits)
+    return made_once(path, cache_dir, lambda: _build(urls, splits, path, photos_limit, only, taken))
+
+
+def _cache_name(
+    success: dict[str, Any], splits: Sequence[str], photos_limit: int, only: Only | None, taken: FaceFilter
+) -> str:
+    chosen: list[Any] = [*([photos_limit] if photos_limit else []), *([only.digest()] if only else [])]
+    chosen += [str(taken)] if taken else []
+    content = json.dumps([FORMAT_VERSION, success, *chosen], sort_keys=True)
+    return f"faces-{'-'.join(splits)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
+
+
+def _build(
+    urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int, kept: Only | None, taken: FaceFilter
+) -> None:
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        num_bytes_needed = sum(pool.map(_num_bytes, urls))
+    if photos_limit:
+        kept = Only(column="identity", names=limited_identities(read_names(urls, "identity", taken), photos_limit))
+    if kept is not None:
+        names = read_names(urls, kept.column)
+        num_kept = pc.sum(pc.is_in(names, value_set=kept.names)).as_py() or 0
+        num_bytes_needed = num_bytes_needed * num_kept // max(len(names), 1)
+    others = [other.name for other in path.parent.glob(f"faces-{'-'.join(splits)}-*.arrow") if other != path]
+    if others:
+        logger.info("%s also holds caches of other faces: %s", path.parent, ", ".join(others))
+    # Asked before the copy, because a disk found full at its end costs the user the time of all of it.
+    if shutil.disk_usage(path.parent).free < num_bytes_needed:
+        raise disk_full(path.parent, num_bytes_needed)
+    temporary = path.with_suffix(".unfinished")
+    try:
+        num_rows = _copy(urls, temporary, kept, taken)
+        if num_rows:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise disk_full(path.parent, num_bytes_needed) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if not num_rows:
+        within = f" and within {taken}" if taken else ""
+        raise NoFacesError(
+            f"no photo in split {', '.join(splits)} of the faces table is aligned{within}: "
+            "run jobs/preprocess.py on photos with faces first"
+        )
+    logger.info("made %s: %d crops, %.1f MB", path, num_rows, path.stat().st_size / 1e6)
+
+
+def _num_bytes(url: str) -> int:
+    """Return the bytes of the columns that are copied, as the file's footer has them."""
+    with storage.open_parquet(url) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
+
+
+def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter) -> int:
+    """Write the aligned faces that are `kept` (None: all), file after file; return how many there are."""
+    return written(path, _equal_batches(urls, kept, taken))
+
+
+def _equal_batches(urls: Sequence[str], only: Only | None, taken: FaceFilter) -> Iterator[pa.RecordBatch]:
+    """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter."""
+    pending: list[pa.RecordBatch] = []
+    num_pending = 0
+    for url in urls:
+        with storage.open_parquet(url, table.columns(*CACHE_SCHEMA.names, "status")) as file:
+            taken.check(file.schema_arrow, storage.redacted(url))
+            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status", *taken.columns]):
+                kept = batch.filter(usable(batch, taken)).select(CACHE_SCHEMA.names)
+                if only is not None:
+                    kept = only.kept(kept)
+                # A crop that is not there is met, counted and named like one that cannot be decoded.
+                kept = kept.set_column(2, "crop", kept["crop"].fill_null(b""))
+                pending.append(kept.cast(CACHE_SCHEMA))
+                num_pending += len(kept)
+                if num_pending >= ROWS_PER_BATCH:
+                    joined = pa.concat_batches(pending)
+                    yield joined[:ROWS_PER_BATCH]
+                    pending = [joined[ROWS_PER_BATCH:]]
+                    num_pending -= ROWS_PER_BATCH
+    if num_pending:
+        yield pa.concat_batches(pending)

@@ -1,0 +1,150 @@
+"""Files of crops on a node's scratch disk: made once a node, its user's alone, removed when nobody uses them.
+
+Faces are personal data. What stands in a file's place and is not ours, such as a link in a folder that others write to,
+is refused.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+from lib.errors import JobError, UserError
+
+logger = logging.getLogger(__name__)
+
+KEPT_DAYS = 7
+"""In the default folder, caches that no training has used for so long are removed when another is made."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+ROWS_PER_BATCH = 1024
+"""All batches but the last have so many rows, so a row number says where its crop is. At 2 MB a crop a batch still fits
+the 32-bit offsets of `binary`."""
+
+CACHE_SCHEMA = pa.schema(
+    [
+        pa.field("photo", pa.string(), nullable=False),
+        pa.field("identity", pa.string(), nullable=False),
+        pa.field("crop", pa.binary(), nullable=False),
+    ]
+)
+
+
+def default_folder() -> str:
+    """Return this user's own folder of caches on this node, made where it is not there yet.
+
+    Raises:
+        UserError: something of its name is there that is a link, no folder, or another user's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"conv-facenet-{os.geteuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error}): name a folder of your own by --cache-dir") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise UserError(f"{folder} is a link or another user's: name a folder of your own by --cache-dir")
+    folder.chmod(0o700)
+    return str(folder)
+
+
+def made_once(path: Path, cache_dir: str, build: Callable[[], None]) -> str:
+    """Return the path of a cache file; of the processes of a node that ask for it, one calls `build`.
+
+    Raises:
+        UserError: `cache_dir` cannot be written to, or holds a file of that name that is not ours.
+    """
+    folder = path.parent
+    if _is_there(path):
+        return str(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise UserError(f"--cache-dir {cache_dir!r} cannot be written to ({error}): choose another folder") from error
+    with os.fdopen(lock, "wb"), _locked(lock, path):
+        if not _is_there(path):
+            if cache_dir == default_folder():
+                _remove_old(folder)
+            build()
+    return str(path)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a cache is there, and note that it is used.
+
+    Raises:
+        UserError: what is there is not ours.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"--cache-dir {str(path.parent)!r} cannot be read ({error}): choose another folder") from error
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        raise UserError(f"{path} is a link or another user's: choose another --cache-dir")
+    os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+    return True
+
+
+def _remove_old(folder: Path) -> None:
+    for path in folder.glob("faces-*.arrow"):
+        unused_s = time.time() - max(path.stat().st_atime, path.stat().st_mtime)
+        if unused_s > KEPT_DAYS * 24 * 3600:
+            logger.info("removing %s, which no training has used for %d days", path, unused_s // (24 * 3600))
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(descriptor: int, path: Path) -> Iterator[None]:
+    """Hold the lock, which the system takes back from a process that dies."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process of this node to make %s", path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+
+
+def disk_full(folder: Path, num_bytes_needed: int) -> JobError:
+    return JobError(
+        f"--cache-dir {str(folder)!r} is full: the crops need {num_bytes_needed:,} bytes there; "
+        "make room or choose another folder"
+    )
+
+
+def write_batches(path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int) -> None:
+    """Write a cache file of batches of `CACHE_SCHEMA` that need about so many bytes.
+
+    Raises:
+        JobError: the disk is full.
+    """
+    try:
+        written(path, batches)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise disk_full(path.parent, num_bytes) from error
+
+
+def written(path: Path, batches: Iterator[pa.RecordBatch]) -> int:
+    num_rows = 0
+    path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as sink:
+        with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                num_rows += len(batch)
+        sink.flush()
+        os.fsync(sink.fileno())  # a rename must not survive a power cut that the content does not
+    return num_rows
