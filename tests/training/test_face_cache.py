@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from lib import storage
 from lib.errors import JobError, UserError
 from lib.faces import table
-from lib.training import cache_building, cache_files
+from lib.training import cache_building, cache_files, face_cache
 from lib.training.cache_building import build_cache
 from lib.training.face_cache import FaceCache, decode_jpeg
 from lib.training.face_names import limited_identities, read_identities
@@ -142,7 +142,8 @@ def test_any_row_is_found_whatever_the_files_and_batches(tmp_path_factory, part_
         for n, (size, end) in enumerate(zip(part_sizes, ends, strict=True))
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_building, "ROWS_PER_BATCH", rows_per_batch)
+        for module in (cache_building, face_cache):
+            patch.setattr(module, "ROWS_PER_BATCH", rows_per_batch)
         cache = FaceCache(build_cache(write_faces(str(folder / "faces"), parts), ["train"], str(folder / "cache")))
         assert [cache.crop_bytes(row).tobytes() for row in range(len(cache))] == [row["crop"] for row in rows]
         assert cache.photos.to_pylist() == [row["photo"] for row in rows]
