@@ -123,6 +123,24 @@ def test_the_first_evaluation_chooses_the_threshold_and_later_ones_leave_it(
     assert load_model(str(run / "model")).spec.threshold == spec.threshold
 
 
+def test_an_operating_point_is_kept_in_the_model_with_its_figures(
+    evaluated: tuple[Path, EvaluateConfig, Finished], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "runs" / "first é"
+    shutil.copytree(evaluated[0], run)
+    config = dataclasses.replace(evaluated[1], data=str(tmp_path), at_far=0.1)
+    left = evaluate(config)
+    assert left["operating_point"]["at_far"] == 0.1
+    assert not left["threshold_kept"]
+    assert "keeps the threshold that it has: --keep-threshold replaces it" in caplog.text
+    kept = evaluate(dataclasses.replace(config, keep_threshold=True))
+    spec = load_model(str(run / "model")).spec
+    assert spec.threshold == kept["threshold"] == kept["operating_point"]["threshold"]
+    assert spec.metrics["operating_point"] == kept["operating_point"]
+    assert "chosen for a FAR of 0.1" in (run / "model" / "README.md").read_text()
+    assert "Threshold chosen by --at-far" in (run / "report" / "report.html").read_text()
+
+
 def test_a_model_that_cannot_be_written_to_is_measured_all_the_same(
     evaluated: tuple[Path, EvaluateConfig, Finished], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -118,6 +118,12 @@ def test_bad_input_is_refused_in_one_line(model_url: str, sets: list[str], tmp_p
     assert "two sets that are called 'lfw'" in refused(**use, pairs=(sets[0], "/other/lfw.bin"))
     assert "--flip is for verification sets" in refused(**use, flip=True)
     assert "--protocol insightface is for" in refused(**use, protocol="insightface", pairs=("pairs.txt",))
-    for flag, value in (("photos", "/p"), ("slices", "/s"), ("tolerance", 1.0), ("keep_threshold", True)):
+    for flag, value in (
+        ("photos", "/p"),
+        ("slices", "/s"),
+        ("tolerance", 1.0),
+        ("at_far", 0.1),
+        ("keep_threshold", True),
+    ):
         assert f"--{flag.replace('_', '-')} means nothing for" in refused(**use, pairs=sets, **{flag: value})
     assert "metrics.json" not in {path.name for path in tmp_path.rglob("*")}

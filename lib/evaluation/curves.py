@@ -6,6 +6,7 @@ called the same, TAR the share of same pairs called the same.
 Shapes: P pairs, T thresholds (points of the curve), U runs of pairs of one kind; `*` stands for any leading dimensions.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,6 +121,26 @@ def tar_at_far(far_T: FloatArray, tar_T: FloatArray, far: float) -> FloatArray:
     """Return the highest TAR [*] on curves [*, T] at which FAR is at most `far`, without interpolation."""
     last = np.count_nonzero(far_T <= far, axis=-1)[..., None] - 1
     return np.asarray(np.take_along_axis(tar_T, last, axis=-1)[..., 0])
+
+
+def point_at(curve: RocCurve, far: float) -> int:
+    """Return the corner of a curve with the highest TAR whose FAR is at most `far`.
+
+    Raises:
+        UserError: there are too few pairs of different people to tell, or no pair of one person is near enough.
+    """
+    needed = math.ceil(MIN_FALSE_ACCEPTS / far * (1 - 1e-9))
+    if curve.num_different < needed:
+        raise UserError(
+            f"--at-far {far:g} takes {needed:,} pairs of different people ({MIN_FALSE_ACCEPTS} false accepts), and "
+            f"there are {curve.num_different:,}: give more pairs, by --num-pairs or --pairs, or a larger --at-far"
+        )
+    point = int(np.count_nonzero(curve.far_T <= far)) - 1
+    if not np.isfinite(curve.threshold_T[point]):
+        raise UserError(
+            f"at a FAR of {far:g} this model calls no two photos the same: give a larger --at-far, or train it further"
+        )
+    return point
 
 
 def supported_fars(num_different: int) -> list[float]:

@@ -19,7 +19,7 @@ from lib.errors import JobError, UserError
 from lib.evaluation.findings import read_slices, slice_figures
 from lib.evaluation.listed_photos import photos_and_pairs
 from lib.evaluation.metrics import check_folds, kfold_accuracy
-from lib.evaluation.model_metrics import Measured, check_embedded, measure
+from lib.evaluation.model_metrics import Measured, check_embedded, chosen_threshold, measure
 from lib.evaluation.remarks import accuracy_difference, notes_of
 from lib.evaluation.report_content import present
 from lib.evaluation.set_figures import Protocol
@@ -83,6 +83,8 @@ class EvaluateConfig:
     """CSV file with the columns photo and attribute. Each attribute gets metrics of its own."""
     output: str | None = None
     """Folder for the report. Default: report/ in the model's run, or report/ below --data."""
+    at_far: float | None = None
+    """Choose the threshold for this share of false accepts, such as 1e-4, instead of for the highest accuracy."""
     keep_threshold: bool = False
     """Replace the threshold of an earlier evaluation in the model. A model without one always gets it."""
     detector_weights: str | None = None
@@ -107,6 +109,8 @@ class EvaluateConfig:
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
         if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
             raise UserError(f"--tolerance is {self.tolerance}: a distance, 0 or more")
+        if self.at_far is not None and not 0 < self.at_far < 1:
+            raise UserError(f"--at-far is {self.at_far}: a share between 0 and 1, such as 1e-4")
         if self.taken and self.photos is not None:
             raise UserError("--min-quality and --where look at the columns of a faces table: leave --photos out")
         cluster.check_gpus(self.gpus)
@@ -127,6 +131,7 @@ class EvaluateConfig:
             ("--slices", self.slices is not None),
             ("--min-quality or --where", bool(self.min_quality or self.where)),
             ("--tolerance", self.tolerance is not None),
+            ("--at-far", self.at_far is not None),
             ("--keep-threshold", self.keep_threshold),
         ):
             if given and any(sets):
@@ -198,11 +203,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 tolerance=config.tolerance,
                 with_original=pairs_url is None,
                 seed=config.seed,
+                at_far=config.at_far,
             )
         )
     for each in measured:
         kfold = kfold_accuracy(each.distances_P, pairs.same_P, pairs.fold_P)
-        each.figures["slices"] = slice_figures(slices, each.distances_P, pairs, kfold, each.figures["threshold"])
+        each.figures["slices"] = slice_figures(
+            slices, each.distances_P, pairs, kfold, chosen_threshold(each.figures), config.at_far
+        )
     kept = _keep_thresholds(config, measured)
     notes = notes_of(photos, pairs, measured, num_unknown)
     metrics = {
@@ -222,7 +230,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return {
         **result,
         **{name: metrics[name] for name in KEPT_FIGURES},
-        "threshold": measured[0].figures["threshold"],
+        "threshold": chosen_threshold(measured[0].figures),
+        "operating_point": measured[0].figures["operating_point"],
         "threshold_kept": kept,
         "photos": len(photos.names),
         "seconds": round(time.monotonic() - started, 1),
@@ -278,12 +287,17 @@ def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bo
         is_folder = not each.embedder.url.endswith(".onnx")
         if is_folder and (config.keep_threshold or not was_evaluated(each.embedder.url)):
             figures = {name: each.figures[name] for name in KEPT_FIGURES}
+            if each.figures["operating_point"]:
+                figures["operating_point"] = each.figures["operating_point"]
+            threshold = chosen_threshold(each.figures)
             try:
-                keep_threshold(each.embedder.url, each.figures["threshold"], figures)
+                keep_threshold(each.embedder.url, threshold, figures)
             except (UserError, JobError) as error:  # a shared model may be read-only; the report is what matters
-                logger.warning("could not write threshold %.4f into the model: %s", each.figures["threshold"], error)
+                logger.warning("could not write threshold %.4f into the model: %s", threshold, error)
                 continue
-            logger.info("wrote threshold %.4f into %s", each.figures["threshold"], each.embedder.url)
-            each.figures["model_threshold"] = each.figures["threshold"]
+            logger.info("wrote threshold %.4f into %s", threshold, each.embedder.url)
+            each.figures["model_threshold"] = threshold
             kept = kept or n == 0
+        elif is_folder and config.at_far is not None:
+            logger.warning("%s keeps the threshold that it has: --keep-threshold replaces it", each.embedder.url)
     return kept

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lib.csv_text import read_csv
 from lib.errors import UserError
-from lib.evaluation.curves import auc, roc_curve
+from lib.evaluation.curves import RocCurve, auc, point_at, roc_curve
 from lib.evaluation.metrics import KFoldAccuracy
 from lib.evaluation.pairs import Pairs
 from lib.nearest import nearest_own_and_other
@@ -147,10 +147,12 @@ def slice_figures(
     pairs: Pairs,
     kfold: KFoldAccuracy,
     threshold: float,
+    at_far: float | None = None,
 ) -> list[dict[str, Any]]:
     """Return for each attribute the metrics of pairs whose photos both have it; None if there are no such pairs.
 
-    Accuracy uses the thresholds of the folds, the two error rates use the threshold of all pairs.
+    Accuracy uses the thresholds of the folds, the two error rates use the threshold of all pairs. `own_threshold` is
+    what these pairs alone would choose for the FAR `at_far`; None if they are too few to tell. It is used by nothing.
     """
     rows = []
     for name, mask_N in slices.items():
@@ -169,6 +171,16 @@ def slice_figures(
                 "false_match_rate": float(called_P[~same_P].mean()) if num > num_same else None,
                 "false_non_match_rate": float(1 - called_P[same_P].mean()) if num_same else None,
                 "auc": float(auc(curve.far_T, curve.tar_T)) if curve else None,
+                **({} if at_far is None else {"own_threshold": _threshold_at(curve, at_far)}),
             }
         )
     return rows
+
+
+def _threshold_at(curve: RocCurve | None, at_far: float) -> float | None:
+    if curve is None:
+        return None
+    try:
+        return float(curve.threshold_T[point_at(curve, at_far)])
+    except UserError:  # too few pairs
+        return None

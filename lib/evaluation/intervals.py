@@ -38,8 +38,11 @@ def bootstrap_intervals(
     *,
     num_resamples: int,
     seed: int,
+    point: int | None = None,
 ) -> dict[str, Any]:
     """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR under another draw of people.
+
+    With `point`, a corner of the curve, also those of FAR and TAR at its threshold: `point_far` and `point_tar`.
 
     Pairs of one person are not independent, so people are resampled, not pairs. A person drawn m times counts its same
     pairs m times; a different pair of people drawn m and n times counts m * n times (the vertex bootstrap of Snijders
@@ -75,6 +78,8 @@ def bootstrap_intervals(
             accuracy_R = right_R / all_R
         chunk = {"accuracy": accuracy_R, "auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
         chunk |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
+        if point is not None:
+            chunk |= {"point_far": far_RT[:, point], "point_tar": tar_RT[:, point]}
         for name, values_R in chunk.items():
             figures.setdefault(name, []).append(values_R)
     intervals = {name: _percentiles(np.concatenate(parts)) for name, parts in figures.items()}

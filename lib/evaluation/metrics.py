@@ -18,9 +18,11 @@ from lib.evaluation.curves import (
     FARS,
     BoolArray,
     FloatArray,
+    RocCurve,
     auc,
     eer,
     far_key,
+    point_at,
     roc_curve,
     supported_fars,
     tar_at_far,
@@ -270,6 +272,7 @@ def verification_report(
     tolerance: float | None = None,
     num_resamples: int = 500,
     seed: int = 0,
+    at_far: float | None = None,
 ) -> dict[str, Any]:
     """Return every metric of the model on these pairs, ready for JSON.
 
@@ -278,9 +281,11 @@ def verification_report(
         identity_N: of the same photos, strings or numbers.
         failed_N: photos without an embedding, such as those without a face; their pairs and probes count as errors.
         tolerance: threshold of the original's table; None means the best one for these pairs.
+        at_far: FAR of the operating point to choose, if one is wanted.
 
     Raises:
-        UserError: embeddings that are not finite; too few folds, or a fold of one kind.
+        UserError: embeddings that are not finite; too few folds, or a fold of one kind; a FAR that these pairs cannot
+            tell.
     """
     if failed_N is None:
         failed_N = np.zeros(len(embeddings_ND), bool)
@@ -289,10 +294,13 @@ def verification_report(
     distances_P = failed_as_errors(pair_distances(embeddings_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
     kfold = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P)
     figures = verification_figures(distances_P, pairs, kfold)
+    curve = roc_curve(distances_P, pairs.same_P)
+    point = None if at_far is None else point_at(curve, at_far)
     intervals = bootstrap_intervals(
-        distances_P, kfold.right_P, pairs, identity_N, num_resamples=num_resamples, seed=seed
+        distances_P, kfold.right_P, pairs, identity_N, num_resamples=num_resamples, seed=seed, point=point
     )
     return figures | {
+        "operating_point": None if point is None else _operating_point(at_far, curve, point, intervals),
         "num_failed_pairs": int(np.count_nonzero(~np.isfinite(distances_P))),
         "num_missing_pairs": pairs.num_missing_pairs,
         "intervals": intervals,
@@ -300,4 +308,15 @@ def verification_report(
         "original_table": original_table(
             distances_P, pairs.same_P, figures["threshold"] if tolerance is None else tolerance
         ),
+    }
+
+
+def _operating_point(at_far: float | None, curve: RocCurve, point: int, intervals: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "at_far": at_far,
+        "threshold": float(curve.threshold_T[point]),
+        "far": float(curve.far_T[point]),
+        "far_interval": intervals.pop("point_far"),
+        "tar": float(curve.tar_T[point]),
+        "tar_interval": intervals.pop("point_tar"),
     }

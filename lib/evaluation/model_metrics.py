@@ -5,6 +5,7 @@ Shapes: N photos, P pairs, D embedding.
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,15 +89,17 @@ def measure(
     tolerance: float | None,
     with_original: bool,
     seed: int,
+    at_far: float | None = None,
 ) -> Measured:
     """Return all metrics of a model whose embeddings were `made`.
 
     Args:
         tolerance: threshold of the original's table; None means the model's own, else the best one.
         with_original: whether to apply the original's protocol too.
+        at_far: FAR of the operating point to choose, if one is wanted.
 
     Raises:
-        UserError: too few folds, or a fold of one kind.
+        UserError: too few folds, or a fold of one kind; a FAR that the pairs cannot tell.
     """
     row_of = {photo: row for row, photo in enumerate(made.photos)}
     rows_N = np.array([row_of[photo] for photo in photos.names])
@@ -105,7 +108,9 @@ def measure(
     distances_P = failed_as_errors(pair_distances(vectors_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
     best = best_threshold(distances_P, pairs.same_P)[0]
     used = next(each for each in (tolerance, embedder.threshold, best) if each is not None)
-    figures = verification_report(vectors_ND, photos.people_N, pairs, failed_N=failed_N, tolerance=used, seed=seed)
+    figures = verification_report(
+        vectors_ND, photos.people_N, pairs, failed_N=failed_N, tolerance=used, seed=seed, at_far=at_far
+    )
     in_pairs_N = np.zeros(len(photos.names), bool)
     in_pairs_N[np.concatenate([pairs.a_P, pairs.b_P])] = True
     failed = np.flatnonzero(failed_N & in_pairs_N)
@@ -149,3 +154,8 @@ def _original(
         "at_tolerance": original_table(distances_P, pairs.same_P, tolerance),
         **({} if len(np.unique(pairs.fold_P)) < 2 else verification_figures(distances_P, pairs)),
     }
+
+
+def chosen_threshold(figures: Mapping[str, Any]) -> float:
+    """Return the threshold to keep in a model: that of the operating point if one was asked for, else the best one."""
+    return float((figures["operating_point"] or figures)["threshold"])

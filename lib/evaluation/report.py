@@ -129,6 +129,13 @@ def _figures(models: Sequence[Mapping[str, Any]]) -> Table:
         rows.append([f"TAR at FAR {key}", *cells])
     for label, name in (("Rank-1 identification", "rank_1"), ("Rank-5 identification", "rank_5")):
         rows.append([label, *(percent(model["identification"][name]) for model in models)])
+    points = [model.get("operating_point") for model in models]
+    if any(points):
+        for label, name in (("FAR", "far"), ("TAR", "tar")):
+            cells = [with_interval(point[name], point[f"{name}_interval"]) if point else DASH for point in points]
+            rows.append([f"{label} at the threshold chosen by --at-far", *cells])
+        chosen = [number(point["threshold"]) if point else DASH for point in points]
+        rows.append(["Threshold chosen by --at-far (Euclidean distance)", *chosen])
     for label, name in (
         ("Best threshold (Euclidean distance)", "threshold"),
         ("Threshold kept in the model", "model_threshold"),

@@ -316,12 +316,23 @@ def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any]) -> No
     write_json(join(url, SPEC_NAME), {**content, **spec.to_json()})
 
 
+def _chosen_for(spec: ModelSpec) -> str:
+    point = spec.metrics.get("operating_point")
+    if not point:
+        return ""
+    low, high = point["tar_interval"] or (point["tar"], point["tar"])
+    return (
+        f", chosen for a FAR of {point['at_far']:g}: {100 * point['tar']:.2f} % of the pairs of one person are then "
+        f"recognised (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
+    )
+
+
 def model_card(spec: ModelSpec) -> str:
     """Return the Markdown text that tells people what a model is for, what it was made from, and its limits."""
     side = spec.image_size
     kind = "unit-length" if spec.normalize else "raw"
     threshold = (
-        f"Two faces count as one person at a Euclidean distance of {spec.threshold:.4g} or less."
+        f"Two faces count as one person at a Euclidean distance of {spec.threshold:.4g} or less{_chosen_for(spec)}."
         if spec.threshold is not None
         else "No threshold has been chosen yet: run jobs/evaluate.py."
     )

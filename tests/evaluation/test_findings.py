@@ -91,6 +91,8 @@ def test_slices_count_the_pairs_inside_them(tmp_path: Path) -> None:
         "auc": 1.0,
     }
     assert (y["num_same_pairs"], y["num_different_pairs"], y["false_match_rate"]) == (0, 1, 0.0)
+    told = slice_figures(slices, distances_P, pairs, kfold, 0.5, 0.1)
+    assert [each["own_threshold"] for each in told] == [None, None]  # one pair tells nothing
     assert y["auc"] is y["false_non_match_rate"] is None
 
 

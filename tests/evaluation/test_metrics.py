@@ -10,6 +10,8 @@ from sklearn import metrics as reference
 
 from lib.errors import UserError
 from lib.evaluation import metrics
+from lib.evaluation.curves import point_at, roc_curve
+from lib.evaluation.metrics import verification_report
 from lib.evaluation.pairs import made_pairs
 from tests.evaluation.drawn_pairs import LABELLED, random_pairs, split, unhurried
 
@@ -222,3 +224,46 @@ def test_the_report_is_json_and_the_same_for_the_same_seed(seed):
     report = json.loads(reports[0])
     assert {"accuracy", "accuracy_std", "auc", "eer", "num_pairs", "threshold"} <= report.keys()
     assert report["num_pairs"] == len(pairs) == report["original_table"]["processed_rows"]
+
+
+def test_an_operating_point_calls_as_many_the_same_as_its_far_allows():
+    rng = np.random.default_rng(0)
+    same_P = np.arange(4000) % 2 == 0
+    distances_P = np.where(same_P, rng.normal(0.8, 0.2, 4000), rng.normal(1.4, 0.2, 4000)).round(3)
+    curve = roc_curve(distances_P, same_P)
+    for far in (0.5, 0.1, 0.05, 0.005):
+        threshold = curve.threshold_T[point_at(curve, far)]
+        tars = [(distances_P[same_P] <= each).mean() for each in np.unique(distances_P)]
+        fars = [(distances_P[~same_P] <= each).mean() for each in np.unique(distances_P)]
+        assert (distances_P[~same_P] <= threshold).mean() <= far
+        best = max(tar for tar, each in zip(tars, fars, strict=True) if each <= far)
+        assert (distances_P[same_P] <= threshold).mean() == best
+
+
+def test_an_operating_point_that_the_pairs_cannot_tell_is_refused():
+    same_P = np.arange(2000) % 2 == 0
+    curve = roc_curve(np.where(same_P, 0.5, 1.0), same_P)
+    assert curve.threshold_T[point_at(curve, 0.01)] == 0.5
+    with pytest.raises(UserError, match=r"--at-far 0.001 takes 10,000 pairs of different people .* there are 1,000"):
+        point_at(curve, 0.001)
+    with pytest.raises(UserError, match="calls no two photos the same"):
+        point_at(roc_curve(np.where(same_P, 1.0, 0.5), same_P), 0.01)
+
+
+def test_the_interval_of_an_operating_point_holds_its_figures():
+    rng = np.random.default_rng(1)
+    person_N = np.repeat(np.arange(60), 6)
+    embeddings_ND = rng.normal(size=(60, 16))[person_N] + rng.normal(scale=0.9, size=(360, 16))
+    embeddings_ND /= np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
+    names = [f"{n}.jpg" for n in range(360)]
+    pairs = made_pairs(names, [str(person) for person in person_N], num_pairs=1200, seed=0)
+    plain = verification_report(embeddings_ND, person_N, pairs, num_resamples=200)
+    report = verification_report(embeddings_ND, person_N, pairs, num_resamples=200, at_far=0.05)
+    point = report.pop("operating_point")
+    assert plain.pop("operating_point") is None
+    assert report == plain
+    assert point["far"] <= 0.05
+    for name in ("far", "tar"):
+        low, high = point[f"{name}_interval"]
+        assert low <= point[name] <= high
+        assert high - low > 0.005
