@@ -1,5 +1,6 @@
 """`jobs/pipeline.py` as users run it, on faces that are there already, and killed between its parts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,9 @@ def test_a_sweep_is_looked_for_under_the_flag_of_the_training(tmp_path: Path) ->
     for flags in (["--train.run.from-sweep", str(tmp_path)], [f"--train.run.from-sweep={tmp_path}"]):
         with pytest.raises(UserError, match="holds no sweep"):
             pipeline_defaults(flags)
-    assert pipeline_defaults(["--train.epochs", "3"]) == PipelineConfig()
+    defaults = pipeline_defaults(["--train.epochs", "3"])
+    assert defaults.train.given == ("epochs",)
+    assert replace(defaults, train=replace(defaults.train, given=())) == PipelineConfig()
 
 
 @pytest.mark.parametrize("flag", ["--train.weight-decay", "--train.weight_decay", "--train.optimizer.weight-decay"])
