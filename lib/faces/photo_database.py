@@ -20,6 +20,7 @@ BATCH_ROWS = 65_536
 
 _CONFIG: dict[str, Any] = {
     "memory_limit": MEMORY,
+    "threads": 2,  # each takes a share of the memory, and a head may have 64 cores
     "preserve_insertion_order": False,  # whoever needs an order asks for it
     "autoinstall_known_extensions": False,  # nothing is downloaded
     "autoload_known_extensions": False,
