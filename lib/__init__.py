@@ -15,6 +15,8 @@ os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false"
 os.environ.setdefault("RAY_DEDUP_LOGS_ALLOW_REGEX", r"conv-facenet\|")
 # OpenVINO knows no switch but a file in the user's home. Without this package it takes a stub that sends nothing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+# timm imports it where it is installed, and that makes folders in TMPDIR. `--track wandb` takes the lock away.
+sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
 
 # Ray and torch ask for a home and a name when they are imported. The user id of a container often has neither.
 if os.path.expanduser("~") == "~":  # noqa: PTH111 - pathlib raises

@@ -22,10 +22,7 @@ LONGEST_SOCKET_PATH = 107
 """Limit of Linux in bytes, without the final zero."""
 _RAY_PREFIX = re.compile(r"\[.*?\] \(\w+\) \S+: ")
 """Time, process and place of the code, before what a daemon logs."""
-_HEAD_LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"
-"""How long a raylet tries to reach a head service that is dead. By default it is a minute, in which a driver that is
-just starting hangs with all of its threads."""
-_OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", _HEAD_LIMIT)
+_OWN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @contextmanager
@@ -41,7 +38,6 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         before = {name: os.environ.get(name) for name in _OWN_VARIABLES}
         _give_token()
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-        os.environ.setdefault(_HEAD_LIMIT, "8")
         terminal().leave_word("failed: a process of Ray died while it started: killed, or out of memory; run it again")
         try:
             with ray_watch.watched_start(daemons, lambda: _last_words(folder / "r")), lean_start():

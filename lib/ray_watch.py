@@ -4,6 +4,7 @@ import os
 import select
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -25,6 +26,16 @@ SIGNAL_GRACE_S = 1.5
 REPORT_LIMIT_S = 8.0
 LEAVE_LIMIT_S = 45.0
 SIGNALLED_LEAVE_LIMIT_S = 5.0
+
+_GUARD = """
+while [ "$(cut -d ' ' -f 3 "/proc/$1/stat" 2> /dev/null || echo Z)" != Z ]; do sleep 0.3; done
+kill -9 "$2" 2> /dev/null
+"""
+"""Ends the raylet when the head service dies.
+
+A driver that is just starting waits for the raylet, and none of its threads runs meanwhile. The raylet itself would
+wait for the head for a minute.
+"""
 
 _NAMES = {"gcs_server": "Ray's head service (gcs_server)", "raylet": "Ray's raylet on this machine"}
 
@@ -54,6 +65,7 @@ def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callabl
     that dies of an error of its own has `last_words`. Ray's start reports them, if it does not hang.
     """
     started = threading.Event()
+    guards: list[subprocess.Popen[bytes]] = []
 
     def watch() -> None:
         seen: dict[str, int] = {}
@@ -62,6 +74,8 @@ def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callabl
             # Ray asks for the status of some of them only, so the others stay as zombies.
             dead = [*daemons(alive=False), *(name for name, pid in seen.items() if now.get(name) != pid)]
             seen.update(now)
+            if not guards and now.keys() >= _NAMES.keys():
+                guards.append(subprocess.Popen(["/bin/sh", "-c", _GUARD, "sh", *(str(now[name]) for name in _NAMES)]))
             words = last_words() if dead else ""
             if dead and not started.wait(REPORT_LIMIT_S if words else 1.0):
                 of_this = f"{_NAMES[dead[0]]} has died: killed, or out of memory"
@@ -74,6 +88,9 @@ def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callabl
     finally:
         started.set()
         thread.join()
+        for guard in guards:
+            guard.kill()
+            guard.wait()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -211,6 +212,8 @@ def trackers(words: Sequence[str]) -> dict[str, Tracker]:
         kind, _, place = word.partition(":")
         if kind not in TRACKERS:
             raise UserError(f"--track is {storage.redacted(word)!r}: mlflow:URI, wandb, or wandb:PROJECT")
+        if sys.modules.get(TRACKERS[kind].package, True) is None:
+            del sys.modules[TRACKERS[kind].package]  # see lib/__init__.py
         if importlib.util.find_spec(TRACKERS[kind].package) is None:
             requirement = TRACKERS[kind].requirement
             raise UserError(
