@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pyarrow as pa
 
 from lib import storage
@@ -142,13 +143,17 @@ def read_manifest(
 
 
 def _scan(source: Source, database: PhotoDatabase) -> tuple[int, int]:
-    """Make the table `scanned` of the photos of a source; return their number, and the sum of their sizes."""
-    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)})")
+    """Make the table `scanned` of the photos of a source; return their number, and the sum of their sizes.
+
+    The database keeps no order of its own, so each photo has its `place`.
+    """
+    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)}, place bigint)")
     num = 0
     with ProgressLine("listing", unit="photo") as progress:
         for shard in source.shards():
             for batch in source.scan(shard):
-                database.append("scanned", batch)
+                places = pa.array(np.arange(num, num + len(batch)))
+                database.append("scanned", pa.Table.from_batches([batch]).append_column("place", places))
                 num += len(batch)
                 progress.update(num)
     return num, int(database.value("select coalesce(sum(num_bytes), 0) from scanned"))
@@ -183,7 +188,7 @@ def _join(database: PhotoDatabase, *, missing_too: bool, required: bool) -> None
     database.run(
         f"""create table known as
         select s.photo, l.identity, {nobody} as status, s.source, s."group", s."row", s.num_bytes, s.mark,
-            s.rowid as place
+            s.place
         from scanned s left join listed l using (photo)"""
     )
     if missing_too:
@@ -206,7 +211,7 @@ def _take_identities(source: Source, database: PhotoDatabase, identities_url: st
     database.run(
         f"""create table known as
         select photo, identity, {nobody} as status, source, "group", "row", num_bytes, mark, place
-        from (select * replace ({identity} as identity), rowid as place from scanned)"""
+        from (select * replace ({identity} as identity) from scanned)"""
     )
     if required and isinstance(source, FolderSource) and not database.value("select count(identity) from known"):
         raise UserError(

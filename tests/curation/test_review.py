@@ -123,9 +123,11 @@ def test_the_list_is_read_back_as_it_was_meant(tmp_path: Path) -> None:
     identities = {"a b.jpg": "Ann, the first", 'q"uote.jpg': "Bob", "x/é.jpg": None, "plain.jpg": "C"}
     (tmp_path / "identities.txt").write_bytes(identities_csv(identities))
     database = PhotoDatabase()
-    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)})")
+    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)}, place bigint)")
     nothing = {field.name: pa.nulls(len(identities), field.type) for field in SCAN_SCHEMA}
-    database.append("scanned", pa.table({**nothing, "photo": pa.array(identities, pa.string())}))
+    database.append(
+        "scanned", pa.table({**nothing, "photo": pa.array(identities, pa.string()), "place": range(len(identities))})
+    )
     url = str(tmp_path / "identities.txt")
     read_identities(url, database, photos_url="/photos", min_listed_share=0.5)
     assert dict(database.rows("select photo, identity from listed")) == identities

@@ -526,3 +526,9 @@ def test_a_list_names_the_people_of_parquet_rows(root: Path) -> None:
     write(root / "photos" / "a.parquet", image=IMAGES, photo=["a.jpg", "b.jpg", "c.jpg"])
     rows = rows_of(manifest_of(root, "a.jpg ada\nb.jpg bob\n"))
     assert rows == {"a.jpg": ("ada", None), "b.jpg": ("bob", None), "c.jpg": (None, table.NO_IDENTITY)}
+
+
+def test_photos_of_a_large_file_keep_their_order(root: Path) -> None:
+    names = [f"{number * 7919 % 300_007:06d}" for number in range(300_000)]
+    write(root / "photos" / "a.parquet", image=[b""] * len(names), identity=["1"] * len(names), photo=names)
+    assert manifest_of(root).photos["photo"].to_pylist() == names
