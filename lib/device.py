@@ -45,8 +45,11 @@ def worker_device(*, use_gpu: bool) -> torch.device:
     raise UserError(f"a GPU was asked for and cannot be used: {reason}; --gpus 0 runs on the CPUs")
 
 
-def prepare(device: torch.device, *, deterministic: bool = False) -> None:
-    """Set up this process for speed: TF32 for float32 products, and kernels chosen by trial."""
+def prepare(device: torch.device, *, deterministic: bool = False, by_trial: bool = True) -> None:
+    """Set up this process for speed: TF32 for float32 products, and kernels chosen by trial.
+
+    Without `by_trial`, processes on equal devices choose equal kernels.
+    """
     if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler: seconds
         torch.use_deterministic_algorithms(deterministic)
     if device.type == "cuda":
@@ -54,7 +57,7 @@ def prepare(device: torch.device, *, deterministic: bool = False) -> None:
             torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.benchmark = by_trial and not deterministic
 
 
 def chosen_precision(asked: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
@@ -209,12 +212,10 @@ def compile_module(
         for part in chosen:
             part.compile(dynamic=False)
         first_run()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
         for part in chosen:
             part._compiled_call_impl = None
-        if not _is_of_the_compiler(error):
+        if isinstance(error, torch.OutOfMemoryError) or not _is_of_the_compiler(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         logger.warning("not compiled (%s): the model runs as it is, slower", reason)
@@ -268,6 +269,22 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the device had no memory for something, after which it can go on."""
+    return isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error is one of CUDA, after which this process cannot use the GPU any more."""
+    if is_out_of_memory(error):
+        return False
+    named = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "CUDA driver error")
+    return any(
+        isinstance(each, torch.AcceleratorError) or (isinstance(each, RuntimeError) and str(each).startswith(named))
+        for each in _chain(error)
+    )
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

@@ -1,6 +1,7 @@
 """Parts run by workers of Ray Data: a worker takes an item, writes its files, and returns one row about it."""
 
 import logging
+import os
 import platform
 import threading
 import time
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from lib import cluster
 from lib.errors import JobError, UserError
@@ -62,17 +63,26 @@ class Worker:
         return done
 
 
+def end_worker(reason: str) -> NoReturn:
+    """End this worker's process. Ray starts another one, and does again what this one had not finished."""
+    logger.warning("a worker on %s ends and is replaced: %s", platform.node(), reason)
+    os._exit(1)  # whatever it has on a GPU may hang in an orderly end
+
+
 @dataclass(frozen=True)
 class Share:
     """What a worker holds: a CPU, or a part of a GPU and the CPUs that feed it.
 
     Attributes:
         num_workers: 0 for as many as the cluster has room for.
+        num_parts: parts that a worker has in hand at once, each in a thread: it reads one and writes another while it
+            computes a third.
     """
 
     num_workers: int = 0
     num_cpus: int = 1
     num_gpus: float = 0.0
+    num_parts: int = 1
 
     @classmethod
     def of_gpus(cls, gpus: int, *, most_a_gpu: int) -> "Share":
@@ -157,7 +167,13 @@ def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_
             num_gpus=share.num_gpus or None,
             # Nodes that join later are used too.
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=num_workers, max_size=num_workers if share.num_gpus else len(items)
+                min_size=1,
+                initial_size=num_workers,
+                max_size=num_workers if share.num_gpus else len(items),
+                max_concurrent_calls_per_actor=share.num_parts,
+                # One more waits. Ray's two for each would leave the last parts to few workers.
+                max_tasks_in_flight_per_actor=share.num_parts + 1,
+                enable_true_multi_threading=share.num_parts > 1,
             ),
         )
 

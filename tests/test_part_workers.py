@@ -1,13 +1,15 @@
 """What ends workers ends the job in one line."""
 
 import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lib import part_workers
 from lib.errors import JobError, UserError
-from lib.part_workers import run_parts, summary
+from lib.part_workers import Share, end_worker, run_parts, summary
 
 
 class NeverStarts:
@@ -24,6 +26,30 @@ class AlwaysDies:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         if item["part"] == 1:
             os._exit(3)
+        return summary(lambda _: (1, 0), item)
+
+
+class InHandTogether:
+    """Finishes a part only when the next one has begun."""
+
+    def __init__(self) -> None:
+        self._begun = [threading.Event() for _ in range(4)]
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        self._begun[item["part"]].set()
+        together = item["part"] == 3 or self._begun[item["part"] + 1].wait(120)
+        return summary(lambda _: (int(together), 0), item)
+
+
+class LosesItsGpuOnce:
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if item["part"] == 2 and not (self._folder / "failed").exists():
+            (self._folder / "failed").touch()
+            end_worker("its GPU failed")
+        (self._folder / f"part {item['part']}").touch()
         return summary(lambda _: (1, 0), item)
 
 
@@ -46,3 +72,20 @@ def test_an_error_of_a_workers_start_keeps_its_words(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(part_workers, "TRIES_OF_A_PART", 2)
     with pytest.raises(Exception, match="a library's error"):
         run_parts([{"part": 0}], NeverLoads, (), unit="photo", num_done=0, num_all=1)
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_a_worker_has_parts_in_hand_at_once() -> None:
+    items = [{"part": part} for part in range(4)]
+    share = Share(num_workers=1, num_parts=2)
+    done = run_parts(items, InHandTogether, (), unit="photo", num_done=0, num_all=4, share=share)
+    assert done.num == 4
+
+
+@pytest.mark.usefixtures("connected_head")
+def test_a_gpu_that_fails_costs_the_parts_in_hand_and_not_the_job(tmp_path: Path) -> None:
+    items = [{"part": part} for part in range(6)]
+    share = Share(num_workers=1, num_parts=3)
+    done = run_parts(items, LosesItsGpuOnce, (str(tmp_path),), unit="photo", num_done=0, num_all=6, share=share)
+    assert done.num == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"failed", *(f"part {part}" for part in range(6))}

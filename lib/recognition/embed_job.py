@@ -6,7 +6,7 @@ The parts are those of the faces table, or those that preprocess would make of t
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +26,7 @@ from lib.parts import (
     remove_unused,
     settle,
 )
-from lib.recognition.embed_worker import EmbedWorker
+from lib.recognition.embed_worker import Computing, EmbedWorker
 from lib.recognition.embedder import (
     Embedder,
     chosen_gpus,
@@ -36,6 +36,7 @@ from lib.recognition.embedder import (
 )
 from lib.recognition.embeddings_table import counts_of
 from lib.recognition.face_source import (
+    FacesSource,
     Source,
     check_source,
     faces_source,
@@ -46,6 +47,9 @@ from lib.recognition.face_source import (
 from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
+
+CPU_PARTS, GPU_PARTS = 2, 3
+"""Parts of a faces table, of up to 1,000 faces, that a worker reads, embeds and writes at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,8 @@ class EmbedConfig:
     """With --photos: seed of the split of identities into train, val and test."""
     gpus: cluster.Gpus = "auto"
     """GPUs to embed on. auto: all of the cluster. 0: none."""
+    precision: cluster.Precision = "auto"
+    """Arithmetic of a model folder. auto: bf16 on GPUs that support it, fp32 elsewhere. An ONNX file has its own."""
     strict: bool = False
     """Stop if the faces were made with other settings than the model's training faces. Without it the job warns."""
     keep_versions: int = KEEP_VERSIONS
@@ -120,6 +126,7 @@ def embed_job(config: EmbedConfig) -> dict[str, Any]:
         onnx=config.onnx,
         strict=config.strict,
         gpus=config.gpus,
+        precision=config.precision,
         overwrite=config.overwrite,
         dry_run=config.dry_run,
         splits=config.splits,
@@ -135,6 +142,7 @@ def embed_source(
     onnx: OnnxInput | None = None,
     strict: bool = False,
     gpus: cluster.Gpus = "auto",
+    precision: cluster.Precision = "auto",
     overwrite: bool = False,
     dry_run: bool = False,
     splits: Sequence[str] = table.SPLITS,
@@ -180,14 +188,23 @@ def embed_source(
     if todo:
         with cluster.connected():
             chosen = chosen_gpus(embedder.url, gpus)
+            share = Share.of_gpus(chosen, most_a_gpu=1)
+            if isinstance(source, FacesSource):  # the detector of photos serves one thread
+                share = replace(share, num_parts=GPU_PARTS if chosen else CPU_PARTS)
+            how = Computing(
+                use_gpu=chosen > 0,
+                precision=precision,
+                num_threads=share.num_cpus,
+                num_faces=num_all // max(1, share.num_workers),
+            )
             processed = run_parts(
                 shared_items([item for item, _ in todo], output),
                 EmbedWorker,
-                ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, chosen > 0),
+                ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, how),
                 unit="face",
                 num_done=num_all - num_todo,
                 num_all=num_all,
-                share=Share.of_gpus(chosen, most_a_gpu=1),
+                share=share,
             )
     storage.remove_unfinished(output)
     counts = counts_of(output, file_names)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -123,6 +123,15 @@ class OnnxModel:
             return embeddings_ND
         # A zero vector stays zero: NaN would look like an error of the model.
         return embeddings_ND / np.maximum(np.linalg.norm(embeddings_ND, axis=1, keepdims=True), 1e-12)
+
+    def buffer(self, num: int) -> np.ndarray:
+        """Return an empty array for so many crops of the size that the model takes."""
+        return np.empty((num, self._size, self._size, 3), np.uint8)
+
+    def launch(self, crops_NHWC: np.ndarray) -> Callable[[], np.ndarray]:
+        """Embed crops, and return what returns them: ONNX Runtime waits for its device."""
+        embeddings_ND = self.embed(crops_NHWC)
+        return lambda: embeddings_ND
 
     def _images(self, crops_NHWC: np.ndarray) -> np.ndarray:
         if self._about:

@@ -1,9 +1,9 @@
 """Runs the model on black images before the training, to compile it or to find the largest batch that fits."""
 
 import torch
-from torch import nn
 
 from lib import device as devices
+from lib.recognition.compiling import repeated_blocks
 from lib.recognition.model import normalized_images
 from lib.training import collective
 from lib.training.settings import TrainConfig
@@ -49,26 +49,3 @@ def _run(state: TrainingState, config: TrainConfig, device: torch.device, num_im
     with devices.autocast(device, devices.chosen_precision(config.run.precision, device)):
         embeddings_ND = state.model(normalized_images(crops_NHWC, state.model.spec))
     embeddings_ND.sum().backward()
-
-
-def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a backbone, such as a ConvNeXt or a transformer; none if other parts hold many weights.
-
-    A block is a member of a sequence of modules of one class that is not torch's own, and has none of these inside.
-    """
-    blocks: list[nn.Module] = []
-
-    def collect(module: nn.Module) -> bool:
-        found = False
-        for child in module.children():
-            found = collect(child) or found
-        members = list(module.children())
-        is_sequence = isinstance(module, nn.Sequential | nn.ModuleList) and len({type(each) for each in members}) == 1
-        if not found and is_sequence and not type(members[0]).__module__.startswith("torch."):
-            blocks.extend(members)
-            return True
-        return found
-
-    collect(backbone)
-    in_blocks = sum(parameter.numel() for block in blocks for parameter in block.parameters())
-    return blocks if 2 * in_blocks > sum(parameter.numel() for parameter in backbone.parameters()) else []

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import device as devices
 from lib.errors import JobError, UserError
+from lib.recognition.compiling import repeated_blocks
 from lib.recognition.model import ModelSpec
 from lib.training.batches import StoredVectors, TrainingBatch
 from lib.training.control import WorkerJob
@@ -20,7 +21,7 @@ from lib.training.loading import BatchLoader, LoadTask
 from lib.training.loop import Worker
 from lib.training.objective import EpochSums
 from lib.training.settings import TrainConfig
-from lib.training.trial_runs import _run, repeated_blocks
+from lib.training.trial_runs import _run
 from tests.training.learnable_faces import write_faces
 
 CPU = torch.device("cpu")
