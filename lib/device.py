@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lib.cluster import Compile, Precision
+from lib.device_errors import is_of_the_compiler
 from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def compiled(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not _is_of_the_compiler(error):
+            if not is_of_the_compiler(error):
                 raise
             state["has_failed"] = True
             reason = str(error).strip().splitlines()[0][:200]
@@ -215,7 +216,7 @@ def compile_module(
     except Exception as error:
         for part in chosen:
             part._compiled_call_impl = None
-        if isinstance(error, torch.OutOfMemoryError) or not _is_of_the_compiler(error):
+        if isinstance(error, torch.OutOfMemoryError) or not is_of_the_compiler(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         logger.warning("not compiled (%s): the model runs as it is, slower", reason)
@@ -269,36 +270,6 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device had no memory for something, after which it can go on."""
-    return isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error)
-
-
-def is_lost(error: BaseException) -> bool:
-    """Return whether an error is one of CUDA, after which this process cannot use the GPU any more."""
-    if is_out_of_memory(error):
-        return False
-    named = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "CUDA driver error")
-    return any(
-        isinstance(each, torch.AcceleratorError) or (isinstance(each, RuntimeError) and str(each).startswith(named))
-        for each in _chain(error)
-    )
-
-
-def _is_of_the_compiler(error: Exception) -> bool:
-    """Return whether an error comes from the compiler, not from the compiled code."""
-    names = [type(each).__module__ for each in _chain(error)]
-    return any(name.startswith(("triton", "torch._dynamo", "torch._inductor")) for name in names)
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def free_memory() -> None:

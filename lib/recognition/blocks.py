@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lib import device as devices
+from lib.device_errors import is_out_of_memory
 from lib.errors import UserError
 from lib.faces.alignment import Alignment, realign
 from lib.faces.sources.folder import ahead
@@ -92,7 +93,7 @@ class Blocks:
                     size = self._at_once
                     return [self._embedder.launch(crops_NHWC[n : n + size]) for n in range(0, len(crops_NHWC), size)]
                 except Exception as error:
-                    if not devices.is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     self._halve(error)
                 devices.free_memory()  # outside of the handler, where the error no longer holds tensors

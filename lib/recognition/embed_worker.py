@@ -13,6 +13,7 @@ import torch
 from lib import device as devices
 from lib import storage
 from lib.cluster import Precision
+from lib.device_errors import is_lost
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, FaceExtractor, settings_from_fingerprint
@@ -81,7 +82,7 @@ class EmbedWorker:
         try:
             return summary(self._process, item)
         except Exception as error:
-            if devices.is_lost(error):
+            if is_lost(error):
                 end_worker(f"its GPU failed ({str(error).strip().splitlines()[0][:200]})")
             raise
 
