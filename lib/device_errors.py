@@ -5,14 +5,15 @@ import torch
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether the device had no memory for something, after which it can go on."""
-    return isinstance(error, torch.OutOfMemoryError) or "STATUS_ALLOC_FAILED" in str(error)
+    named = ("STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in named)
 
 
 def is_lost(error: BaseException) -> bool:
     """Return whether an error is one of CUDA, after which this process cannot use the GPU any more."""
     if is_out_of_memory(error):
         return False
-    named = ("CUDA error", "CUDNN_STATUS", "CUBLAS_STATUS", "CUDA driver error")
+    named = ("CUDA error", "CUDA driver error", "cuDNN error")
     return any(
         isinstance(each, torch.AcceleratorError) or (isinstance(each, RuntimeError) and str(each).startswith(named))
         for each in _chain(error)

@@ -1,5 +1,6 @@
 """Crops on their way into a model: batches, another alignment, what is no picture; which model and folder are meant."""
 
+import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from lib import storage
 from lib.cluster import Precision
@@ -206,14 +208,61 @@ def test_a_worker_ends_when_its_gpu_fails_and_not_when_something_else_does(
 
     monkeypatch.setattr("lib.recognition.embed_worker.end_worker", end)
     worker, items = _worker(faces_url, model_url, tmp_path)
-    for lost in (torch.AcceleratorError("CUDA error: uncorrectable ECC error"), RuntimeError("CUDNN_STATUS_X: no")):
+    for lost in (
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ):
         worker._blocks = failing(lost)  # type: ignore[assignment]
-        with pytest.raises(Ended, match=r"its GPU failed \((CUDA error: unc|CUDNN)"):
+        with pytest.raises(Ended, match=r"its GPU failed \((CUDA error: unc|cuDNN)"):
             worker(items[0])
     worker._blocks = failing(RuntimeError("shapes differ"))  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="shapes differ"):
         worker(items[0])
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_bf16_is_close_to_fp32_and_taken_on_a_cpu_only_where_asked_for(faces: list[dict], model_url: str) -> None:
+    plain_ND, automatic_ND, rounded_ND = (
+        Blocks(load_embedder(model_url, precision=precision))(faces, Alignment())
+        for precision in ("fp32", "auto", "bf16")
+    )
+    np.testing.assert_array_equal(automatic_ND, plain_ND)
+    np.testing.assert_allclose(rounded_ND, plain_ND, atol=0.05)
+    assert (rounded_ND != plain_ND).any()
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (TorchDynamoException("no compiler here"), r"not compiled \(no compiler here\)"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"not compiled \(the GPU has no memory for 64 faces at once\)"),
+    ],
+)
+def test_a_model_that_cannot_be_compiled_runs_as_it_is_with_one_line(
+    error: Exception,
+    line: str,
+    faces: list[dict],
+    model_url: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(*_: Any, **__: Any) -> Callable[..., Any]:
+        def call(*_: Any, **__: Any) -> None:
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    embedder = load_embedder(model_url)
+    assert isinstance(embedder, TorchEmbedder)
+    assert not embedder.compile("auto", size=CPU_BLOCK, pays=True)  # not on a CPU
+    assert not caplog.messages
+    assert not embedder.compile("on", size=CPU_BLOCK, pays=True)
+    assert len(caplog.messages) == 1
+    assert re.match(line, caplog.messages[0])
+    monkeypatch.undo()
+    embeddings_ND = Blocks(embedder)(faces, Alignment())
+    np.testing.assert_array_equal(embeddings_ND, Blocks(load_embedder(model_url))(faces, Alignment()))
 
 
 @pytest.mark.gpu
