@@ -128,7 +128,7 @@ def test_finished_trials_are_left_alone_and_half_done_ones_go_on(swept: Swept) -
     assert swept.half_done
     assert swept.finished_before
     for name in swept.half_done:
-        assert f"{name}: going on from the checkpoint of epoch" in swept.killed.errors
+        assert f"{name}: resuming from the checkpoint of epoch" in swept.killed.errors
     for path, changed_ns in swept.finished_before.items():
         assert path.stat().st_mtime_ns == changed_ns, path
     assert "trials are done" in swept.done.errors

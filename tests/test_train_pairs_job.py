@@ -65,7 +65,7 @@ def test_pairs_of_a_file_choose_the_epoch_where_there_are_no_validation_people(
     file = write_pairs(tmp_path / "pairs.csv", range(24, 32), photos=8)
     done = run_here("train.py", *flags(tmp_path, "run", *BRIEF, "--val-pairs", file))
     assert done.status == 0, done.errors
-    assert "no photo of a validation person is aligned: the pairs of pairs say which epoch is kept" in done.errors
+    assert "no photo of a validation person is aligned: the pairs of pairs decide which epoch is kept" in done.errors
     rows = history(tmp_path, "run")
     assert [row["accuracy"] for row in rows] == [row["pairs_accuracy"] for row in rows]
     assert all(0 < row["accuracy"] < 1 for row in rows)

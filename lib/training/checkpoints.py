@@ -185,11 +185,11 @@ def read_identities(run_url: str) -> pa.Array:
     return storage.read_parquet(url, [pa.field("identity", pa.string())])["identity"].combine_chunks()
 
 
-def load_newest(run_url: str) -> Checkpoint | None:
-    """Return the newest whole checkpoint, None where there is none.
+def load_newest(run_url: str) -> Checkpoint:
+    """Return the newest whole checkpoint.
 
     Raises:
-        UserError: there are checkpoints, but all are damaged.
+        UserError: this node sees no checkpoint, or all are damaged.
     """
     import safetensors.torch
 
@@ -206,7 +206,10 @@ def load_newest(run_url: str) -> Checkpoint | None:
             f"every checkpoint in {storage.redacted(storage.join(run_url, FOLDER))} is damaged: remove that folder to "
             "start again, or choose another --name"
         )
-    return None
+    raise UserError(
+        f"this node does not see the checkpoints in {storage.redacted(run_url)}: put --data on a disk that all nodes "
+        "share, or in an object store such as s3://bucket/folder"
+    )
 
 
 def newest_progress(run_url: str) -> Progress | None:

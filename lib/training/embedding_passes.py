@@ -7,7 +7,7 @@ Shape suffixes: M rows of this worker, D dimensions of an embedding.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ import torch
 from lib.device import Fetched, Upload, autocast, eager
 from lib.recognition.model import EmbeddingModel, Precision, normalized_images
 from lib.training import collective
+from lib.training.control import WorkerJob
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import NEVER, FeatureStore
@@ -110,6 +111,16 @@ class StoreUpkeep:
     store: FeatureStore
     cache: FaceCache
     embedding: EmbeddingPass
+
+    @classmethod
+    def connected(cls, job: WorkerJob, cache: FaceCache, embedding: EmbeddingPass) -> Self | None:
+        """Connect to the shards of the run; None if it has none."""
+        if not job.num_shards:
+            return None
+        store = FeatureStore.connect(
+            job.config.run_url, cache.labels_N, dim=job.spec.embedding_dim, num_shards=job.num_shards
+        )
+        return cls(store=store, cache=cache, embedding=embedding)
 
     def fill(self, model: EmbeddingModel, step: int) -> int:
         """Embed every photo that has no feature; return how many there were.

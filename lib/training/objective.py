@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.device import to_device
+from lib.training import collective
 from lib.training.batches import TrainingBatch
 from lib.training.losses import BatchLoss, batch_softmax_loss, batch_triplet_loss, gather_batch, triplet_margin_loss
 from lib.training.settings import TrainConfig
@@ -154,3 +155,7 @@ class EpochSums:
     def values(self) -> npt.NDArray[np.float64]:
         """Return the sums, in the order of `SUM_NAMES`."""
         return self._sums.cpu().numpy()
+
+    def over_all_workers(self) -> dict[str, float]:
+        """Return the sums over all workers, by their names. Every worker has to call this."""
+        return dict(zip(SUM_NAMES, collective.summed(self.values()).tolist(), strict=True))

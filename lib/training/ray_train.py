@@ -112,7 +112,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         import ray.train.torch
         import torch
 
-        from lib.training.loop import work
+        from lib.training.worker_process import work
 
     job = pickle.loads(settings["job"])  # noqa: S301 - of our own driver
     work(job, ray.train.torch.get_device() if job.use_gpu else torch.device("cpu"))

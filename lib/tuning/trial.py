@@ -29,10 +29,10 @@ from lib.errors import JobError, JobStopped, UserError
 from lib.terminal import send_log_to_driver
 from lib.training.control import WorkerJob, connect_control, create_control, failure_error
 from lib.training.history import read_rows
-from lib.training.loop import work
 from lib.training.record import OUTCOME_NAME, figure_of, write_outcome
 from lib.training.settings import TrainConfig
 from lib.training.train_job import LEAVE_LIMIT_S, WATCH_EVERY_S, create_store, train
+from lib.training.worker_process import work
 from lib.tuning.settings import Trial
 
 logger = logging.getLogger(__name__)

@@ -119,7 +119,7 @@ def test_a_preempted_job_goes_on_by_itself_as_if_nothing_had_happened(cluster: S
     cluster.wait_until(lambda: is_within_an_epoch(disturbed), job, 400)
     urgent = cluster.submit("-p", "urgent", "-w", "node3", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
-    cluster.wait_for_line(job, r"start 1 of job \d+(.|\n)*going on from the checkpoint of epoch \d, step")
+    cluster.wait_for_line(job, r"start 1 of job \d+(.|\n)*resuming from the checkpoint of epoch \d, step")
     num_before = len(history(disturbed))
     cluster.login("scancel", "--batch", "--signal=USR1", str(job))
     assert result(cluster, job)["epochs"] == EPOCHS

@@ -16,6 +16,7 @@ from lib.training.checkpoints import newest_progress
 from lib.training.control import WorkerJob
 from lib.training.first_checkpoint import begin
 from lib.training.loop import Worker
+from lib.training.saving import all_suspects
 from lib.training.settings import TrainConfig
 from tests.job_runner import RayHead, run_here
 from tests.test_train_job import flags
@@ -48,7 +49,7 @@ def finished(worker: Worker, data: Path) -> str:
     """Save the state and a model as a run does that has trained; return the run's folder."""
     state = worker.state
     assert state.centres is not None
-    state.save(worker.config.run_url, state.progress, state.usage.counts_3N, worker._all_suspects())
+    state.save(worker.config.run_url, state.progress, state.usage.counts_3N, all_suspects(worker.state))
     save_model(state.evaluated, str(data / "runs" / "run" / "model"))
     return worker.config.run_url
 

@@ -27,7 +27,6 @@ def test_what_is_written_is_read(run: str) -> None:
     progress = Progress(epoch=3, anchors_done=96, step=17, negatives="hard", best=0.9, sums={"loss": 1.25})
     checkpoints.write(run, progress, TENSORS)
     loaded = checkpoints.load_newest(run)
-    assert loaded is not None
     assert loaded.progress == progress == checkpoints.newest_progress(run)
     assert loaded.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(loaded.tensors[name], TENSORS[name]) for name in TENSORS)
@@ -40,9 +39,10 @@ def test_the_newest_counts_and_two_stay(run: str) -> None:
     assert checkpoints.newest_progress(run) == Progress(epoch=10, step=1000)
 
 
-def test_none_is_no_error(run: str) -> None:
-    assert checkpoints.load_newest(run) is None
+def test_a_folder_without_checkpoints_has_no_progress_and_cannot_be_loaded(run: str) -> None:
     assert checkpoints.newest_progress(run) is None
+    with pytest.raises(UserError, match="does not see the checkpoints"):
+        checkpoints.load_newest(run)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08", b"\xff" * 100, b"\x02" + bytes(7) + b"{}"])
@@ -52,7 +52,6 @@ def test_a_damaged_one_gives_way_to_the_one_before(run: str, content: bytes, cap
     damaged = storage.join(run, checkpoints.FOLDER, names(run)[-1])
     storage.write_bytes(damaged, content)
     loaded = checkpoints.load_newest(run)
-    assert loaded is not None
     assert loaded.progress.step == 5
     assert checkpoints.newest_progress(run) == loaded.progress
     assert "is damaged" in caplog.text

@@ -19,6 +19,7 @@ from lib.training.control import WorkerJob
 from lib.training.first_checkpoint import begin
 from lib.training.loop import Worker
 from lib.training.record import EpochOutcome, RunRecord
+from lib.training.saving import all_suspects
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
 from lib.training.train_job import CONFIG_NAME, _settle, train
@@ -51,7 +52,7 @@ def gone_on(worker: Worker) -> Worker:
 def test_suspects_found_before_a_restart_stay(config: TrainConfig) -> None:
     worker = begun(config)
     worker.state.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
-    worker.state.save(config.run_url, worker.state.progress, worker.state.usage.counts_3N, worker._all_suspects())
+    worker.state.save(config.run_url, worker.state.progress, worker.state.usage.counts_3N, all_suspects(worker.state))
     assert len(gone_on(worker).state.suspects) == 1
 
 

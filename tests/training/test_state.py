@@ -37,7 +37,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> FaceCache:
 
 def loaded(config: TrainConfig, num_photos: int, *, is_first: bool = True) -> TrainingState:
     checkpoint = checkpoints.load_newest(config.run_url)
-    assert checkpoint is not None
     return TrainingState(
         config, SPEC, checkpoint, device=CPU, num_photos=num_photos, is_first=is_first, num_identities=NUM_PEOPLE
     )
