@@ -57,9 +57,10 @@ def evaluated(
     groups = [f"{row['photo']},{'odd' if int(row['identity']) % 2 else 'even'}" for row in faces_rows]
     (data / "slices.csv").write_text("\n".join(["photo,attribute", *groups]))
     flags = ["--faces", faces_url, "--split", "all", "--num-pairs", "300", "--slices", str(data / "slices.csv")]
+    flags += ["--whole-split"]
     done = run_job("evaluate.py", "--data", str(data), *flags, extra=connected_head.environment)
     assert done.status == 0, done.errors
-    return run, EvaluateConfig(data=str(data), faces=faces_url, split="all", num_pairs=300), done
+    return run, EvaluateConfig(data=str(data), faces=faces_url, split="all", num_pairs=300, whole_split=True), done
 
 
 def test_a_run_gets_its_report(evaluated: tuple[Path, EvaluateConfig, Finished], aligned: list[dict]) -> None:
@@ -103,6 +104,24 @@ def test_the_originals_protocol_is_of_all_pairs_of_each_person(
     ]
     assert table["mean_distance_same"] == pytest.approx(np.mean(distances), rel=1e-5)
     assert table["false_negatives"] == np.count_nonzero(np.array(distances) > 0.1)
+
+
+def test_only_photos_in_pairs_are_embedded_and_the_pairs_have_the_same_figures(
+    evaluated: tuple[Path, EvaluateConfig, Finished], tmp_path: Path, aligned: list[dict]
+) -> None:
+    run, config, _ = evaluated
+    whole = json.loads((run / "report" / "metrics.json").read_text())["models"][0]
+    config = dataclasses.replace(config, model=(str(run),), output=str(tmp_path), num_pairs=20, whole_split=False)
+    few = evaluate(config)
+    made = read_embeddings(str(tmp_path / "embeddings" / "first é"))
+    assert len(made) == few["photos"] <= 40 < len(aligned)
+    many = evaluate(dataclasses.replace(config, num_pairs=300))
+    assert many["photos"] == len(read_embeddings(str(tmp_path / "embeddings" / "first é")))
+    again = json.loads((tmp_path / "metrics.json").read_text())["models"][0]
+    for name in ("accuracy", "accuracy_std", "fold_accuracies", "auc", "eer", "tar_at_far"):
+        assert again[name] == pytest.approx(whole[name], abs=1e-6)
+    assert again["threshold"] == pytest.approx(whole["threshold"], abs=1e-5)
+    assert again["intervals"]["accuracy"] == pytest.approx(whole["intervals"]["accuracy"], abs=1e-6)
 
 
 def test_the_first_evaluation_chooses_the_threshold_and_later_ones_leave_it(
@@ -246,6 +265,7 @@ def test_bad_input_is_refused_in_one_line(model_url: str, faces_url: str, tmp_pa
     assert "both given" in refused(faces_url, model_url, photos="/p")
     assert "at least 2 folds" in refused(faces_url, model_url, num_pairs=3)
     assert "--tolerance is nan" in refused(faces_url, model_url, tolerance=float("nan"))
+    assert "--whole-split is for pairs that are made" in refused(faces_url, model_url, pairs=(gone,), whole_split=True)
     assert "--gpus is -1" in refused(faces_url, model_url, gpus=-1)
 
 

@@ -5,7 +5,7 @@ Shapes: P pairs.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lib.csv_text import read_csv
 from lib.errors import UserError
-from lib.evaluation.pairs import DEFAULT_FOLDS, MAX_FOLDS, NUM_NAMED, Pairs
+from lib.evaluation.pairs import DEFAULT_FOLDS, MAX_FOLDS, NUM_NAMED, Pairs, Strings, strings_of
 from lib.storage import read_bytes
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _WORDS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no": 0, "n": 0, "0": 0}
 
 
-def read_pairs(url: str, photos: Sequence[str], *, seed: int = 0) -> Pairs:
+def read_pairs(url: str, photos: Strings, *, seed: int = 0) -> Pairs:
     """Return the pairs of a file: `.txt` in LFW's format, `.csv` or `.parquet` with photo_a, photo_b, same (and fold).
 
     A file without folds is dealt into 10 by `seed`, each with its share of both kinds; such folds may share people.
@@ -42,7 +42,7 @@ def read_pairs(url: str, photos: Sequence[str], *, seed: int = 0) -> Pairs:
     )
 
 
-def parse_lfw_pairs(content: bytes, photos: Sequence[str], url: str, *, seed: int = 0) -> Pairs:
+def parse_lfw_pairs(content: bytes, photos: Strings, url: str, *, seed: int = 0) -> Pairs:
     """Return the pairs of LFW's `pairs.txt`.
 
     The first line holds the number of folds and of pairs of each kind in a fold (or the latter alone: one fold, dealt
@@ -120,19 +120,26 @@ def _lfw_photo(person: str, number: str) -> str:
     return f"{person}/{person}_{int(number):04d}"
 
 
-def _index_by_person_and_stem(photos: Sequence[str], wanted: set[str], url: str) -> dict[str, int]:
+def _index_by_person_and_stem(photos: Strings, wanted: set[str], url: str) -> dict[str, int]:
     """Map each wanted `person/stem` to the one photo whose path ends so, whatever its extension."""
     index: dict[str, int] = {}
-    for n, photo in enumerate(photos):
+    for n, photo in enumerate(_texts(photos)):
         key = os.path.splitext("/".join(photo.rsplit("/", 2)[-2:]))[0]  # noqa: PTH122  (pathlib is 20 times slower)
         if key in wanted and index.setdefault(key, n) != n:
+            earlier = str(photos[index[key]])
             raise UserError(
-                f"{url}: {key!r} may be {photos[index[key]]!r} or {photo!r}: name a photo folder that holds one of them"
+                f"{url}: {key!r} may be {earlier!r} or {photo!r}: name a photo folder that holds one of them"
             )
     return index
 
 
-def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: int = 0) -> Pairs:
+def _texts(photos: Strings) -> Iterator[str]:
+    chunks = photos.chunks if isinstance(photos, pa.ChunkedArray) else [photos]
+    for chunk in chunks:
+        yield from chunk.to_pylist() if isinstance(chunk, pa.Array) else chunk
+
+
+def parse_pairs_table(content: bytes, photos: Strings, url: str, *, seed: int = 0) -> Pairs:
     """Return the pairs of a CSV or Parquet file with columns photo_a, photo_b, same, and perhaps fold.
 
     `same` holds true or false, 1 or 0, or yes or no. CSV may be parted by commas, semicolons or tabs.
@@ -162,7 +169,7 @@ def parse_pairs_table(content: bytes, photos: Sequence[str], url: str, *, seed: 
             raise UserError(f"{url}: {len(labels)} different folds; at most {MAX_FOLDS} are read, usual are 10")
     else:
         fold_P = dealt_folds(same_P, seed)
-    known = pa.array(photos, pa.string())
+    known = strings_of(photos)
     a_P, b_P = (pc.fill_null(pc.index_in(names, known), -1).to_numpy() for names in (names_a, names_b))
     return _found_pairs(a_P, b_P, same_P, fold_P, names_a, names_b, url)
 

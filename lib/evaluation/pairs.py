@@ -8,6 +8,7 @@ Shapes: N photos of the caller, I identities, P pairs, M photos of one fold.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,10 @@ NUM_NAMED = 5
 
 SMALL_FOLD = 8
 """Where a fold has fewer cross pairs than this many times what is asked, all are listed instead of drawn at random."""
+
+
+Strings: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
+"""Names of a list, or of many photos in less memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,8 +54,8 @@ class Pairs:
 
 
 def made_pairs(
-    photos: Sequence[str],
-    identities: Sequence[str],
+    photos: Strings,
+    identities: Strings,
     *,
     num_pairs: int = 6_000,
     num_folds: int = DEFAULT_FOLDS,
@@ -139,10 +144,15 @@ def original_pairs(photos: Sequence[str], identities: Sequence[str], *, seed: in
     )
 
 
-def _by_identity(photos: Sequence[str], identities: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def strings_of(values: Strings) -> pa.Array | pa.ChunkedArray:
+    """Return names as an Arrow array of strings."""
+    return values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, pa.string())
+
+
+def _by_identity(photos: Strings, identities: Strings) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the indices of the photos person by person, by name within each, and how many photos each person has."""
     assert len(photos) == len(identities)
-    table = pa.table({"identity": pa.array(identities, pa.string()), "photo": pa.array(photos, pa.string())})
+    table = pa.table({"identity": strings_of(identities), "photo": strings_of(photos)})
     assert table["identity"].null_count == 0
     photo_N = pc.sort_indices(table, sort_keys=[("identity", "ascending"), ("photo", "ascending")]).to_numpy()
     runs = pc.run_end_encode(table["identity"].combine_chunks().take(photo_N))

@@ -25,7 +25,7 @@ def accuracy_difference(measured: Sequence[Measured]) -> dict[str, float] | None
 
 
 def notes_of(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unknown: int) -> list[str]:
-    """Log and return what limits these figures; `num_unknown` photos of --slices are not here."""
+    """Log and return what limits these figures; `num_unknown` photos of --slices are in no pair."""
     notes = [pairs.note] if pairs.note else []
     for each in measured:
         failed = each.figures["failed_photos"]
@@ -44,7 +44,7 @@ def notes_of(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unk
             "for a model trained on them the figures are too good"
         )
     if num_unknown:
-        notes.append(f"{num_unknown:,} photos of --slices are not here")
+        notes.append(f"{num_unknown:,} photos of --slices are in no pair")
     for note in notes:
         logger.warning("%s", note)
     return notes

@@ -127,7 +127,7 @@ def _original_tables(measured: Sequence[Measured]) -> list[Table]:
     text = "At the tolerance given, else the threshold that the model came with, else the best one."
     tables = [("The original's table", text, "")]
     if any(each.figures["original"] for each in measured):
-        text = "Every two photos of a person, and for each of them a random photo of someone else."
+        text = "Every two of the measured photos of a person, and for each a random photo of someone else."
         tables.append(("The original's table, by its own protocol", text, "original"))
     made = []
     for title, text, protocol in tables:

@@ -100,6 +100,8 @@ class EmbedWorker:
         """Yield each file, its rows of a faces table, and their number of photos."""
         if self._reader is None:
             rows = storage.read_parquet(item["faces"], table.REQUIRED)
+            if item["rows"] is not None:
+                rows = rows.take(json.loads(item["rows"]))
             yield item["name"], rows, len(rows)
             return
         names = json.loads(item["names"])

@@ -1,8 +1,9 @@
 """What embed takes faces from: the parts of a faces table, or those that preprocess would make of photos."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lib import storage
@@ -42,6 +43,7 @@ class FacesSource:
         run_id: of the version of the table.
         file_names: of the parts below `url`.
         num_rows: of each of them.
+        rows: those to embed of each file, rising; None for all rows of all files.
     """
 
     url: str
@@ -49,6 +51,13 @@ class FacesSource:
     fingerprint: dict[str, Any]
     file_names: list[str]
     num_rows: list[int]
+    rows: list[list[int]] | None = None
+
+    def only(self, rows: Mapping[str, Sequence[int]]) -> "FacesSource":
+        """Return these rows of these files alone."""
+        names = [name for name in self.file_names if rows.get(name)]
+        taken = [[int(row) for row in rows[name]] for name in names]
+        return replace(self, file_names=names, num_rows=[len(each) for each in taken], rows=taken)
 
     def origin(self) -> dict[str, Any]:
         """Return what embeddings say of where they are from."""
@@ -62,10 +71,12 @@ class FacesSource:
     def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
         """Return for each part the item for a worker, its files by a model of this digest, and its number of rows."""
         items = []
-        for name, rows in zip(self.file_names, self.num_rows, strict=True):
+        for n, (name, num_rows) in enumerate(zip(self.file_names, self.num_rows, strict=True)):
             made_of = name if part_key(name) else f"{self.run_id}/{name}"
-            output = _output_name(name, made_of, model)
-            items.append(({"faces": storage.join(self.url, name), "name": output}, [output], rows))
+            rows = None if self.rows is None else json.dumps(self.rows[n])
+            output = _output_name(name, made_of if rows is None else f"{made_of} {rows}", model)
+            item = {"faces": storage.join(self.url, name), "name": output, "rows": rows}
+            items.append((item, [output], num_rows))
         return items
 
 
