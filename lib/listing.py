@@ -1,4 +1,4 @@
-"""Sorted listings: of a local folder, following its links, and of an S3 bucket, page by page."""
+"""Sorted listings: of a local folder, following its links; of an S3 bucket, page by page; of any other storage."""
 
 import errno
 import os
@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import pyarrow as pa
 
 from lib.storage_errors import explained
+
+Act = Callable[[Callable[[fsspec.AbstractFileSystem, str], Any]], Any]
+"""Runs an action on a file system and a path in it, with retries."""
 
 
 class FileInfo(NamedTuple):
@@ -77,19 +81,19 @@ def _is_near(folder: Path, root: Path) -> bool:
     return folder.is_relative_to(root) or root.is_relative_to(folder)
 
 
-def s3_files(
-    ask: Callable[[dict[str, Any]], dict[str, Any]],
-    bucket: str,
-    key: str,
-    limit: int | None = None,
-    *,
-    in_order: bool = True,
-) -> Iterator[FileInfo]:
-    """Yield the objects below a key, at most about `limit`. `ask` sends a request to `list_objects_v2`.
+def found_files(act: Act, root: str) -> Iterator[FileInfo]:
+    """Yield the files below the path `root` of any fsspec file system, sorted."""
+    found = act(lambda files, path: files.find(path, detail=True))
+    for path in sorted(found):
+        yield FileInfo(path.removeprefix(root + "/"), found[path]["size"] or 0, mark_of(found[path]))
+
+
+def s3_files(act: Act, root: str, limit: int | None = None, *, in_order: bool = True) -> Iterator[FileInfo]:
+    """Yield the objects below the path `root` (bucket/key), at most about `limit`.
 
     s3fs's own `find` holds a kilobyte for each object, and compares each folder with all others.
     """
-    pages = _s3_pages(ask, bucket, key and key + "/", limit)
+    pages = _s3_pages(act, root, limit)
     if in_order:
         # Amazon sorts so too, but not every server that speaks S3.
         pages = iter(pa.concat_tables(pages).sort_by("path").to_batches(max_chunksize=10_000))
@@ -97,15 +101,15 @@ def s3_files(
         yield from map(FileInfo, *(column.to_pylist() for column in page.columns))
 
 
-def _s3_pages(
-    ask: Callable[[dict[str, Any]], dict[str, Any]], bucket: str, prefix: str, limit: int | None
-) -> Iterator[pa.Table | pa.RecordBatch]:
+def _s3_pages(act: Act, root: str, limit: int | None) -> Iterator[pa.Table | pa.RecordBatch]:
+    bucket, _, key = root.partition("/")
+    prefix = key and key + "/"
     request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
     if limit is not None:
         request["MaxKeys"] = limit
     is_last = False
     while not is_last:
-        page = ask(request)
+        page = act(lambda files, _: files.call_s3("list_objects_v2", **request))
         found = [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
         paths = pa.array([entry["Key"].removeprefix(prefix) for entry in found], pa.large_string())
         sizes = pa.array([entry["Size"] for entry in found], pa.int64())

@@ -1,14 +1,19 @@
 """Local files: written whole or not at all, and never a pipe or a device."""
 
+import logging
 import os
 import re
 import stat
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.listing import local_files
 from lib.redaction import shown
 from lib.storage_errors import explained
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
@@ -16,6 +21,15 @@ _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
 def local_path(url: str) -> Path:
     """Return the absolute path of a local URL."""
     return Path(url.removeprefix("file://")).absolute()
+
+
+def has_entries(folder: Path) -> bool:
+    """Return whether a folder exists, can be read and is not empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
 
 
 def refuse_special(url: str) -> None:
@@ -42,6 +56,12 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
         raise
 
 
-def is_unfinished(path: Path) -> bool:
-    """Return whether a killed process of this user has left the file in `write_whole`."""
-    return bool(_TEMPORARY_NAME.fullmatch(path.name)) and path.lstat().st_uid == os.geteuid()
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what killed processes of this user have left below a folder in `write_whole`."""
+    for info in local_files(str(folder)):
+        path = folder / info.path
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            with explained(str(path), "remove"), suppress(FileNotFoundError):
+                if path.lstat().st_uid == os.geteuid():
+                    logger.info("removing %s, left by a killed process", path)
+                    path.unlink()

@@ -24,6 +24,13 @@ class RangedFile(AbstractBufferedFile):
         return self._read_range(start, end)
 
 
+def ranged(num_bytes: int | None, read_range: Callable[[int, int], bytes], name: str) -> pa.PythonFile:
+    """Return a file for `opened`, of which only the parts that are used are read; messages call it `name`."""
+    if num_bytes is None:
+        raise UserError(f"{name}: the server does not say how long the file is: copy it to a disk, and name the copy")
+    return pa.PythonFile(RangedFile(num_bytes, read_range), mode="r")
+
+
 @contextmanager
 def opened(source: Any, name: str, wanted: Sequence[pa.Field], buffer_size: int) -> Iterator[pq.ParquetFile]:
     """Open a path or file that must have the columns `wanted`; messages call it `name`.

@@ -1,18 +1,9 @@
-"""Files on local disks and in object stores through fsspec: whole writes, bounded retries, errors in one clear line.
-
-A URL is a local path or `scheme://…`. Credentials and endpoints come only from the usual environment variables
-(`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, …), never from a flag.
-
-Every action asks fsspec for its file system, which keeps one for each process. So everything works after a fork, in a
-Ray worker, and after the server was restarted.
-"""
+"""Files on local disks and in object stores: whole writes, bounded retries, and one clear line for each error."""
 
 import io
 import json
 import logging
-import os
 import random
-import re
 import shutil
 import time
 import uuid
@@ -28,8 +19,10 @@ import pyarrow.parquet as pq
 
 from lib import parquet_files
 from lib.errors import JobError, UserError
-from lib.listing import FileInfo, local_files, mark_of, s3_files
-from lib.local_files import is_unfinished, local_path, refuse_special, write_whole
+from lib.file_systems import S3_OPTIONS as S3_OPTIONS
+from lib.file_systems import filesystem, is_local, is_s3
+from lib.listing import FileInfo, found_files, local_files, mark_of, s3_files
+from lib.local_files import has_entries, local_path, refuse_special, remove_temporary_files, write_whole
 from lib.redaction import redacted as redacted  # Callers show URLs with it.
 from lib.redaction import shown
 from lib.storage_errors import MissingFileError, explained, is_passing, reason_for, s3_code
@@ -47,61 +40,10 @@ CHECK_RETRY_SECONDS = 5.0
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 
-S3_SCHEMES = ("s3", "s3a")
-
-# Each of our tries makes two requests of at most 20 s. Workers read in parallel anyway, so one stream reads a file: a
-# photo then takes one request instead of two.
-S3_OPTIONS = {
-    "config_kwargs": {
-        "connect_timeout": 5,
-        "read_timeout": 15,
-        "retries": {"mode": "standard", "total_max_attempts": 2},
-    },
-    "max_concurrency": 1,
-}
-
-# Never read. In a forked process it keeps the file systems of the parent alive. Otherwise s3fs would close connections
-# that both processes share, through an event loop whose thread does not exist after the fork.
-_KEPT_AFTER_FORK: dict[tuple[int, str], fsspec.AbstractFileSystem] = {}
-
-
-def is_local(url: str) -> bool:
-    """Return whether the URL is a path on this machine."""
-    return _scheme(url) == "file"
-
 
 def join(url: str, *names: str) -> str:
     """Return the URL of something below `url`."""
     return "/".join([url.rstrip("/"), *names])
-
-
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the fsspec file system of a URL, which can be pickled, and the path in it.
-
-    Raises:
-        UserError: unknown scheme, or a scheme whose driver is not installed.
-    """
-    scheme = _scheme(url)
-    if scheme == "file":
-        return fsspec.filesystem("file"), str(local_path(url))
-    # Only user and host are parsed: fsspec would find options and chained URLs in the names of photos.
-    authority, slash, path = url.partition("://")[2].partition("/")
-    try:
-        # Cached listings would hide what other processes write.
-        options = S3_OPTIONS if scheme in S3_SCHEMES else {}
-        files, root = fsspec.url_to_fs(f"{scheme}://{authority}", use_listings_cache=False, **options)
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{shown(url)}: the storage scheme {scheme!r} cannot be used ({error}): "
-            "give a local path, s3://bucket/folder, or a scheme whose fsspec driver is installed"
-        ) from error
-    except TypeError as error:
-        raise UserError(f"{shown(url)}: {scheme!r} needs more than the URL says ({error})") from error
-    if scheme in S3_SCHEMES:
-        # Otherwise s3fs repeats each timeout five times in each of our tries.
-        files.retries = 1
-        _KEPT_AFTER_FORK[os.getpid(), scheme] = files
-    return files, root.rstrip("/") + slash + path
 
 
 def exists(url: str) -> bool:
@@ -122,18 +64,9 @@ def exists(url: str) -> bool:
 
 
 def holds_anything(url: str) -> bool:
-    """Return whether a folder exists and is not empty.
-
-    Raises:
-        UserError, JobError: the storage refuses the question, or does not answer.
-    """
-    if not is_local(url):
-        return exists(url)  # a folder of a bucket is there as long as it holds a file
-    try:
-        with os.scandir(local_path(url)) as entries:
-            return any(True for _ in entries)
-    except OSError:
-        return False
+    """Return whether a folder exists and is not empty; raises as `exists`."""
+    # A folder of a bucket exists as long as it holds a file.
+    return has_entries(local_path(url)) if is_local(url) else exists(url)
 
 
 def read_bytes(url: str, max_bytes: int | None = None) -> bytes:
@@ -165,15 +98,9 @@ def write_bytes(url: str, data: bytes, *, is_private: bool = False) -> None:
 
 
 def remove_unfinished(url: str) -> None:
-    """Remove the temporary files that killed processes of this user have left below a local folder in `write_bytes`.
-
-    Object stores show only whole files. No other process may be writing there.
-    """
-    if is_local(url):
-        for info in list_files(url, suffix=".tmp", skip_prefixes=()):
-            if is_unfinished(path := local_path(url) / info.path):
-                logger.info("removing %s, left by a killed process", path)
-                remove(str(path))
+    """Remove what killed processes have left below a folder in `write_bytes`. No other process may be writing there."""
+    if is_local(url):  # object stores show only whole files
+        remove_temporary_files(local_path(url))
 
 
 def read_json(url: str, wanted: Mapping[str, type | tuple[type, ...]] | None = None) -> dict[str, Any]:
@@ -210,11 +137,7 @@ def open_parquet(url: str, wanted: Sequence[pa.Field] = (), *, buffer_size: int 
             source = str(local_path(url))
         else:
             num_bytes = _act(url, "read", lambda files, path: files.info(path))["size"]
-            if num_bytes is None:
-                raise UserError(
-                    f"{shown(url)}: the server does not say how long the file is: copy it here, and name that"
-                )
-            source = pa.PythonFile(parquet_files.RangedFile(num_bytes, partial(read_range, url)), mode="r")
+            source = parquet_files.ranged(num_bytes, partial(read_range, url), shown(url))
         with parquet_files.opened(source, shown(url), wanted, buffer_size) as file:
             yield file
 
@@ -264,11 +187,11 @@ def list_files(
 ) -> Iterator[FileInfo]:
     """Yield the files below a folder, at any depth, sorted by path; a missing folder has none.
 
-    A local listing holds the names of one folder at a time, one of S3 all paths, sizes and marks: 90 bytes a file.
+    Memory: the names of one folder at a time of a local listing; 90 bytes a file, for all files, of one of S3.
 
     Args:
-        in_order: False: S3's are in the order in which it names them, and a thousand at a time are in memory.
-        limit: look at no more than about so many files. Their order may not be that of the whole listing.
+        in_order: False leaves S3's files in the order of its answers, with a thousand at a time in memory.
+        limit: look at about so many files at most. Their order may not be that of the whole listing.
         suffix: endings to take, in lower case; upper-case names match too.
         skip_prefixes: a file is left out if its name, or that of a folder in its path, begins with one of these.
 
@@ -278,27 +201,24 @@ def list_files(
     if is_local(url):
         listing = local_files(str(local_path(url)))
     else:
-        listing = _list_s3(url, limit, in_order) if _scheme(url) in S3_SCHEMES else _list_remote(url)
+        act, root = partial(_act, url, "list"), filesystem(url)[1].rstrip("/")
+        listing = s3_files(act, root, limit, in_order=in_order) if is_s3(url) else found_files(act, root)
     for info in islice(listing, limit):
-        is_skipped = bool(skip_prefixes) and any(name.startswith(skip_prefixes) for name in info.path.split("/"))
+        is_skipped = any(name.startswith(skip_prefixes) for name in info.path.split("/"))
         if not is_skipped and info.path.lower().endswith(suffix):
             yield info
 
 
 def children(url: str) -> tuple[list[str], list[str]]:
-    """Return the names of the files and of the folders right in a folder, sorted; none where it does not exist.
-
-    Raises:
-        UserError, JobError: as `list_files`.
-    """
+    """Return the names of the files and of the folders in a folder, sorted; none if it is missing; as `list_files`."""
     try:
         found = _act(url, "list", lambda files, path: files.ls(path, detail=True))
     except MissingFileError:
         return [], []
-    names = [(str(each["name"]).rstrip("/").rpartition("/")[2], each["type"] == "directory") for each in found]
-    return sorted(name for name, is_folder in names if not is_folder), sorted(
-        name for name, is_folder in names if is_folder
-    )
+    names: tuple[list[str], list[str]] = [], []
+    for each in found:
+        names[each["type"] == "directory"].append(str(each["name"]).rstrip("/").rpartition("/")[2])
+    return sorted(names[0]), sorted(names[1])
 
 
 def remove(url: str) -> None:
@@ -354,22 +274,6 @@ def read_range(url: str, start: int, end: int) -> bytes:
         raise
 
 
-def _list_s3(url: str, limit: int | None, in_order: bool) -> Iterator[FileInfo]:
-    def ask(request: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = _act(url, "list", lambda files, _: files.call_s3("list_objects_v2", **request))
-        return answer
-
-    bucket, _, key = filesystem(url)[1].rstrip("/").partition("/")
-    return s3_files(ask, bucket, key, limit, in_order=in_order)
-
-
-def _list_remote(url: str) -> Iterator[FileInfo]:
-    found = _act(url, "list", lambda files, path: files.find(path, detail=True))
-    root = filesystem(url)[1].rstrip("/") + "/"
-    for path in sorted(found):
-        yield FileInfo(path.removeprefix(root), found[path]["size"] or 0, mark_of(found[path]))
-
-
 def _act(url: str, doing: str, action: Action[Result], *, retry_s: float | None = None) -> Result:
     """Run an action on the file system of a URL and the path in it.
 
@@ -389,8 +293,3 @@ def _act(url: str, doing: str, action: Action[Result], *, retry_s: float | None 
             logger.warning("cannot %s %s: %s; trying again in %.1f s", doing, shown(url), reason, this_pause_s)
             time.sleep(this_pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-
-
-def _scheme(url: str) -> str:
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    return match[1].lower() if match else "file"
