@@ -72,4 +72,4 @@ def test_too_few_nodes_of_which_no_more_will_come_end_the_job_with_75(
         done = finish(job, 100)
     assert done.status == 75, done.errors
     # Before it stands what Ray tells of the worker that lost the other.
-    assert done.last_error.startswith("stopped: nodes are lost, too few are left for 2 workers of 1 CPUs")
+    assert done.last_error.startswith("stopped: nodes are lost, and too few are left for 2 workers of 1 CPUs")

@@ -19,7 +19,8 @@ from lib.training import collective
 from lib.training.control import WorkerJob
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
-from lib.training.feature_store import NEVER, FeatureStore
+from lib.training.feature_shard import NEVER
+from lib.training.feature_store import FeatureStore
 from lib.training.loading import BatchLoader, LoadedBatch, LoadTask, Prefetcher
 
 Floats = npt.NDArray[np.float32]

@@ -1,25 +1,23 @@
-"""The latest feature of every training photo, spread over the nodes as Ray actors that search where the features lie.
+"""The latest feature of every training photo. Ray actors on the nodes hold shards of them, and search there.
 
-Shape suffixes as in lib/training/mining.py. Shard s owns one range of rows, so that the shards' answers in order are
-the answer in order of rows, and another number of shards means only other bounds.
+Shape suffixes as in lib/training/mining.py. Each shard owns a range of rows. So the answers of all shards, one after
+the other, are in the order of the rows, and another number of shards only means other ranges.
 
-Queries go to the shards; no snapshot is kept on the nodes to search instead. Asked one step ahead for 256 anchors among
-200,000 photos of 128, the answer costs the training process 3.0 ms, a search of a snapshot in shared memory 2.9 ms,
-but taking that snapshot costs 80 to 140 ms each time (0.4 to 1.8 s for 1,000,000 photos) and it is old at once
-(`bench/negative_search.py`). One shard a node: four on one node take 5.4 ms.
+Queries go to the shards; the workers do not search in copies. A query of 256 anchors among 200,000 photos of 128
+dimensions, sent one step ahead, costs the training process 3.0 ms. A search in a copy in shared memory costs 2.9 ms,
+but making the copy takes 80 to 140 ms each time (0.4 to 1.8 s for 1,000,000 photos), and it is out of date at once
+(`bench/negative_search.py`). There is one shard on each node: four on one node take 5.4 ms.
 
-A shard that dies comes back empty. Its rows are then never chosen as negatives, count as the stalest, and are filled
-again by whoever embeds the stalest photos; meanwhile the other shards answer.
+A shard that dies comes back empty. Its rows then are no negatives and count as the stalest. The refresh, which embeds
+the stalest photos, fills them again. Meanwhile the other shards answer.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -27,6 +25,7 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostE
 
 from lib.errors import JobError, UserError
 from lib.training import mining
+from lib.training.feature_shard import NEVER, Shard
 from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
 
 logger = logging.getLogger(__name__)
@@ -35,108 +34,18 @@ Policy = Literal["hard", "semihard", "exact"]
 
 NAMESPACE = "conv-facenet"
 
-NEVER = -1
-"""Stamp of a row without a feature."""
-
 MAX_WRITES_IN_FLIGHT = 16
-"""Writes a client leaves unfinished before it waits for one: bounds the memory that a slow shard can hold up."""
+"""Unfinished writes of a client before it waits for one. This bounds the memory that waits for a slow shard."""
 
 RETURN_LIMIT_S = 120.0
-"""How long all shards may be away: Ray starts them anew once it has found their node dead, after 10 s or more."""
+"""How long all shards may be away. Ray restarts them after it has found their node dead, which takes 10 s or more."""
 
 ANSWER_TIMEOUT_S = 60.0
-"""How long a client waits for a shard before it goes on without it; a shard that died answers with an error at once."""
-
-Value = TypeVar("Value")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer(Generic[Value]):
-    """What a shard returns, signed: another signature than before means that it died and came back empty."""
-
-    signature: str
-    value: Value
-
-
-class Shard:
-    """Features of the rows `start` to `stop`; a plain object, which Ray wraps as an actor."""
-
-    def __init__(self, *, start: int, stop: int, dim: int) -> None:
-        self.start = start
-        self.signature = uuid.uuid4().hex
-        self.features_ND = np.zeros((stop - start, dim), np.float32)
-        self.labels_N = np.full(stop - start, NEVER, np.int64)
-        self.stamps_N = np.full(stop - start, NEVER, np.int64)
-
-    def write(self, rows_B: Ints, features_BD: Floats, labels_B: Ints, step: int) -> None:
-        """Keep the features, computed at `step`, of the photos `rows_B`."""
-        local_B = rows_B - self.start
-        self.features_ND[local_B] = features_BD
-        self.labels_N[local_B] = labels_B
-        self.stamps_N[local_B] = step
-
-    def read(self, rows_B: Ints) -> Answer[tuple[Floats, Bools]]:
-        """Return the features of the photos `rows_B`, and which of them there are."""
-        local_B = rows_B - self.start
-        return self._signed((self.features_ND[local_B], self.stamps_N[local_B] != NEVER))
-
-    def search(
-        self,
-        queries_BD: Floats,
-        rows_P: Ints,
-        blocked: Pairs,
-        beyond_squared_B: Floats | None,
-        ceiling: float | None,
-    ) -> Answer[Negatives]:
-        """Return the negatives among the candidates `rows_P`, as `mining.search`."""
-        local_P = rows_P - self.start
-        filled_P = self.stamps_N[local_P] != NEVER
-        negatives = mining.search(
-            queries_BD,
-            self.features_ND.take(local_P, axis=0),
-            rows_P,
-            blocked,
-            beyond_squared_B=beyond_squared_B,
-            ceiling=ceiling,
-            filled_P=None if filled_P.all() else filled_P,
-        )
-        return self._signed(negatives)
-
-    def search_all(self, queries_BD: Floats, labels_B: Ints, ceiling: float | None) -> Answer[Negatives]:
-        """Return the nearest of all rows of other identities, as `mining.exact_negatives`."""
-        negatives = mining.exact_negatives(
-            queries_BD,
-            labels_B,
-            self.features_ND,
-            self.labels_N,
-            ceiling=ceiling,
-            filled_N=self.stamps_N != NEVER,
-            first_row=self.start,
-        )
-        return self._signed(negatives)
-
-    def identity_sums(self, num_identities: int) -> Answer[tuple[Floats, Ints]]:
-        """Return the sums and numbers of the features of each identity, as `mining.identity_sums`."""
-        filled_N = self.stamps_N != NEVER
-        labels_N = np.where(filled_N, self.labels_N, 0)
-        return self._signed(
-            mining.identity_sums(self.features_ND, labels_N, num_identities=num_identities, filled_N=filled_N)
-        )
-
-    def stamps(self) -> Answer[Ints]:
-        """Return the step at which each row was computed, `NEVER` for those without a feature."""
-        return self._signed(self.stamps_N)
-
-    def features(self) -> Answer[Floats]:
-        """Return all features, zeros where there is none."""
-        return self._signed(self.features_ND)
-
-    def _signed(self, value: Value) -> Answer[Value]:
-        return Answer(signature=self.signature, value=value)
+"""How long a client waits for a shard before it continues without it. A dead shard gives an error at once."""
 
 
 class Search:
-    """A question under way: asked before a training step and read after it, the shards work while the step computes."""
+    """A query that the shards work on. It is sent before a training step and read after it, so they work meanwhile."""
 
     def __init__(
         self, store: FeatureStore, num_queries: int, answers: list[Any], beyond_squared_B: Floats | None
@@ -147,7 +56,7 @@ class Search:
         self._beyond_squared_B = beyond_squared_B
 
     def result(self) -> Negatives:
-        """Return the negatives among what the shards that answered hold: none where no shard did."""
+        """Return the negatives of the shards that answered; none if no shard did."""
         parts = [part for part in self._store.collect(self._answers) if part is not None]
         if not parts:
             return mining.no_negatives(self._num_queries)
@@ -155,14 +64,14 @@ class Search:
 
 
 class FeatureStore:
-    """One process's access to the shards of a run."""
+    """The access of one process to the shards of a run."""
 
     def __init__(self, shards: list[Any], labels_N: Ints, dim: int) -> None:
         """Use `create` or `connect`."""
         self.labels_N = labels_N
         self.dim = dim
         self.num_restarts = 0
-        """How often this client saw a shard come back empty."""
+        """How many times this client saw a shard come back empty."""
         self._shards = shards
         self._bounds = _bounds(len(labels_N), len(shards))
         self._signatures: dict[int, str] = {}
@@ -170,15 +79,15 @@ class FeatureStore:
 
     @classmethod
     def create(cls, run: str, labels_N: Ints, *, dim: int, num_shards: int | None = None) -> FeatureStore:
-        """Start the empty shards, by default one a node; they end with the process that created them.
+        """Start empty shards, by default one on each node. They end with the process that created them.
 
         Raises:
             UserError: a run of this name has a store already.
         """
         num_shards = num_shards or sum(node["Alive"] for node in ray.nodes())
         bounds = _bounds(len(labels_N), num_shards)
-        # No CPU is asked for: a shard must come back on a cluster whose every CPU trains. No arguments stand in the
-        # object store: Ray cannot restart an actor once those are gone.
+        # No CPU is reserved: a shard must come back on a cluster whose every CPU trains. No argument is in the object
+        # store: Ray cannot restart an actor after those are gone.
         remote = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy="SPREAD")(Shard)
         shards: list[Any] = []
         try:
@@ -195,7 +104,7 @@ class FeatureStore:
 
     @classmethod
     def connect(cls, run: str, labels_N: Ints, *, dim: int, num_shards: int) -> FeatureStore:
-        """Return a worker's access to the shards that the driver has created; all arguments as there."""
+        """Return a worker's access to the shards that the driver has created with the same arguments."""
         shards = [ray.get_actor(_actor_name(run, index), namespace=NAMESPACE) for index in range(num_shards)]
         return cls(shards, labels_N, dim)
 
@@ -205,7 +114,7 @@ class FeatureStore:
         return len(self._shards)
 
     def write(self, rows_B: Ints, features_BD: Floats, *, step: int) -> None:
-        """Send features computed at `step` to their shards without waiting; what a dying shard loses stays stale."""
+        """Send features computed at `step` to their shards, without waiting. What a dying shard loses stays stale."""
         for index, mine_B in self._split(rows_B):
             if len(self._writes) >= MAX_WRITES_IN_FLIGHT:
                 _, self._writes = ray.wait(self._writes, num_returns=1, timeout=ANSWER_TIMEOUT_S)
@@ -220,7 +129,7 @@ class FeatureStore:
         self._writes = []
 
     def read(self, rows_B: Ints) -> tuple[Floats, Bools]:
-        """Return the features of some photos [B, D], zeros where there is none, and which of them there are [B]."""
+        """Return the features of some photos [B, D], with zeros for those without one, and which have one [B]."""
         features_BD = np.zeros((len(rows_B), self.dim), np.float32)
         found_B = np.zeros(len(rows_B), bool)
         answers: list[Any] = [None] * len(self._shards)
@@ -243,9 +152,9 @@ class FeatureStore:
         positives_BD: Floats | None = None,
         ceiling: float | None = None,
     ) -> Search:
-        """Ask for negatives as the functions of `lib.training.mining` give them; `semihard` needs the positives.
+        """Ask for negatives, as the functions of `lib.training.mining` find them; `semihard` needs the positives.
 
-        The candidates follow from the seed alone, not from the number of shards.
+        The candidates depend on the seed alone, not on the number of shards.
         """
         if policy == "exact":
             asked = [shard.search_all.remote(queries_BD, labels_B, ceiling) for shard in self._shards]
@@ -268,7 +177,7 @@ class FeatureStore:
         return Search(self, len(queries_BD), answers, beyond_squared_B)
 
     def stamps(self) -> Ints:
-        """Return the step at which each photo's feature was computed, `NEVER` where there is none or no answer."""
+        """Return the step at which each photo's feature was computed; `NEVER` without a feature or an answer."""
         parts = self.collect([shard.stamps.remote() for shard in self._shards])
         sizes = np.diff(self._bounds)
         return np.concatenate(
@@ -276,7 +185,7 @@ class FeatureStore:
         )
 
     def staleness(self, step: int) -> dict[str, float]:
-        """Return the share of photos with a feature, and the mean and the largest age of those in steps."""
+        """Return the share of photos with a feature, and the mean and the largest age of their features in steps."""
         stamps_N = self.stamps()
         ages = np.maximum(step - stamps_N[stamps_N != NEVER], 0)
         return {
@@ -286,7 +195,7 @@ class FeatureStore:
         }
 
     def stalest(self, num: int) -> Ints:
-        """Return the `num` rows that wait longest for a new feature: first those without any, then the oldest."""
+        """Return the `num` stalest rows: first those without a feature, then those with the oldest."""
         return np.argsort(self.stamps(), kind="stable")[:num]
 
     def await_shards(self, limit_s: float = RETURN_LIMIT_S) -> None:
@@ -302,7 +211,7 @@ class FeatureStore:
             time.sleep(1)
 
     def missing(self) -> Ints:
-        """Return the rows without a feature: what a shard that came back needs."""
+        """Return the rows without a feature, such as those of a shard that came back."""
         return np.flatnonzero(self.stamps() == NEVER)
 
     def snapshot(self) -> tuple[Floats, Ints]:
@@ -334,7 +243,7 @@ class FeatureStore:
             ray.kill(shard)
 
     def collect(self, answers: list[Any]) -> list[Any]:
-        """Return the value of each shard's answer, None for one not asked, dead or silent for `ANSWER_TIMEOUT_S`."""
+        """Return the value of each shard's answer; None for one not asked, dead, or silent for `ANSWER_TIMEOUT_S`."""
         asked = [answer for answer in answers if answer is not None]
         ray.wait(asked, num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
         return [None if answer is None else self._value(index, answer) for index, answer in enumerate(answers)]
@@ -344,7 +253,7 @@ class FeatureStore:
             answer = ray.get(reference, timeout=0)
         except (RayActorError, ObjectLostError, GetTimeoutError) as error:
             logger.warning(
-                "shard %d of the feature store does not answer (%s); going on without it", index, type(error).__name__
+                "shard %d of the feature store does not answer (%s); continuing without it", index, type(error).__name__
             )
             return None
         if self._signatures.setdefault(index, answer.signature) != answer.signature:

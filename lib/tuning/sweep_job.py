@@ -26,8 +26,9 @@ from lib.recognition.spec import INIT_NAMES
 from lib.training.control import create_control
 from lib.training.face_names import read_identities
 from lib.training.settings import TrainConfig
-from lib.training.train_job import cpus_each, watch, with_devices
 from lib.training.triplets import PhotoIndex
+from lib.training.watching import watch
+from lib.training.worker_resources import cpus_each, with_devices
 from lib.tuning.compare_job import read_run, write_comparison
 from lib.tuning.compared_runs import ComparedRun
 from lib.tuning.settings import SWEPT, SweepConfig, Trial, plan_trials

@@ -31,7 +31,8 @@ from lib.training.control import WorkerJob, connect_control, create_control, fai
 from lib.training.history import read_rows
 from lib.training.record import OUTCOME_NAME, figure_of, write_outcome
 from lib.training.settings import TrainConfig
-from lib.training.train_job import LEAVE_LIMIT_S, WATCH_EVERY_S, create_store, train
+from lib.training.train_job import create_store, train
+from lib.training.watching import LEAVE_LIMIT_S, WATCH_EVERY_S
 from lib.training.worker_process import work
 from lib.tuning.settings import Trial
 

@@ -11,7 +11,8 @@ import ray
 
 from lib.errors import JobError, UserError
 from lib.training import feature_store, mining
-from lib.training.feature_store import NEVER, FeatureStore, Shard
+from lib.training.feature_shard import NEVER, Shard
+from lib.training.feature_store import FeatureStore
 from lib.training.mining import NO_ROW, Negatives
 from tests.job_runner import RayHead, wait_until
 from tests.training.whole_search import mined_negatives

@@ -10,7 +10,7 @@ from lib.recognition.model import EmbeddingModel, ModelSpec, embed
 from lib.training.cache_building import build_cache
 from lib.training.embedding_passes import EmbeddingPass, rows_to_refresh
 from lib.training.face_cache import FaceCache
-from lib.training.feature_store import NEVER
+from lib.training.feature_shard import NEVER
 from tests.training.learnable_faces import write_faces
 
 

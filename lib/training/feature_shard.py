@@ -1,0 +1,105 @@
+"""One part of the feature store: the features of a range of rows, and the search among them.
+
+Shape suffixes as in lib/training/mining.py.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from lib.training import mining
+from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
+
+NEVER = -1
+"""Stamp of a row without a feature."""
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Generic[Value]):
+    """The answer of a shard, with its signature. A new signature means that the shard died and came back empty."""
+
+    signature: str
+    value: Value
+
+
+class Shard:
+    """The features of rows `start` to `stop`. This is a plain object, which Ray wraps as an actor."""
+
+    def __init__(self, *, start: int, stop: int, dim: int) -> None:
+        self.start = start
+        self.signature = uuid.uuid4().hex
+        self.features_ND = np.zeros((stop - start, dim), np.float32)
+        self.labels_N = np.full(stop - start, NEVER, np.int64)
+        self.stamps_N = np.full(stop - start, NEVER, np.int64)
+
+    def write(self, rows_B: Ints, features_BD: Floats, labels_B: Ints, step: int) -> None:
+        """Keep the features, computed at `step`, of the photos `rows_B`."""
+        local_B = rows_B - self.start
+        self.features_ND[local_B] = features_BD
+        self.labels_N[local_B] = labels_B
+        self.stamps_N[local_B] = step
+
+    def read(self, rows_B: Ints) -> Answer[tuple[Floats, Bools]]:
+        """Return the features of the photos `rows_B`, and which of them have one."""
+        local_B = rows_B - self.start
+        return self._signed((self.features_ND[local_B], self.stamps_N[local_B] != NEVER))
+
+    def search(
+        self,
+        queries_BD: Floats,
+        rows_P: Ints,
+        blocked: Pairs,
+        beyond_squared_B: Floats | None,
+        ceiling: float | None,
+    ) -> Answer[Negatives]:
+        """Return the negatives among the candidates `rows_P`, as `mining.search`."""
+        local_P = rows_P - self.start
+        filled_P = self.stamps_N[local_P] != NEVER
+        negatives = mining.search(
+            queries_BD,
+            self.features_ND.take(local_P, axis=0),
+            rows_P,
+            blocked,
+            beyond_squared_B=beyond_squared_B,
+            ceiling=ceiling,
+            filled_P=None if filled_P.all() else filled_P,
+        )
+        return self._signed(negatives)
+
+    def search_all(self, queries_BD: Floats, labels_B: Ints, ceiling: float | None) -> Answer[Negatives]:
+        """Return the nearest of all rows of other identities, as `mining.exact_negatives`."""
+        negatives = mining.exact_negatives(
+            queries_BD,
+            labels_B,
+            self.features_ND,
+            self.labels_N,
+            ceiling=ceiling,
+            filled_N=self.stamps_N != NEVER,
+            first_row=self.start,
+        )
+        return self._signed(negatives)
+
+    def identity_sums(self, num_identities: int) -> Answer[tuple[Floats, Ints]]:
+        """Return the sums and numbers of the features of each identity, as `mining.identity_sums`."""
+        filled_N = self.stamps_N != NEVER
+        labels_N = np.where(filled_N, self.labels_N, 0)
+        return self._signed(
+            mining.identity_sums(self.features_ND, labels_N, num_identities=num_identities, filled_N=filled_N)
+        )
+
+    def stamps(self) -> Answer[Ints]:
+        """Return the step at which each row was computed, `NEVER` for those without a feature."""
+        return self._signed(self.stamps_N)
+
+    def features(self) -> Answer[Floats]:
+        """Return all features, zeros where there is none."""
+        return self._signed(self.features_ND)
+
+    def _signed(self, value: Value) -> Answer[Value]:
+        return Answer(signature=self.signature, value=value)
