@@ -15,7 +15,7 @@ from PIL import Image
 from retinaface.weights import WEIGHTS
 
 from lib.errors import JobError, UserError
-from lib.faces import batch_extraction, table
+from lib.faces import batch_photos, table
 from lib.faces.batch_detection import BatchDetector
 from lib.faces.batch_extraction import BatchExtractor
 from lib.faces.detection import Detections, RetinaFace, load_detector
@@ -271,6 +271,6 @@ def test_a_device_out_of_memory_gets_smaller_batches(monkeypatch: pytest.MonkeyP
 
 def test_batches_hold_no_more_pixels_than_memory_bears(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = extractor("cpu").rows(photos()[:4])
-    monkeypatch.setattr(batch_extraction, "MAX_PIXELS", 1)
+    monkeypatch.setattr(batch_photos, "MAX_PIXELS", 1)
     for ours, theirs in zip(extractor("cpu").rows(photos()[:4]), wanted, strict=True):
         assert [row.get("crop") for row in ours] == [row.get("crop") for row in theirs]
