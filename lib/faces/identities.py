@@ -1,17 +1,16 @@
-"""Who is in which photo: identities.txt in any of the usual dialects, or the folders of the photos."""
+"""The identity of each photo, from a file such as identities.txt in any usual dialect, or from the photos' folders."""
 
-import csv
 import io
 import itertools
 import logging
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from lib import storage
 from lib.errors import UserError
+from lib.faces.identity_dialects import Dialect, dialect_of
 from lib.faces.listed_names import LISTED, find_photos
 from lib.faces.photo_database import PhotoDatabase
 from lib.faces.photo_names import safe_name, stored_name
@@ -21,39 +20,13 @@ from lib.ranged_files import RangedFile
 logger = logging.getLogger(__name__)
 
 NOBODY = ("nan", "NaN", "None", "null", "NULL", "<NA>", "N/A", "n/a", "#N/A", "NaT")
-"""How pandas, Spark and spreadsheets write that there is no value. Blank text says the same."""
+"""How pandas, Spark and spreadsheets write a missing value. Blank text means the same."""
 
 SPLIT_FOLDERS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval")
 
 ANY_LISTED = 1e-9
-"""The share of which one listed photo is enough."""
+"""With this share one listed photo is enough."""
 
-_PHOTO_WORDS = (
-    "photo",
-    "image",
-    "img",
-    "file",
-    "filename",
-    "file_name",
-    "path",
-    "filepath",
-    "name",
-    "image_id",
-    "image_name",
-)
-_IDENTITY_WORDS = (
-    "identity",
-    "id",
-    "label",
-    "person",
-    "person_id",
-    "subject",
-    "subject_id",
-    "class",
-    "identity_id",
-    "name",
-)
-_DELIMITERS = (None, "\t", ",", ";")
 _MAX_NAMED = 5
 _MAX_SAMPLED = 500
 _LINES_AT_ONCE = 65_536
@@ -62,40 +35,20 @@ Line = tuple[int, str]
 """The number of a line, from 1, and its text."""
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """How a line is cut, and which of its fields are photo and identity."""
-
-    delimiter: str | None
-    photo: int
-    identity: int
-    has_header: bool = False
-
-    def fields(self, line: str) -> tuple[str, str] | None:
-        """Return photo and identity, None where the line is not of this dialect."""
-        if self.delimiter is None:
-            # The name may hold spaces, the identity none.
-            found = line.strip().rsplit(maxsplit=1) if self.photo < self.identity else line.strip().split(maxsplit=1)
-        else:
-            found = _cut(line, self.delimiter)
-        enough = len(found) > max(self.photo, self.identity) if self.has_header else len(found) == 2
-        return (found[self.photo], found[self.identity]) if enough and found[self.photo] else None
-
-
 def identity_or_nobody(identity: str | None) -> str | None:
-    """Return the identity without blanks around it, None where it stands for no value."""
+    """Return the identity without blanks around it; None if it means a missing value."""
     stripped = identity and identity.strip()
     return None if not stripped or stripped in NOBODY else stripped
 
 
 def read_identities(url: str, database: PhotoDatabase, *, photos_url: str, min_listed_share: float) -> None:
-    """Make the table `listed` of photo and identity, by the names on disk where the photos are in the table `scanned`.
+    """Make the table `listed` of photo and identity. Photos of the table `scanned` have their names on disk there.
 
-    Lines are "photo-name identity", or the columns of CSV with commas, semicolons or tabs, with or without a header, in
-    either order: what names the most photos is taken.
+    A line is "photo-name identity", or CSV with commas, semicolons or tabs, with or without a header, in either order.
+    The dialect that names the most photos is taken.
 
     Raises:
-        UserError: the file cannot be read so, or under `min_listed_share` of the photos it lists are there.
+        UserError: the file cannot be read so, or less than `min_listed_share` of the photos it lists exist.
     """
     folder = photos_url.rstrip("/").rpartition("/")[2]
     database.run("create table listed (photo varchar, identity varchar)")
@@ -123,7 +76,7 @@ def read_identities(url: str, database: PhotoDatabase, *, photos_url: str, min_l
 
 @dataclass
 class _Faults:
-    """What is wrong in a list: of each kind the number of lines, and the first of them."""
+    """The faults in a list: the number of lines of each kind, and the first few of them."""
 
     num: dict[str, int] = field(default_factory=lambda: {"malformed": 0, "outside": 0, "nobody": 0})
     first: dict[str, list[str]] = field(default_factory=dict)
@@ -135,7 +88,7 @@ class _Faults:
             named.append(what)
 
     def refuse(self, url: str) -> None:
-        """Raise UserError where lines cannot be used."""
+        """Raise UserError if there are lines that cannot be used."""
         shown = storage.redacted(url)
         if self.num["malformed"]:
             raise UserError(
@@ -150,7 +103,7 @@ class _Faults:
 
 
 def _parsed(batch: Sequence[Line], dialect: Dialect, faults: _Faults) -> pa.Table:
-    """Return lines as rows of `LISTED`, without those that are faults."""
+    """Return the good lines as rows of `LISTED`."""
     numbers, names, stored_names, identities, others = [], [], [], [], []
     for number, line in batch:
         fields = dialect.fields(line)
@@ -189,9 +142,9 @@ def _is_utf8(text: str) -> bool:
 
 
 def _check_bytes(url: str, database: PhotoDatabase) -> None:
-    """Raise UserError over bytes that are no UTF-8, unless the line names a photo that is there.
+    """Raise UserError for bytes that are not UTF-8, unless the line names a photo that exists.
 
-    Names on disk may be of any bytes. Then a list of them is.
+    Names on disk may have any bytes, and then a list of them has too.
     """
     number = database.value("select min(number) from lines where is_bytes and photo is null")
     if number is not None:
@@ -199,7 +152,7 @@ def _check_bytes(url: str, database: PhotoDatabase) -> None:
 
 
 def _check_doubled(url: str, database: PhotoDatabase) -> None:
-    """Raise UserError where one photo has two identities."""
+    """Raise UserError if one photo has two identities."""
     doubled = """from lines join (
         select coalesce(photo, stored) as key, min(number) as first from lines group by key
         having count(distinct coalesce('=' || identity, '')) > 1) on coalesce(photo, stored) = key
@@ -248,10 +201,10 @@ def _check_share(url: str, photos_url: str, database: PhotoDatabase, min_listed_
 
 
 def folder_identities(database: PhotoDatabase, name: str) -> str:
-    """Return, in SQL, the folder that each photo of the table `scanned` lies in, null for those in no folder.
+    """Return the SQL for the folder of each photo of the table `scanned`; null for a photo in no folder.
 
-    `name` is the SQL of the photo's name. Folders such as train/ and val/ above the people's own are no part of an
-    identity: one person may lie in both.
+    `name` is the SQL for the photo's name. Folders such as train/ and val/ above the people's folders are no part of an
+    identity, because one person may be in both.
     """
     folder = f"nullif(rtrim(left({name}, length({name}) - strpos(reverse({name}), '/') + 1), '/'), {name})"
     top = f"split_part({name}, '/', 1)"
@@ -273,7 +226,7 @@ def folder_identities(database: PhotoDatabase, name: str) -> str:
 
 
 def _found(database: PhotoDatabase, names: Sequence[str], folder: str) -> set[str]:
-    """Return which of a few names name a photo that is there."""
+    """Return which of a few names are those of photos that exist."""
     database.run(f"create or replace table lines ({LISTED})")
     texts = [name if _is_utf8(name) else stored_name(name) for name in names]
     rows = {
@@ -291,18 +244,12 @@ def _found(database: PhotoDatabase, names: Sequence[str], folder: str) -> set[st
     return found
 
 
-def _cut(line: str, delimiter: str) -> list[str]:
-    if '"' not in line:
-        return [field.strip() for field in line.split(delimiter)]
-    return [field.strip() for field in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
-
-
 def _numbered(url: str) -> Iterator[Line]:
-    """Yield the lines of a file that are not blank, with their numbers; bytes that are no UTF-8 as surrogates."""
+    """Yield the lines that are not blank, with their numbers. Bytes that are not UTF-8 become surrogates."""
     if storage.is_local(url):
         refuse_special(url)
     with io.BufferedReader(RangedFile(url)) as file:
-        # Not `splitlines`: names may hold its rarer ends of lines.
+        # Not `splitlines`: names may contain the rarer line ends that it knows.
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=None)
         for number, line in enumerate(text, 1):
             if line.strip():
@@ -310,7 +257,7 @@ def _numbered(url: str) -> Iterator[Line]:
 
 
 def _sample(url: str) -> tuple[str | None, list[str]]:
-    """Return the first line, and lines taken evenly from the whole file."""
+    """Return the first line, and a sample of lines spread evenly over the file."""
     first, sample, step = None, [], 1
     for place, (_, line) in enumerate(_numbered(url)):
         first = line if first is None else first
@@ -321,37 +268,6 @@ def _sample(url: str) -> tuple[str | None, list[str]]:
     return first, sample
 
 
-def dialect_of(first_line: str, sample: Sequence[str], found: Callable[[Sequence[str]], set[str]]) -> Dialect:
-    """Return the dialect under which the most of a sample of lines name a photo that is there, else look like it.
-
-    `found` tells which of some names are there.
-    """
-    dialects = list(_dialects(first_line))
-    fields = [[read for line in sample[dialect.has_header :] if (read := dialect.fields(line))] for dialect in dialects]
-    there = found(sorted({name for each in fields for name, _ in each}))
-
-    def score(place: int) -> tuple[int, int]:
-        suffixed = sum(bool(re.search(r"\.\w{2,5}$", name)) and identity != "" for name, identity in fields[place])
-        return sum(name in there for name, _ in fields[place]), suffixed
-
-    return dialects[max(range(len(dialects)), key=score)]  # the first of equals
-
-
-def _dialects(first_line: str) -> Iterator[Dialect]:
-    for delimiter in _DELIMITERS:
-        words = first_line.split() if delimiter is None else _cut(first_line, delimiter)
-        words = [word.lower() for word in words]
-        photo = next((words.index(word) for word in _PHOTO_WORDS if word in words), None)
-        identity = next((words.index(word) for word in _IDENTITY_WORDS if word in words), None)
-        is_header = photo is not None and identity is not None and photo != identity
-        if is_header and (delimiter is not None or len(words) == 2):
-            assert photo is not None
-            assert identity is not None
-            yield Dialect(delimiter, photo, identity, has_header=True)
-    for delimiter, (photo, identity) in itertools.product(_DELIMITERS, [(0, 1), (1, 0)]):
-        yield Dialect(delimiter, photo, identity)
-
-
 def some(items: Sequence[str], num: int) -> str:
-    """Return the first of so many items as a text."""
+    """Return a text of the first items, and how many more of the `num` there are."""
     return ", ".join(items) + (f" and {num - len(items)} more" if num > len(items) else "")

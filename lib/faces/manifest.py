@@ -1,4 +1,4 @@
-"""What there is to do: every input photo with its identity and split, in an order that depends on their names alone."""
+"""The manifest: every input photo with its identity and split, in an order that depends on the names alone."""
 
 import hashlib
 import logging
@@ -22,14 +22,14 @@ from lib.progress import ProgressLine
 logger = logging.getLogger(__name__)
 
 MIN_LISTED_SHARE = 0.5
-"""Of the photos that a list names, how many must be there, unless a flag says otherwise."""
+"""Share of the photos in a list that must exist, unless a flag says otherwise."""
 
 MANIFEST_SCHEMA = pa.schema(
     [
         pa.field("photo", pa.string(), nullable=False),
         pa.field("identity", pa.string()),
         pa.field("split", pa.string(), nullable=False),
-        pa.field("status", pa.string()),  # missing or no_identity where there is nothing to look at, else null
+        pa.field("status", pa.string()),  # missing or no_identity if there is nothing to detect, else null
         pa.field("source", pa.string()),  # these five as in `SCAN_SCHEMA`
         pa.field("group", pa.int64()),
         pa.field("row", pa.int64()),
@@ -39,7 +39,7 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 _NOTHING = "null::varchar, null::bigint, null::bigint, 0, ''"
-"""The five columns of `SCAN_SCHEMA` of a photo that is not there."""
+"""The five columns of `SCAN_SCHEMA` for a photo that does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,12 @@ class Manifest:
     """All input photos.
 
     Attributes:
-        database: holds them as rows of the table `photos`: the columns of `MANIFEST_SCHEMA`, and their `place` in the
-            order of the files that hold them.
-        in_files: many photos lie in one file. Otherwise each is a file.
-        num_bytes: size of the photos, or of what Parquet holds: other photos of the same names are told by it.
-        num_passed_over: files that are no photos: by suffix, `hidden`, or the junk folder that they lie in.
+        database: has them in the table `photos`: the columns of `MANIFEST_SCHEMA`, and `place`, the position in the
+        order
+            of the files that contain them.
+        in_files: one file contains many photos. Otherwise each photo is a file.
+        num_bytes: size of the photos, or of their Parquet columns. It shows that photos changed but kept their names.
+        num_passed_over: number of files that are no photos: by suffix, as `hidden`, or by their junk folder.
     """
 
     database: PhotoDatabase
@@ -80,22 +81,22 @@ class Manifest:
 
     @property
     def photos(self) -> pa.Table:
-        """All rows, in memory; sorted by split and name, or in the order of the files that hold them."""
+        """All rows, in memory; sorted by split and name, or in the order of the files that contain them."""
         return self.database.table(self._ordered(MANIFEST_SCHEMA.names), MANIFEST_SCHEMA)
 
     def only(self, condition: str) -> "Manifest":
-        """Keep only the photos that fulfil a condition in SQL, and return what stays."""
+        """Keep only the photos that match a condition in SQL, and return their manifest."""
         self.database.run(f"create table kept as select * from photos where {condition}")
         self.database.run("drop table photos")
         self.database.run("alter table kept rename to photos")
         return replace(self, num=self.database.value("select count(*) from photos"))
 
     def old_digest(self) -> str:
-        """Return the hash over names, identities and splits by which tables without versions tell their input."""
+        """Return the hash of names, identities and splits by which tables without versions know their input."""
         digest = hashlib.sha256()
         for name in ("photo", "identity", "split", "status", "source", "group", "row"):
             if name == "group" and not self.database.value('select count("group") from photos'):
-                continue  # photos in files had their digest before there was such a column
+                continue  # such digests are older than this column
             for batch in self.database.batches(self._ordered([name])):
                 digest.update("".join(f"{value!r}\n" for value in batch.column(0).to_pylist()).encode())
         return digest.hexdigest()[:16]
@@ -114,13 +115,13 @@ def read_manifest(
     min_listed_share: float = MIN_LISTED_SHARE,
     exclude: Sequence[str] = (),
 ) -> Manifest:
-    """List the photos of a source and give each its identity and split.
+    """List the photos of a source, with the identity and split of each.
 
-    `identities_url` may be None, or name a file that is not there. Then the source says the identities, or the folder
-    of a photo is its identity, or it is nobody's where `identities_required` is False.
+    `identities_url` may be None, or name a file that does not exist. Then the identities come from the source, or from
+    the photos' folders. A photo may have none if `identities_required` is False.
 
     Raises:
-        UserError: no photos, or an identities file that cannot be trusted.
+        UserError: there are no photos, or the identities file cannot be trusted.
     """
     database = PhotoDatabase()
     has_list = identities_url is not None and storage.exists(identities_url)
@@ -143,9 +144,9 @@ def read_manifest(
 
 
 def _scan(source: Source, database: PhotoDatabase) -> tuple[int, int]:
-    """Make the table `scanned` of the photos of a source; return their number, and the sum of their sizes.
+    """Make the table `scanned` of the photos of a source; return their number and the sum of their sizes.
 
-    The database keeps no order of its own, so each photo has its `place`.
+    The database keeps no order, so each photo gets its `place`.
     """
     database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)}, place bigint)")
     num = 0
@@ -182,7 +183,7 @@ def _check_scanned(source: Source, database: PhotoDatabase, num: int, *, has_lis
 def _join(database: PhotoDatabase, *, missing_too: bool, required: bool) -> None:
     """Make the table `known` of photos with the identities of the table `listed`.
 
-    In a folder, listed photos that are not there become rows too, and the list alone decides who is nobody.
+    In a folder, listed photos that do not exist become rows too, and a photo without a line has no identity.
     """
     nobody = f"case when l.identity is null then '{table.NO_IDENTITY}' end" if missing_too or required else "null"
     database.run(
@@ -199,7 +200,7 @@ def _join(database: PhotoDatabase, *, missing_too: bool, required: bool) -> None
 
 
 def _take_identities(source: Source, database: PhotoDatabase, identities_url: str | None, *, required: bool) -> None:
-    """Make the table `known` of photos with the identities that the source says, or else their folders."""
+    """Make the table `known` of photos with the identities of the source, or else with their folders as identities."""
     if isinstance(source, FolderSource):
         by_folder, name = True, "photo"
     else:
@@ -222,9 +223,9 @@ def _take_identities(source: Source, database: PhotoDatabase, identities_url: st
 
 
 def _inner_name(source: Source, database: PhotoDatabase) -> str:
-    """Return, in SQL, the names of photos in archives without those of the archives.
+    """Return the SQL for the names of photos in archives, without the names of the archives.
 
-    Where there are several archives, the photos of one without folders lie below its stem.
+    If there are several archives, a photo that is in no folder gets the stem of its archive as folder.
     """
     assert isinstance(source, ContainerSource)
     files = [file for (file,) in database.rows("select distinct source from scanned")]
@@ -239,7 +240,7 @@ def _inner_name(source: Source, database: PhotoDatabase) -> str:
 
 
 def _without(splits: Splits, exclude: Sequence[str], database: PhotoDatabase) -> Splits:
-    """Return splits whose training leaves out the people that lists at the URLs `exclude` name."""
+    """Return the splits without the people in the lists `exclude` among the training people."""
     excluded: set[str] = set()
     num_people = database.value("select count(distinct identity) from known")
     database.run("create table named (name varchar)")
@@ -262,7 +263,7 @@ def _without(splits: Splits, exclude: Sequence[str], database: PhotoDatabase) ->
 
 
 def _assign_splits(database: PhotoDatabase, splits: Splits) -> None:
-    """Make the table `photos` of the table `known` and the split of each photo, and drop what it was made from."""
+    """Make the table `photos` from the table `known` and the split of each photo; drop the other tables."""
     database.run("create table split_of (photo varchar, identity varchar, split varchar)")
     if splits.by_identity:
         asked = """select null::varchar as photo, identity from (select distinct identity from known)

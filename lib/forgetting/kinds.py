@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib.errors import UserError
-from lib.faces.identities import dialect_of, identity_or_nobody
+from lib.faces.identities import identity_or_nobody
+from lib.faces.identity_dialects import dialect_of
 from lib.faces.photo_names import stored_name
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets, role_of
 
