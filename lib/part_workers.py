@@ -156,6 +156,8 @@ def _summaries(items: Sequence[dict[str, Any]], arguments: tuple[Any, ...], num_
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray adds a worker when this share of the places for calls is asked for. Full queues are to be enough, see below.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.875 * (share.num_parts + 1) / share.num_parts
     with warnings.catch_warnings():
         # Ray calls `max_task_retries` deprecated here, and names nothing in its place.
         warnings.simplefilter("ignore", RayDeprecationWarning)

@@ -57,11 +57,13 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     tmp_path: Path,
 ) -> None:
     flags = ["--model", model_url, "--gallery", gallery_url, "--photos", str(photos), "--faces", faces_url]
-    flags += ["--threshold", "0.0001", "--output", str(tmp_path / "out é")]
+    flags += ["--threshold", "0.0001", "--output", str(tmp_path / "out é"), "--identities", str(tmp_path / "who é.csv")]
+    people = {row["photo"]: row["identity"] for row in aligned}
+    lines = [f"{path.relative_to(photos)},{people[path.name]}" for path in sorted(photos.glob("t*/*"))]
+    (tmp_path / "who é.csv").write_text("\n".join(["photo,identity", *lines, ""]))
     done = run_job("identify.py", *flags, extra=connected_head.environment)
     assert done.status == 0, done.errors
     rows = pq.read_table(tmp_path / "out é" / "matches.parquet").to_pylist()
-    people = {row["photo"]: row["identity"] for row in aligned}
     best = {row["photo"]: row for row in rows if row["rank"] in (1, None)}
     train = [row for name, row in best.items() if name.startswith("train/")]
     assert len(train) == 6
@@ -78,6 +80,10 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     assert sorted({row["rank"] for row in rows if row["rank"]}) == [1, 2, 3, 4, 5]
     assert done.result["faces"] == done.result["identified"] + done.result["unknown"] == 6 + 6 + 2
     assert done.result["photos_without_face"] == 1
+    measured = done.result["open_set"]
+    assert (measured["mated_probes"], measured["non_mated_probes"], measured["photos_without_name"]) == (6, 6, 2)
+    assert (measured["tpir"], measured["fpir"], measured["rank_1"]) == (1.0, 0.0, 1.0)
+    assert "open set: TPIR 100.00%" in done.errors
 
     known = read_embeddings(gallery_url)
     probes = read_embeddings(str(tmp_path / "out é" / "embeddings"))

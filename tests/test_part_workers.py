@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ class LosesItsGpuOnce:
         return summary(lambda _: (1, 0), item)
 
 
+class WaitsForAnotherWorker:
+    """Finishes a part only when two workers are at work."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        (self._folder / str(os.getpid())).touch()
+        deadline = time.monotonic() + 30
+        while len(list(self._folder.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return summary(lambda _: (int(len(list(self._folder.iterdir())) > 1), 0), item)
+
+
 @pytest.mark.parametrize(
     ("worker", "line"),
     [
@@ -80,6 +95,16 @@ def test_a_worker_has_parts_in_hand_at_once() -> None:
     share = Share(num_workers=1, num_parts=2)
     done = run_parts(items, InHandTogether, (), unit="photo", num_done=0, num_all=4, share=share)
     assert done.num == 4
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+@pytest.mark.usefixtures("connected_head")
+def test_workers_are_added_where_there_is_room(tmp_path: Path, num_parts: int) -> None:
+    items = [{"part": part} for part in range(12)]
+    share = Share(num_workers=1, num_parts=num_parts)
+    arguments = (str(tmp_path),)
+    done = run_parts(items, WaitsForAnotherWorker, arguments, unit="photo", num_done=0, num_all=12, share=share)
+    assert done.num == 12
 
 
 @pytest.mark.usefixtures("connected_head")

@@ -91,6 +91,12 @@ class Manifest:
         self.database.run("alter table kept rename to photos")
         return replace(self, num=self.database.value("select count(*) from photos"))
 
+    def with_unnamed(self) -> "Manifest":
+        """Look at the photos that a list does not name, too; drop those that it names and that are not there."""
+        present = self.only(f"status is distinct from '{table.MISSING}'")
+        self.database.run(f"update photos set status = null where status = '{table.NO_IDENTITY}'")
+        return present
+
     def old_digest(self) -> str:
         """Return the hash of names, identities and splits by which tables without versions know their input."""
         digest = hashlib.sha256()

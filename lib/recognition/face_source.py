@@ -177,11 +177,13 @@ def photos_source(
     split_seed: int = 0,
     splits: Sequence[str] = table.SPLITS,
     with_identities: bool = True,
+    unnamed_too: bool = False,
     tombstones: Tombstones | None = None,
 ) -> PhotosSource:
     """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
 
-    Those that were forgotten are left out.
+    Those that were forgotten are left out. With `unnamed_too` the file says who is in a photo and not which photos
+    count: those that it does not list are looked at, and those that it lists and that are not there are left out.
 
     Raises:
         UserError: as `read_manifest` does; or no photo is in these splits.
@@ -197,6 +199,8 @@ def photos_source(
         identities_required=False,
         min_listed_share=ANY_LISTED,  # the list may cover more photos than these
     )
+    if unnamed_too:
+        manifest = manifest.with_unnamed()
     manifest, _ = without_forgotten(manifest, tombstones)
     kept = manifest.only(" or ".join(f"split = '{split}'" for split in splits))
     if not len(kept):

@@ -4,20 +4,15 @@ Shapes: B probes, G gallery faces, K matches.
 """
 
 import logging
-import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any
 
-import cv2
-import matplotlib
 import numpy as np
 import pyarrow as pa
 import tyro
-from PIL import Image, ImageDraw, ImageFont
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
@@ -25,7 +20,6 @@ from lib.csv_text import csv_bytes
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import POLICIES
-from lib.faces.images import to_jpeg
 from lib.layout import Layout
 from lib.recognition.crops import read_crops
 from lib.recognition.embed_job import embed_source, model_name
@@ -33,12 +27,13 @@ from lib.recognition.embedder import Embedder, extraction_settings, find_model, 
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
 from lib.recognition.face_source import check_source, faces_source, photos_source
 from lib.recognition.gallery import Search, nearest
+from lib.recognition.match_sheet import BEYOND, PLAIN, WITHIN, contact_sheet
 from lib.recognition.onnx_model import OnnxInput
-from lib.recognition.recognizer import decoded_crop
+from lib.recognition.open_set import open_set_figures, open_set_line, probes_of
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN = "unknown"
+UNKNOWN, FOLDERS = "unknown", "folders"
 
 MATCHES_NAME, CSV_NAME, SHEET_NAME = "matches.parquet", "matches.csv", "matches.jpg"
 
@@ -57,8 +52,7 @@ MATCHES_SCHEMA = pa.schema(
 """One row per match of each face; a photo without a face has one row with its status. `decision` is the identity of the
 face's nearest match, or `unknown` if that is beyond the threshold. The box is in pixels."""
 
-_TILE, _SHEET_ROWS, _LABEL = 120, 40, 36
-_PLAIN, _WITHIN, _BEYOND = "black", "#0b5cad", "#777777"
+_SHEET_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +70,9 @@ class IdentifyConfig:
     --data."""
     faces: str | None = None
     """Faces table of the gallery, for pictures in the contact sheet. Default: faces/ below --data, if it exists."""
+    identities: str | None = None
+    """Who the probes really are, to measure TPIR and FPIR: a list of photos and names, as preprocess reads it, or
+    "folders" where each person has a folder. A name that the gallery does not hold is a stranger."""
     output: str | None = None
     """Folder for the matches. Default: matches/ below --data."""
     top: int = 5
@@ -118,7 +115,13 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
         raise UserError(f"{model_url} has no threshold yet: choose one with jobs/evaluate.py, or give --threshold")
     gallery = known_faces(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
     settings = replace(extraction_settings(embedder, config.detector_weights), policy=config.faces_policy)
-    source = photos_source(absolute_url(config.photos, "--photos"), None, settings, with_identities=False)
+    source = photos_source(
+        absolute_url(config.photos, "--photos"),
+        None if config.identities in (None, FOLDERS) else absolute_url(str(config.identities), "--identities"),
+        settings,
+        with_identities=config.identities is not None,
+        unnamed_too=True,
+    )
     output = layout.output("matches", config.output)
     num_people = len(set(gallery.identities))
     result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
@@ -142,14 +145,22 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     storage.write_parquet(storage.join(output, MATCHES_NAME), matches)
     storage.write_bytes(storage.join(output, CSV_NAME), matches_csv(matches))
 
+    measured = {}
+    if config.identities is not None:
+        nearest_of = {
+            int(n): (str(gallery.identities[index_K[0]]), float(distance_K[0]))
+            for n, index_K, distance_K in zip(found, index_BK, distance_BK, strict=True)
+        }
+        known = {str(identity) for identity in gallery.identities}
+        measured = _measured(probes, nearest_of, known, threshold, several=config.faces_policy == "all")
     shown = found[:_SHEET_ROWS]
     probe_crops = read_crops(source, [probes.photos[n] for n in shown])
     gallery_crops = _gallery_crops(config, [gallery.photos[g] for g in index_BK[:_SHEET_ROWS].ravel()])
     rows = []
     for place, n in enumerate(shown):
-        tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place], _PLAIN)]
+        tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place], PLAIN)]
         for g, distance in zip(index_BK[place], distance_BK[place], strict=True):
-            name, color = gallery.photos[g], _WITHIN if distance <= threshold else _BEYOND
+            name, color = gallery.photos[g], WITHIN if distance <= threshold else BEYOND
             tiles.append((gallery_crops.get(name), str(gallery.identities[g]), f"{distance:.3f}", color))
         rows.append(tiles)
     title = (
@@ -165,8 +176,38 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
         "identified": counts[False],
         "unknown": counts[True],
         "photos_without_face": int(probes.failed_N.sum()),
+        **measured,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _measured(
+    probes: Embeddings, nearest_of: dict[int, tuple[str, float]], known: set[str], threshold: float, *, several: bool
+) -> dict[str, Any]:
+    """Return the figures of open-set identification; `nearest_of` holds identity and distance for rows with a face.
+
+    A photo with several faces is left out, because nobody says which of them is the person.
+
+    Raises:
+        UserError: no photo with one face has a name.
+    """
+    # With --faces-policy all, the names of a photo's faces end in #0, #1 and so on.
+    photo_N = [name.rpartition("#")[0] if several and n in nearest_of else name for n, name in enumerate(probes.photos)]
+    num_faces = Counter(photo_N)
+    named = [n for n, identity in enumerate(probes.identities) if identity is not None]
+    kept = [n for n in named if num_faces[photo_N[n]] == 1]
+    if not kept:
+        raise UserError("--identities names no photo that has one face: correct the list, or leave the flag out")
+    nearest_identity, distances = zip(*(nearest_of.get(n, (None, np.inf)) for n in kept), strict=True)
+    figures = open_set_figures(
+        probes_of([str(probes.identities[n]) for n in kept], nearest_identity, distances, known), threshold
+    )
+    figures |= {
+        "photos_of_several_faces": len({photo_N[n] for n in named}) - len(kept),
+        "photos_without_name": len(num_faces) - len({photo_N[n] for n in named}),
+    }
+    logger.info("open set: %s", open_set_line(figures))
+    return {"open_set": figures}
 
 
 def known_faces(url: str, embedder: Embedder) -> Embeddings:
@@ -233,27 +274,3 @@ def _gallery_crops(config: IdentifyConfig, names: Sequence[str]) -> dict[str, by
         logger.info("the contact sheet has no gallery pictures: %s is no faces table (--faces)", faces_url)
         return {}
     return read_crops(faces_source(faces_url, table.SPLITS), names)
-
-
-def contact_sheet(title: str, rows: Sequence[Sequence[tuple[bytes | None, str, str, str]]]) -> bytes:
-    """Return a JPEG: the title, then one row per face: the face, then its matches, each with two lines of text.
-
-    A tile is the encoded crop (None without a picture), the two lines, and the colour of the second.
-    """
-    width = _TILE * max((len(tiles) for tiles in rows), default=1)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=11)
-    titles = textwrap.wrap(title, max(20, width // 7))
-    top = 18 * len(titles)
-    sheet = Image.new("RGB", (width, top + max(1, len(rows)) * (_TILE + _LABEL)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((3, 1), "\n".join(titles), fill=_PLAIN, font=font)
-    for r, tiles in enumerate(rows):
-        for c, (crop, name, text, color) in enumerate(tiles):
-            x, y = c * _TILE, top + r * (_TILE + _LABEL)
-            if crop is not None:
-                pixels = cv2.resize(decoded_crop(crop), (_TILE - 4, _TILE - 4), interpolation=cv2.INTER_AREA)
-                sheet.paste(Image.fromarray(pixels), (x + 2, y + 2))
-            # Keep the end of a path, which says more than its beginning.
-            draw.text((x + 3, y + _TILE), name[-18:], fill=_PLAIN, font=font)
-            draw.text((x + 3, y + _TILE + 16), text[-18:], fill=color, font=font)
-    return to_jpeg(np.ascontiguousarray(np.asarray(sheet)[:, :, ::-1]), quality=88)

@@ -1,0 +1,145 @@
+"""Open-set identification: how many known people are named, and how many strangers are taken for one of them.
+
+A probe is mated if its person is in the gallery, else non-mated. TPIR, the true positive identification rate, is the
+share of mated probes whose nearest gallery face is their person's and lies within the threshold. FPIR, the false
+positive identification rate, is the share of non-mated probes with any gallery face within it (Grother, Ngan and
+Hanaoka, NIST FRTE part 2: identification; ISO/IEC 19795-1). A photo without a face is a miss of a mated probe, and
+names no stranger.
+
+Shapes: B probes, M mated probes, S strangers' probes, I people, R resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib.progress import progress_over
+
+FPIRS = (0.001, 0.01, 0.1)
+
+MIN_FALSE_POSITIVES = 10
+"""Strangers who must be taken for somebody at an FPIR, for the threshold there to mean anything."""
+
+RESAMPLES = 500
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probes:
+    """Searches whose answer is known, in rising order of distance.
+
+    Attributes:
+        person_B: who it really is, by number.
+        is_mated_B: whether that person is in the gallery.
+        distance_B: of the nearest gallery face; infinite for a photo without a face.
+        is_right_B: whether that face is the person's.
+    """
+
+    person_B: NDArray[np.int64]
+    is_mated_B: NDArray[np.bool_]
+    distance_B: NDArray[np.floating]
+    is_right_B: NDArray[np.bool_]
+
+
+def probes_of(
+    identities: Sequence[str], nearest: Sequence[str | None], distances: Sequence[float], known: set[str]
+) -> Probes:
+    """Return the probes of these people, by the identity and the distance of each one's nearest gallery face."""
+    distance_B = np.array(distances, np.float64)
+    order_B = np.argsort(distance_B, kind="stable")
+    person_B = np.unique(np.array(identities, object).astype(str), return_inverse=True)[1].astype(np.int64)
+    is_right_B = np.array([one == other for one, other in zip(identities, nearest, strict=True)], bool)
+    return Probes(
+        person_B=person_B[order_B],
+        is_mated_B=np.array([identity in known for identity in identities], bool)[order_B],
+        distance_B=distance_B[order_B],
+        is_right_B=is_right_B[order_B],
+    )
+
+
+def open_set_figures(probes: Probes, threshold: float, *, seed: int = 0) -> dict[str, Any]:
+    """Return TPIR and FPIR at the threshold, TPIR at fixed FPIRs, and rank 1 of the mated, ready for JSON.
+
+    Each with its 95 % interval under another draw of people (bootstrap over identities). None stands where there are no
+    probes of the kind, or too few strangers for that FPIR. `rank_1` asks for no threshold.
+    """
+    weight_B = np.ones(len(probes.person_B))
+    at_all = _rates(probes, weight_B, threshold)
+    rng = np.random.default_rng(seed)
+    num_people = int(probes.person_B.max(initial=-1)) + 1
+    drawn: dict[str, list[float]] = {name: [] for name in at_all}
+    resamples = range(RESAMPLES if num_people else 0)
+    for _ in progress_over(resamples, "computing the intervals", unit="resample"):
+        times_I = np.bincount(rng.integers(num_people, size=num_people), minlength=num_people)
+        for name, value in _rates(probes, times_I[probes.person_B].astype(float), threshold).items():
+            drawn[name].append(value)
+    num_strangers = int(np.count_nonzero(~probes.is_mated_B))
+    told = {f"tpir_at_fpir_{fpir:g}": fpir * num_strangers >= MIN_FALSE_POSITIVES * (1 - 1e-9) for fpir in FPIRS}
+    shown = {
+        name: (float(value), _interval(drawn[name])) if np.isfinite(value) and told.get(name, True) else (None, None)
+        for name, value in at_all.items()
+    }
+
+    def figure(name: str) -> dict[str, Any]:
+        value, interval = shown[name]
+        return {name: value, f"{name}_interval": interval}
+
+    at_fpir = {f"{fpir:g}": shown[f"tpir_at_fpir_{fpir:g}"] for fpir in FPIRS}
+    return {
+        "threshold": threshold,
+        "mated_probes": int(np.count_nonzero(probes.is_mated_B)),
+        "non_mated_probes": num_strangers,
+        **figure("tpir"),
+        **figure("fpir"),
+        **figure("rank_1"),
+        "tpir_at_fpir": {key: {"tpir": value, "interval": interval} for key, (value, interval) in at_fpir.items()},
+    }
+
+
+def open_set_line(figures: dict[str, Any]) -> str:
+    """Return the figures as one line for people."""
+
+    def percent(value: float | None, interval: Sequence[float] | None) -> str:
+        if value is None:
+            return "unknown"
+        return f"{value:.2%}" + (f" ({interval[0]:.2%} to {interval[1]:.2%})" if interval else "")
+
+    mated, strangers = figures["mated_probes"], figures["non_mated_probes"]
+    tpir, fpir = (percent(figures[name], figures[f"{name}_interval"]) for name in ("tpir", "fpir"))
+    return f"TPIR {tpir} of {mated:,} known probes, FPIR {fpir} of {strangers:,} strangers"
+
+
+def _rates(probes: Probes, weight_B: NDArray[np.float64], threshold: float) -> dict[str, float]:
+    """Return every rate with these weights of the probes, NaN where no probe of its kind has any."""
+    mated_B = weight_B * probes.is_mated_B
+    num_named_B = np.append(0.0, np.cumsum(mated_B * probes.is_right_B))
+    num_taken_B = np.append(0.0, np.cumsum(weight_B - mated_B))
+    num_mated, num_strangers = float(mated_B.sum()), float(num_taken_B[-1])
+    within = int(np.searchsorted(probes.distance_B, threshold, side="right"))
+    with_face = int(np.searchsorted(probes.distance_B, np.inf))
+
+    def share(part: float, whole: float) -> float:
+        return float(part / whole) if whole else float("nan")
+
+    rates = {
+        "tpir": share(num_named_B[within], num_mated),
+        "fpir": share(num_taken_B[within], num_strangers),
+        "rank_1": share(num_named_B[with_face], num_mated),
+    }
+    for fpir in FPIRS:
+        # The threshold lies just below the first stranger too many, and below all probes as near as that one.
+        last = int(np.searchsorted(num_taken_B, fpir * num_strangers * (1 + 1e-9), side="right")) - 1
+        if last < len(probes.distance_B):
+            last = int(np.searchsorted(probes.distance_B, probes.distance_B[last]))
+        named = num_named_B[min(last, with_face)]
+        rates[f"tpir_at_fpir_{fpir:g}"] = share(named, num_mated) if num_strangers else float("nan")
+    return rates
+
+
+def _interval(values: Sequence[float]) -> list[float] | None:
+    finite = [value for value in values if np.isfinite(value)]
+    tail = (1 - CONFIDENCE) / 2
+    return [float(value) for value in np.quantile(finite, [tail, 1 - tail])] if finite else None
