@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lib.device import Upload
 from lib.training import mining
+from lib.training.confusable import confusable_identities
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import FeatureStore
@@ -223,7 +224,7 @@ class EpochBatches:
         means_ID = self._store.identity_means(len(self._cache.identities))
 
         def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:
-            return mining.confusable_identities(means_ID, seeds_S, num_neighbours=num_neighbours)
+            return confusable_identities(means_ID, seeds_S, num_neighbours=num_neighbours)
 
         return confusable
 

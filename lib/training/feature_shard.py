@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from lib.training import mining
+from lib.training import confusable, mining
 from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
 
 NEVER = -1
@@ -86,11 +86,11 @@ class Shard:
         return self._signed(negatives)
 
     def identity_sums(self, num_identities: int) -> Answer[tuple[Floats, Ints]]:
-        """Return the sums and numbers of the features of each identity, as `mining.identity_sums`."""
+        """Return the sums and numbers of the features of each identity, as `confusable.identity_sums`."""
         filled_N = self.stamps_N != NEVER
         labels_N = np.where(filled_N, self.labels_N, 0)
         return self._signed(
-            mining.identity_sums(self.features_ND, labels_N, num_identities=num_identities, filled_N=filled_N)
+            confusable.identity_sums(self.features_ND, labels_N, num_identities=num_identities, filled_N=filled_N)
         )
 
     def stamps(self) -> Answer[Ints]:

@@ -24,7 +24,7 @@ import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostError, RayActorError
 
 from lib.errors import JobError, UserError
-from lib.training import mining
+from lib.training import confusable, mining
 from lib.training.feature_shard import NEVER, Shard
 from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
 
@@ -235,7 +235,7 @@ class FeatureStore:
             if part is not None:
                 sums_ID += part[0]
                 counts_I += part[1]
-        return mining.identity_means(sums_ID, counts_I)
+        return confusable.identity_means(sums_ID, counts_I)
 
     def close(self) -> None:
         """End the shards."""

@@ -1,11 +1,11 @@
-"""Which photo is the negative of an anchor: plain functions on arrays, used as they are and inside the feature store.
+"""Mining: which photo is the negative of an anchor. Plain functions on arrays, which the feature store uses too.
 
 Shape suffixes: B anchors of a batch, N photos (rows of the features), P candidates drawn from them, D dimensions of a
-feature, X pairs of an anchor and a candidate, S parts of a search, I identities, J seeds, T neighbours of a seed.
+feature, X pairs of an anchor and a candidate, S parts of a search.
 
-A search is one float32 GEMM: with `score = q.c - |c|^2 / 2 = (|q|^2 - |q - c|^2) / 2` the nearest candidate is the one
-of the highest score, whether vectors are normalised or raw. The winner's distance is computed again from the
-difference, so that it is exact and can be compared between chunks and shards. Equal scores go to the lower row.
+A search is one float32 matrix product. The nearest candidate has the highest score `q.c - |c|^2 / 2`, which is
+`(|q|^2 - |q - c|^2) / 2`, whether vectors are normalised or not. The distance of the nearest is then computed from the
+difference. So it is exact, and can be compared between chunks and shards. Of equal scores the lower row wins.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
 
 from lib.nearest import squared_norms
 
@@ -22,16 +21,16 @@ Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
 
 NO_ROW = -1
-"""Stands for the negative of an anchor that has none, and for a neighbour that does not exist."""
+"""In place of a row: this anchor has no negative, or this neighbour does not exist."""
 
 CHUNK_ROWS = 4096
-"""Rows scored at once when all photos are searched: 4 MB of scores for 256 anchors."""
+"""Rows scored at once in a search of all photos: 4 MB of scores for 256 anchors."""
 
 NUM_SPARES = 16
-"""Candidates drawn beyond the number asked for; they stand in where a candidate shows the anchor's own person."""
+"""Extra candidates. They replace those that show the anchor's own person."""
 
 MAX_SUSPECTS = 1024
-"""Suspect pairs kept from one search, the most similar ones: a collapsed model makes a suspect of every pair."""
+"""Suspect pairs kept from one search, most similar first. With a collapsed model every pair is suspect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +50,12 @@ class CandidatePool:
     rows: Ints
     """Their rows, ascending and distinct [P]."""
     blocked: Pairs
-    """Not to be paired: the candidate shows the anchor's person, or is a spare that this anchor does not need."""
+    """Forbidden pairs: the candidate shows the anchor's person, or is an extra that this anchor does not need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suspects:
-    """Pairs of different identities too similar to be negatives: probably wrong labels or duplicates."""
+    """Pairs of different identities that are too similar for negatives: probably wrong labels or duplicates."""
 
     anchors: Ints
     """Position in the batch [X]."""
@@ -66,21 +65,24 @@ class Suspects:
     """Cosine of the two [X]."""
 
 
+NO_SUSPECTS = Suspects(anchors=np.empty(0, np.int64), rows=np.empty(0, np.int64), similarities=np.empty(0, np.float32))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Negatives:
     """The answer of a search."""
 
     rows: Ints
-    """Row of each anchor's negative, `NO_ROW` where no candidate was allowed [B]."""
+    """Row of each anchor's negative; `NO_ROW` if no candidate was allowed [B]."""
     squared_distances: Floats
-    """Squared Euclidean distance of anchor and negative, infinite where there is none [B]."""
+    """Squared Euclidean distance of anchor and negative; infinite if there is none [B]."""
     suspects: Suspects
 
 
 def random_negatives(
     labels_B: Ints, labels_N: Ints, *, rng: np.random.Generator, filled_N: Bools | None = None
 ) -> Ints:
-    """Return for each anchor a photo drawn evenly from those of other identities, `NO_ROW` where there is none."""
+    """Return for each anchor a random photo of another identity, `NO_ROW` if there is none."""
     rows_B = rng.integers(len(labels_N), size=len(labels_B))
     for _ in range(32):
         wrong_B = labels_N[rows_B] == labels_B
@@ -89,7 +91,7 @@ def random_negatives(
         if not wrong_B.any():
             return rows_B
         rows_B[wrong_B] = rng.integers(len(labels_N), size=np.count_nonzero(wrong_B))
-    for anchor, label in enumerate(labels_B):  # an identity or a gap so large that drawing again hardly ever helps
+    for anchor, label in enumerate(labels_B):  # redraws rarely help: an identity or a gap is very large
         others = np.flatnonzero((labels_N != label) if filled_N is None else (labels_N != label) & filled_N)
         rows_B[anchor] = rng.choice(others) if len(others) else NO_ROW
     return rows_B
@@ -98,11 +100,10 @@ def random_negatives(
 def draw_candidates(
     labels_B: Ints, labels_N: Ints, *, num_candidates: int, rng: np.random.Generator, filled_N: Bools | None = None
 ) -> CandidatePool:
-    """Draw one pool that holds, for every anchor, `num_candidates` photos drawn evenly from those of other identities.
+    """Draw one pool with `num_candidates` random photos of other identities for every anchor.
 
-    The pool is a random order of photos, and an anchor's candidates are the first `num_candidates` in it that show
-    someone else: taking photos out of a random order leaves a random order of the others. An anchor gets fewer only
-    where fewer photos of others exist.
+    The pool is a random order of photos. An anchor's candidates are its first `num_candidates` photos of other people;
+    without the own photos, the order of the others is still random. An anchor gets fewer only if fewer exist.
     """
     num_photos = len(labels_N) if filled_N is None else np.count_nonzero(filled_N)
     photos = len(labels_N) if filled_N is None else np.flatnonzero(filled_N)
@@ -131,7 +132,7 @@ def draw_candidates(
 
 
 def own_pairs(labels_B: Ints, labels_P: Ints) -> Pairs:
-    """Return every pair of an anchor and a candidate of the same identity, without comparing all pairs."""
+    """Return every pair of an anchor and a candidate of the same identity, without a comparison of all pairs."""
     known_B = np.sort(labels_B)
     nearest_P = np.searchsorted(known_B, labels_P).clip(max=len(known_B) - 1)
     shown_X = np.flatnonzero(known_B[nearest_P] == labels_P)
@@ -140,7 +141,7 @@ def own_pairs(labels_B: Ints, labels_P: Ints) -> Pairs:
 
 
 def _candidate_ends(own: Pairs, num_anchors: int, num_candidates: int) -> Ints:
-    """Return how long a start of the pool each anchor needs to hold `num_candidates` photos of others."""
+    """Return how many photos of the pool each anchor needs, from its start, to have `num_candidates` of others."""
     ends_B = np.full(num_anchors, num_candidates)
     while True:
         before_X = own.candidates < ends_B[own.anchors]
@@ -160,19 +161,19 @@ def search(
     ceiling: float | None = None,
     filled_P: Bools | None = None,
 ) -> Negatives:
-    """Return for each query the nearest candidate that is not blocked, filled and at most `ceiling` similar.
+    """Return for each query the nearest candidate that is allowed, has a feature, and is at most `ceiling` similar.
 
-    With `beyond_squared_B` it is the nearest among those of a larger squared distance; where there is none, the
-    farthest of all, which is the closest to being semi-hard.
+    With `beyond_squared_B` it is the nearest of those with a larger squared distance. If there is none, it is the
+    farthest of all, which is closest to semi-hard.
     """
     if not len(rows_P):
-        return _nothing(len(queries_BD))
+        return no_negatives(len(queries_BD))
     half_squares_P = 0.5 * squared_norms(candidates_PD)
     scores_BP = queries_BD @ candidates_PD.T
     scores_BP[blocked.anchors, blocked.candidates] = -np.inf
     if filled_P is not None:
         scores_BP[:, ~filled_P] = -np.inf
-    suspects = _NO_SUSPECTS
+    suspects = NO_SUSPECTS
     if ceiling is not None:
         suspects = _remove_suspects(scores_BP, queries_BD, half_squares_P, rows_P, ceiling)
     scores_BP -= half_squares_P
@@ -190,7 +191,7 @@ def search(
 
 
 def _semihard_positions(scores_BP: Floats, twice_bounds_B: Floats) -> Ints:
-    """Return the position of the highest score under the bound, or of the lowest where none is."""
+    """Return the position of the highest score below the bound, or of the lowest score if none is below."""
     below_BP = scores_BP.copy()
     np.copyto(below_BP, -np.inf, where=scores_BP >= 0.5 * twice_bounds_B[:, None])
     best_B = below_BP.argmax(axis=1)
@@ -224,17 +225,16 @@ def _most_similar(suspects: Suspects) -> Suspects:
 
 
 def no_negatives(num_queries: int) -> Negatives:
-    """Return the answer that finds nothing."""
-    nothing = np.empty(0, np.int64)
+    """Return the answer of a search that finds nothing."""
     return Negatives(
         rows=np.full(num_queries, NO_ROW),
         squared_distances=np.full(num_queries, np.inf, np.float32),
-        suspects=Suspects(anchors=nothing, rows=nothing, similarities=np.empty(0, np.float32)),
+        suspects=NO_SUSPECTS,
     )
 
 
 def merge(parts: Sequence[Negatives], *, beyond_squared_B: Floats | None = None) -> Negatives:
-    """Return the answer over all candidates from answers over parts of them, given in ascending order of rows."""
+    """Return the answer for all candidates from the answers for parts of them, in ascending order of rows."""
     squared_SB = np.stack([part.squared_distances for part in parts])
     best_B = squared_SB.argmin(axis=0)
     if beyond_squared_B is not None:
@@ -258,9 +258,9 @@ def merge(parts: Sequence[Negatives], *, beyond_squared_B: Floats | None = None)
 
 
 def semihard_bounds(queries_BD: Floats, positives_BD: Floats) -> Floats:
-    """Return the squared distance which a semi-hard negative exceeds: the positive's, and what float32 may be wrong by.
+    """Return the squared distance that a semi-hard negative exceeds: the positive's, plus the error of float32.
 
-    Without that margin a copy of the positive under another identity would be farther or not by chance.
+    Without this margin, chance would decide whether a copy of the positive under another identity is farther.
     """
     return 1.0001 * squared_norms(queries_BD - positives_BD) + 1e-6 * squared_norms(queries_BD)
 
@@ -275,11 +275,11 @@ def exact_negatives(
     filled_N: Bools | None = None,
     first_row: int = 0,
 ) -> Negatives:
-    """Return for each anchor the nearest of all photos of other identities, in chunks of bounded memory.
+    """Return for each anchor the nearest photo of all other identities, in chunks of bounded memory.
 
-    `first_row` is the row of the first feature, where the arrays are a part of all photos.
+    `first_row` is the row of the first feature, if the arrays are a part of all photos.
     """
-    parts = [_nothing(len(queries_BD))]
+    parts = [no_negatives(len(queries_BD))]
     for start in range(0, len(features_ND), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         parts.append(
@@ -295,51 +295,6 @@ def exact_negatives(
     return merge(parts)
 
 
-def identity_sums(
-    features_ND: Floats, labels_N: Ints, *, num_identities: int, filled_N: Bools | None = None
-) -> tuple[Floats, Ints]:
-    """Return the sum [I, D] and the number [I] of the filled features of each identity 0 … `num_identities` - 1.
-
-    Sums and numbers of several shards add up to those of all photos.
-    """
-    weights_N = np.ones(len(labels_N), np.float32) if filled_N is None else filled_N.astype(np.float32)
-    shape = (num_identities, len(labels_N))
-    sums_ID = sparse.csr_array((weights_N, (labels_N, np.arange(len(labels_N)))), shape=shape) @ features_ND
-    return sums_ID, np.bincount(labels_N, weights_N, minlength=num_identities).astype(np.int64)
-
-
-def identity_means(sums_ID: Floats, counts_I: Ints) -> Floats:
-    """Return the mean feature of each identity, NaN for one that has none."""
-    return np.where(counts_I[:, None] > 0, sums_ID / np.maximum(counts_I, 1).astype(np.float32)[:, None], np.nan)
-
-
-def confusable_identities(means_ID: Floats, seeds_J: Ints, *, num_neighbours: int) -> Ints:
-    """Return for each seed identity the `num_neighbours` others of the nearest mean features, nearest first [J, T].
-
-    A batch filled with them shows the model the people whom it confuses. `NO_ROW` stands where there are too few
-    identities with features, and everywhere for a seed without any.
-    """
-    scores_JI = means_ID[seeds_J] @ means_ID.T - 0.5 * squared_norms(means_ID)
-    scores_JI[np.isnan(scores_JI)] = -np.inf
-    scores_JI[np.arange(len(seeds_J)), seeds_J] = -np.inf
-    nearest_JT = np.argpartition(-scores_JI, min(num_neighbours, len(means_ID) - 1), axis=1)[:, :num_neighbours]
-    scores_JT = np.take_along_axis(scores_JI, nearest_JT, axis=1)
-    nearest_JT = np.where(scores_JT > -np.inf, nearest_JT, NO_ROW)
-    nearest_JT = np.take_along_axis(nearest_JT, np.lexsort((nearest_JT, -scores_JT), axis=1), axis=1)
-    return np.pad(nearest_JT, ((0, 0), (0, num_neighbours - nearest_JT.shape[1])), constant_values=NO_ROW)
-
-
 def _true_pairs(mask_BP: Bools) -> tuple[Ints, Ints]:
-    """Return what `mask_BP.nonzero()` does, several times faster."""
+    """Return the same as `mask_BP.nonzero()`, several times faster."""
     return np.divmod(np.flatnonzero(mask_BP), max(mask_BP.shape[1], 1))
-
-
-_NO_SUSPECTS = Suspects(anchors=np.empty(0, np.int64), rows=np.empty(0, np.int64), similarities=np.empty(0, np.float32))
-
-
-def _nothing(num_anchors: int) -> Negatives:
-    return Negatives(
-        rows=np.full(num_anchors, NO_ROW),
-        squared_distances=np.full(num_anchors, np.inf, np.float32),
-        suspects=_NO_SUSPECTS,
-    )

@@ -11,9 +11,10 @@ from mlflow import MlflowClient
 
 from lib import storage
 from lib.errors import UserError
-from lib.training import tracking
+from lib.training import tracking, tracking_services
 from lib.training.history import write_history
-from lib.training.tracking import TRACKERS, Tracker, Tracking, about_run, add_evaluation, trackers
+from lib.training.tracking import Tracking, about_run, add_evaluation
+from lib.training.tracking_services import TRACKERS, Tracker, trackers
 
 
 def write_rows(run: Path, num_epochs: int) -> None:
@@ -80,7 +81,7 @@ def test_a_server_that_is_away_costs_one_line_without_its_password(run: Path, ca
     ours = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
     assert len(ours) == 1
     assert ours[0].startswith("--track mlflow:http://***@127.0.0.1:9 fails (")
-    assert "training goes on" in ours[0]
+    assert "training continues" in ours[0]
     assert "secret" not in caplog.text
     assert not (run / "tracking.json").exists()
 
@@ -92,25 +93,25 @@ class Moody(Tracker):
     is_there = False
     told: list[int] = []  # noqa: RUF012 - emptied by the test
 
-    def open(self, run_id: str | None, about: tracking.About) -> str:
+    def open(self, run_id: str | None, about: tracking_services.About) -> str:
         if not Moody.is_there:
             raise ConnectionError("away")
         return run_id or "id"
 
-    def log(self, epoch: int, figures: tracking.Figures) -> None:
+    def log(self, epoch: int, figures: tracking_services.Figures) -> None:
         Moody.told.append(epoch)
 
-    def summarize(self, figures: tracking.Figures) -> None:
+    def summarize(self, figures: tracking_services.Figures) -> None:
         assert figures == {"best_epoch": 2.0, "accuracy": 0.3}
 
-    def close(self, ending: tracking.Ending) -> None:
+    def close(self, ending: tracking_services.Ending) -> None:
         time.sleep(tracking.LAST_LIMIT_S * 100)
 
 
 def test_what_a_service_missed_it_gets_later_and_one_that_hangs_is_left_alone(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "TRACKERS", {**TRACKERS, "moody": Moody})
+    monkeypatch.setattr(tracking_services, "TRACKERS", {**TRACKERS, "moody": Moody})
     monkeypatch.setattr(tracking, "LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(tracking, "LAST_LIMIT_S", 0.3)
     Moody.told.clear()
@@ -127,7 +128,7 @@ def test_what_a_service_missed_it_gets_later_and_one_that_hangs_is_left_alone(
         started.end("finished", {"best_epoch": 2, "accuracy": 0.3})
     assert Moody.told == [1, 2]
     assert caplog.text.count("away") == 1
-    assert "are left alone" in caplog.text
+    assert "not waiting any longer" in caplog.text
 
 
 def test_what_is_not_known_or_not_installed_is_said_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
