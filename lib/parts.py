@@ -1,21 +1,22 @@
-"""Tables made of parts, in versions: their job may be killed at any moment, and they can be read at any moment.
+"""Tables made of parts, in versions. Their job may be killed at any moment, and they can be read at any moment.
 
-The name of a part's file holds a digest of what the part is made of. So a file that is there is done, whoever wrote it,
-and a part of other content is another file beside the first. `_plan.json` is written first: it says which version is
-being made, and with which settings. `_SUCCESS` is written last: it names the files of the version that readers see.
-Only then are the files of older versions removed, except those of the newest, whose names `_versions/` keeps.
+The name of a part's file contains a digest of the part's input. So a file that exists is complete, whoever wrote it,
+and a part with other input is another file. `_plan.json` is written first, with the number and the settings of the
+version being made. `_SUCCESS` is written last, with the names of the files that readers see. Then the files of older
+versions are removed, except those of the newest ones, whose names `_versions/` keeps.
 """
 
 import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lib import storage
 from lib.errors import JobError, UserError
+from lib.plans import Plan, differences, earlier_plan
 
 logger = logging.getLogger(__name__)
 
@@ -23,32 +24,30 @@ PLAN_NAME = "_plan.json"
 SUCCESS_NAME = "_SUCCESS"
 VERSIONS_FOLDER = "_versions"
 MANIFEST_FOLDER = "_manifest"
-"""Where the list of what an unfinished version is made of lies."""
+"""Folder with the list of the input of an unfinished version."""
 PART_PREFIX = "split="
-"""What the folders begin with that hold the files of the parts."""
+"""Beginning of the names of the folders with the parts' files."""
 
 KEEP_VERSIONS = 2
-"""The version before stays by default: a job that began to read it can finish."""
+"""By default the version before is kept, so that a job that reads it can finish."""
 
 _DIGEST_CHARACTERS = 12
 _NAME = re.compile(
     rf"split=(?P<split>[^/]+)/part-(?P<key>.+)-[0-9a-f]{{{_DIGEST_CHARACTERS}}}(?P<again>\.v\d+)?\.parquet"
 )
 
-Plan = Mapping[str, Any]
-
 SUCCESS_ENTRIES = {"run_id": str, "fingerprint": dict, "counts": dict}
-"""What `_SUCCESS` holds, with their types. Tables made before there were versions lack `version`, the number of this
-one, and `content`, the digest of its files' names; the oldest lack `parts`, the size of each file in bytes."""
+"""The entries of `_SUCCESS`, with their types. Tables from before there were versions lack `version`, its number, and
+`content`, the digest of its files' names. The oldest also lack `parts`, the size of each file in bytes."""
 
 
 def part_name(split: str, key: str, digest: str) -> str:
-    """Return the path of the file that a part becomes in a split. `digest` says what it is made of, in hexadecimals."""
+    """Return the path of a part's file. `digest` is the hexadecimal digest of the part's input."""
     return f"split={split}/part-{key}-{digest[:_DIGEST_CHARACTERS]}.parquet"
 
 
 def part_key(name: str) -> str | None:
-    """Return the key of the part that a file holds, None for a file of a table without versions."""
+    """Return the key of the part in a file; None for a file of a table without versions."""
     match = _NAME.fullmatch(name)
     return match["key"] if match else None
 
@@ -68,12 +67,12 @@ def digest_of(texts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """What the folder of a table holds before a job works on it.
+    """The state of a table's folder before a job works on it.
 
     Attributes:
         plan: of the version begun last.
         success: of the version that readers see.
-        present: the sizes in bytes of the files that are there, by their paths.
+        present: sizes in bytes of the existing files, by their paths.
     """
 
     url: str
@@ -83,32 +82,32 @@ class Found:
 
     @property
     def is_old(self) -> bool:
-        """Whether the table was begun before there were versions: the names of its files say nothing of the content."""
+        """Whether the table is from before there were versions: the names of its files do not depend on the input."""
         return self.plan is not None and "content" not in self.plan
 
     def current(self, names: Sequence[str]) -> list[str]:
-        """Return the names with those in place of them that the finished version has for the same content."""
+        """Return the names, each replaced by the name that the finished version has for the same content."""
         made_again = {name: name for name in self.success["parts"]} if self.success else {}
         made_again = {_without_again(name): name for name in made_again}
         return [made_again.get(name, name) for name in names]
 
     def missing(self, names: Sequence[str]) -> set[str]:
-        """Return the files of these that are not there, or not as they were written."""
+        """Return which of these files do not exist, or do not have the size that was written."""
         sizes = self.success["parts"] if self.success else {}
         return {name for name in names if self.present.get(name) != sizes.get(name, self.present.get(name, -1))}
 
     def is_finished(self, names: Sequence[str]) -> bool:
-        """Return whether the version that readers see has these files and no other, and all are there."""
+        """Return whether the version that readers see has exactly these files, and all of them exist."""
         return self.success is not None and self.success["parts"].keys() == set(names) and not self.missing(names)
 
 
 def settle(url: str, plan: Plan, *, flag: str, overwrite: bool) -> Found:
-    """Return what a folder holds, once a table of this plan may be made in it. Nothing is removed or written.
+    """Return the state of a folder if a table with this plan may be made there. Nothing is removed or written.
 
-    The plan is what decides the content besides the input: a table of other settings needs `overwrite`.
+    The plan holds everything that decides the content besides the input. A table with other settings needs `overwrite`.
 
     Raises:
-        UserError: the folder holds a table of other settings, or files of someone else. `flag` names the folder.
+        UserError: the folder has a table with other settings, or files of someone else. `flag` names the folder.
     """
     earlier, problem = earlier_plan(url, PLAN_NAME, plan)
     if earlier is not None and earlier.get("job") != plan.get("job"):
@@ -126,41 +125,23 @@ def settle(url: str, plan: Plan, *, flag: str, overwrite: bool) -> Found:
 
 
 def found_at(url: str) -> Found:
-    """Return what the folder of a table holds."""
+    """Return the state of a table's folder."""
     plan_url = storage.join(url, PLAN_NAME)
     plan = storage.read_json(plan_url, {"fingerprint": dict}) if storage.exists(plan_url) else None
     return Found(url, plan, _success(url), present_files(url))
 
 
-def earlier_plan(
-    url: str, plan_name: str, plan: Plan, *, defaults: Plan | None = None, begun: str | None = None
-) -> tuple[Plan | None, str]:
-    """Return the plan of the output in a folder, None where none has begun, and what keeps ours from going on there.
-
-    `defaults` are for `differences`. Files in the folder `begun` may be there before the plan is.
-    """
-    plan_url = storage.join(url, plan_name)
-    if storage.exists(plan_url):
-        earlier = storage.read_json(plan_url, {"fingerprint": dict})
-        different = "; ".join(differences(plan, earlier, defaults))
-        return earlier, f"was made with other settings ({different})" if different else ""
-    first = next(iter(storage.list_files(url)), None)
-    if first is None or (begun is not None and first.path.startswith(f"{begun}/")):
-        return None, ""
-    return None, f"holds files but no {plan_name}, such as {first.path}"
-
-
 def is_same_old_table(found: Found, old_plan: Callable[[], Plan]) -> bool:
-    """Return whether a table without versions is finished and whole, and was made of what `old_plan` says."""
+    """Return whether a table without versions is finished and complete, and was made with `old_plan`."""
     if found.plan is None or not found.is_old or found.success is None or found.missing(list(found.success["parts"])):
         return False
     return all(found.plan.get(name) == value for name, value in old_plan().items())
 
 
 def begin(found: Found, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
-    """Write the plan of the version that has these files, unless it is there, and return it with its run_id.
+    """Write the plan of the version with these files, unless it exists, and return it with its run_id.
 
-    A version that was begun goes on under its run_id; so does a finished one that lost files.
+    A version that was begun keeps its run_id; so does a finished version that lost files.
     """
     content = digest_of(sorted(names))
     earlier, success = found.plan or {}, found.success or {}
@@ -181,12 +162,12 @@ def next_version(found: Found) -> int:
 
 
 def made_again(name: str, version: int) -> str:
-    """Return the name of a file that is made again of the same content for this version."""
+    """Return the name of a file that this version makes again with the same content."""
     return f"{_without_again(name).removesuffix('.parquet')}.v{version}.parquet"
 
 
 def check_ours(url: str, begun: Plan) -> None:
-    """Raise JobError where another job has begun another version since `begin` returned."""
+    """Raise JobError if another job has begun another version since `begin` returned."""
     now = read_plan(url)
     if now["run_id"] != begun["run_id"]:
         raise JobError(
@@ -198,7 +179,7 @@ def check_ours(url: str, begun: Plan) -> None:
 def finish_version(
     url: str, begun: Plan, names: Sequence[str], about: Plan, *, keep_versions: int = KEEP_VERSIONS
 ) -> None:
-    """Make the version of these files the one that readers see, then remove what no kept version needs.
+    """Let readers see the version with these files, then remove what no kept version needs.
 
     Raises:
         JobError: another job began another version meanwhile, or files are gone.
@@ -218,7 +199,7 @@ def finish_version(
 
 
 def remove_unused(url: str, success: Plan, present: Iterable[str], *, keep_versions: int) -> None:
-    """Remove the parts that neither the finished version nor one of the newest before it has, and their lists."""
+    """Remove the parts that are neither in the finished version nor in a kept one, and the lists of older versions."""
     kept, used = keep_versions - 1, set(success["parts"])
     for number, name in sorted(_kept_versions(url), reverse=True):
         version_url = storage.join(url, VERSIONS_FOLDER, name)
@@ -235,17 +216,19 @@ def remove_unused(url: str, success: Plan, present: Iterable[str], *, keep_versi
 
 
 def present_files(url: str) -> dict[str, int]:
-    """Return the sizes in bytes of the Parquet files that are there, by their paths below `url`."""
+    """Return the sizes in bytes of the Parquet files below `url`, by their paths."""
     return {info.path: info.num_bytes for info in storage.list_files(url, suffix=".parquet")}
 
 
 def read_success(url: str, *, what: str, job: str, run_id: str | None = None) -> dict[str, Any]:
-    """Return what a finished table says of itself, its `parts` among it, once all of them are there.
+    """Return the content of `_SUCCESS` of a finished table, with `parts`, after checking that all parts exist.
 
-    With `run_id`, it is the version of that id, where it is still kept, and else the present one.
+    With `run_id` it is the version with that id, if it is still kept, or else the present one.
 
     Raises:
-        UserError: there is none, it is not finished, or parts of it are gone. `what` and `job` name it and its maker.
+        UserError: there is no table, it is not finished, or parts of it are gone. `what` and `job` name the table and
+        the
+            job that makes it.
     """
     shown = storage.redacted(url)
     success = _success(url)
@@ -264,7 +247,7 @@ def read_success(url: str, *, what: str, job: str, run_id: str | None = None) ->
 
 
 def finished_run_id(url: str) -> str | None:
-    """Return the run_id of the finished version, None where there is none."""
+    """Return the run_id of the finished version; None if there is none."""
     success = _success(url)
     return None if success is None else success["run_id"]
 
@@ -275,7 +258,7 @@ def read_plan(url: str) -> dict[str, Any]:
 
 
 def _success(url: str) -> dict[str, Any] | None:
-    """Return the content of `_SUCCESS`, None where there is none. The oldest say nothing of their parts."""
+    """Return the content of `_SUCCESS`; None if there is none. The oldest do not name their parts."""
     success_url = storage.join(url, SUCCESS_NAME)
     if not storage.exists(success_url):
         return None
@@ -288,13 +271,13 @@ def _success(url: str) -> dict[str, Any] | None:
 
 
 def _kept_versions(url: str) -> list[tuple[int, str]]:
-    """Return number and file name of each version before the finished one that is kept."""
+    """Return number and file name of each kept version before the finished one."""
     listed = storage.list_files(storage.join(url, VERSIONS_FOLDER), suffix=".json")
     return [(int(info.path.removesuffix(".json")), info.path) for info in listed if info.path[:-5].isdigit()]
 
 
 def kept_successes(url: str) -> Iterable[dict[str, Any]]:
-    """Yield what the versions before the finished one that are kept say of themselves."""
+    """Yield the content of `_SUCCESS` of each kept version before the finished one."""
     for _, name in _kept_versions(url):
         yield storage.read_json(storage.join(url, VERSIONS_FOLDER, name), SUCCESS_ENTRIES)
 
@@ -305,20 +288,3 @@ def _version_url(url: str, success: Plan) -> str:
 
 def _without_again(name: str) -> str:
     return re.sub(r"\.v\d+\.parquet$", ".parquet", name)
-
-
-def differences(ours: Plan, theirs: Plan, defaults: Plan | None = None) -> list[str]:
-    """Return each setting in which two plans differ, those of their fingerprints too, with both values.
-
-    A setting that `theirs` does not know is newer than it. It had its default then, or where there are no `defaults`
-    the present value.
-    """
-    newer = [name for name in ours if name not in theirs]
-    if newer:
-        theirs = {**theirs, **{name: (ours if defaults is None else defaults).get(name) for name in newer}}
-        told = ", ".join(f"{name} {theirs[name]}" for name in newer)
-        logger.info("settings that are newer than what is there are taken to have been: %s", told)
-    flat_ours = {**ours, **ours["fingerprint"], "fingerprint": None, "id": None}
-    flat_theirs = {**theirs, **theirs.get("fingerprint", {}), "fingerprint": None, "id": None, "run_id": None}
-    names = sorted(name for name in flat_ours if flat_ours[name] != flat_theirs.get(name))
-    return [f"{name}: {flat_theirs.get(name)} there, {flat_ours[name]} now" for name in names]

@@ -12,8 +12,6 @@ from lib.parts import (
     SUCCESS_NAME,
     Found,
     begin,
-    differences,
-    earlier_plan,
     finish_version,
     is_same_old_table,
     made_again,
@@ -25,6 +23,7 @@ from lib.parts import (
     settle,
     split_in,
 )
+from lib.plans import differences, earlier_plan
 
 PLAN = {"job": "embed", "model": "abc", "fingerprint": {"id": "x", "image_size": 240}}
 OTHER = {**PLAN, "fingerprint": {"id": "y", "image_size": 112}}

@@ -25,16 +25,10 @@ from lib.faces.batch_detection import BatchDetector
 from lib.faces.batch_photos import BatchPhoto, Row, batches, decode, detector_picture, opened
 from lib.faces.batch_warps import Cut, warped
 from lib.faces.detection import Detections, detector_weights, is_torch_file
-from lib.faces.extraction import (
-    CLOSE_UP,
-    JPEG_QUALITY,
-    ExtractionSettings,
-    SecondLook,
-    is_tilted,
-    rows_without_crops,
-)
+from lib.faces.extraction import JPEG_QUALITY, ExtractionSettings, rows_without_crops
 from lib.faces.images import rgb_to_jpeg
 from lib.faces.search import Look, Search, search
+from lib.faces.second_look import CLOSE_UP, SecondLook, is_tilted
 
 logger = logging.getLogger(__name__)
 

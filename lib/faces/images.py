@@ -1,10 +1,5 @@
 """Decodes photo files to upright BGR pixels, at full or reduced scale; an error says why a file cannot be read."""
 
-import hashlib
-import io
-import re
-import warnings
-
 import cv2
 import numpy as np
 import pyjpegli
@@ -12,7 +7,15 @@ from PIL import Image
 
 from lib.faces import table
 from lib.faces.orientation import TRANSPOSED, read_orientation, turned_upright
-from lib.faces.photo_structure import MAX_PIECES, OPENCV_BYTES, PNG_START, Structure, read_structure
+from lib.faces.photo_decoders import (
+    BAND_PIXELS,
+    BadPhotoError,
+    decode_with_opencv,
+    decode_with_pillow,
+    decode_without_end,
+    read_header,
+)
+from lib.faces.photo_structure import MAX_PIECES, OPENCV_BYTES, Structure, read_structure
 
 PHOTO_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp"),
@@ -23,18 +26,8 @@ PHOTO_SUFFIXES = (
 MAX_PHOTO_BYTES = 256 * 2**20
 """A longer file is refused unread: no camera writes one."""
 
-_BAND_PIXELS = 2**22
-"""Pixels that are converted at a time, so that memory does not hold a large picture twice."""
-
 REDUCTIONS = (8, 4, 2, 1)
 """Scales (1/n) at which a JPEG can be decoded cheaply, the coarsest first."""
-
-_CV2_READ_FLAGS = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
 
 MAX_SIDE = 65_535
 """Pixels along one side. JPEG cannot hold more, and decoders allocate buffers by the length of a row."""
@@ -53,29 +46,7 @@ MAX_SCANNED_SAMPLES = 1_000_000_000
 SLOW_SAMPLES, SLOW_BYTES = 200_000_000, 32 * 2**20
 """A JPEG beyond these is decoded once and shrunk, instead of decoded for each scale."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # to Pillow an MPO is a JPEG until it is open
 _OPENCV_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")
-
-_FORMATS_NOT_READ = {
-    "HEIC": re.compile(rb"....ftyp(heic|heix|hevc|hevx|heim|heis|mif1|msf1)", re.DOTALL),
-    "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL ", re.DOTALL),
-    "JPEG 2000": re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", re.DOTALL),
-    "PDF": re.compile(rb"%PDF"),
-    "SVG or HTML": re.compile(rb"\s*<(\?xml|svg|html|!DOCTYPE)", re.IGNORECASE),
-    "video": re.compile(rb"....ftyp(isom|mp4|qt  |M4V)|\x1aE\xdf\xa3", re.DOTALL),
-}
-
-
-class BadPhotoError(Exception):
-    """A photo cannot be used.
-
-    Attributes:
-        status: a status of the faces table (`corrupt` or `too_large`).
-    """
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class Photo:
@@ -104,7 +75,7 @@ class Photo:
         _check_work(structure)
         self.data = data
         self._decoded: dict[int, np.ndarray] = {}
-        header = _read_header(data)
+        header = read_header(data)
         self.width, self.height = header.size
         if self.width * self.height > max_pixels:
             raise BadPhotoError(table.TOO_LARGE, f"{self.width}x{self.height} is over {max_pixels} pixels")
@@ -164,7 +135,7 @@ class Photo:
         if not self._needs_pillow:
             if 2 * OPENCV_BYTES * self.width * self.height > MAX_DECODED_BYTES * reduction**2:
                 self._decoded.clear()  # coarser scales: there is no room for both
-            pixels = _decode_with_opencv(self.data, reduction)
+            pixels = decode_with_opencv(self.data, reduction)
             if pixels is not None and self._fits(upright := turned_upright(pixels, self.orientation), reduction):
                 return upright
         if reduction > self.finest:
@@ -172,7 +143,7 @@ class Photo:
         if _PILLOW_BYTES * self.width * self.height > MAX_DECODED_BYTES:
             raise BadPhotoError(table.CORRUPT, "the picture cannot be decoded")
         lacks_end = self._is_jpeg and not self._is_whole
-        pixels = _jpeg_without_end(self.data) if lacks_end else _decode_with_pillow(self.data)
+        pixels = decode_without_end(self.data) if lacks_end else decode_with_pillow(self.data)
         return turned_upright(pixels, self.orientation)
 
     def _fits(self, pixels: np.ndarray, reduction: int) -> bool:
@@ -204,7 +175,7 @@ def _shrink(pixels: np.ndarray, reduction: int) -> np.ndarray:
     shrunk = np.empty((-(-height // reduction), -(-width // reduction), 3), np.uint8)
     # Padding to a multiple of n keeps the scale exactly 1/n, as in the JPEG decoder. It is done band by band.
     right = shrunk.shape[1] * reduction - width
-    rows = max(1, _BAND_PIXELS // (width * reduction))
+    rows = max(1, BAND_PIXELS // (width * reduction))
     for top in range(0, len(shrunk), rows):
         band = shrunk[top : top + rows]
         source = pixels[top * reduction : (top + len(band)) * reduction]
@@ -254,81 +225,3 @@ def _finest_reduction(header: Image.Image, structure: Structure, *, needs_pillow
     if structure.num_scanned > MAX_SCANNED_SAMPLES:
         cost = f"a decoder over {structure.num_scanned / 1e6:.0f} million samples in {structure.num_scans} scans"
     raise BadPhotoError(table.TOO_LARGE, f"{header.width}x{header.height} as {kind} takes {cost}: {advice}")
-
-
-def _read_header(data: bytes) -> Image.Image:
-    """Return the picture without decoding it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise BadPhotoError(table.TOO_LARGE, str(error)) from error
-    except Exception as error:  # readers raise all kinds of errors for damaged files, such as RuntimeError
-        for name, start in _FORMATS_NOT_READ.items():
-            if start.match(data[:64]):
-                raise BadPhotoError(table.CORRUPT, f"{name} is not read: convert it to JPEG or PNG") from error
-        if data.startswith(PNG_START) and re.search("too large|too much memory", str(error), re.IGNORECASE):
-            reason = "a text or colour profile in the PNG unpacks to far more than a photo needs: save it without"
-            raise BadPhotoError(table.CORRUPT, reason) from error
-        reason = (
-            "the file is empty" if not data else "no picture in a known format (JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF)"
-        )
-        raise BadPhotoError(table.CORRUPT, reason) from error
-
-
-def _decode_with_opencv(data: bytes, reduction: int) -> np.ndarray | None:
-    try:
-        flags = _CV2_READ_FLAGS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        return None
-
-
-def _jpeg_without_end(data: bytes) -> np.ndarray:
-    """Return the pixels of a JPEG without an end mark, if none of them depends on missing bytes.
-
-    Raises:
-        BadPhotoError: some pixels do.
-    """
-    broken = BadPhotoError(table.CORRUPT, "the JPEG file is truncated")
-    if len(data) > SLOW_BYTES:
-        raise broken
-    data = data.rstrip(b"\0")  # an unfinished download may end with zeros
-    with_noise = hashlib.sha256(_decode_with_pillow(data + bytes(range(1, 200, 7)) + b"\xff\xd9").data).digest()
-    pixels = _decode_with_pillow(data + b"\xff\xd9")
-    if hashlib.sha256(pixels.data).digest() != with_noise:
-        raise broken
-    return pixels
-
-
-def _decode_with_pillow(data: bytes) -> np.ndarray:
-    """Return the pixels as stored, BGR.
-
-    Raises:
-        BadPhotoError: they cannot be decoded.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-            picture.load()
-            pixels = np.empty((picture.height, picture.width, 3), np.uint8)
-            rows = max(1, _BAND_PIXELS // picture.width)
-            for top in range(0, picture.height, rows):
-                band = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
-                pixels[top : top + rows] = _bgr(band, picture.format)
-            return pixels
-    except BadPhotoError:
-        raise
-    except Exception as error:
-        raise BadPhotoError(table.CORRUPT, f"the picture cannot be decoded: {error}") from error
-
-
-def _bgr(picture: Image.Image, picture_format: str | None) -> np.ndarray:
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture_format == "PNG"):
-        grey_HW = np.clip(np.asarray(picture), 0, 65535).astype(np.uint32)
-        return cv2.cvtColor(((grey_HW + 128) // 257).astype(np.uint8), cv2.COLOR_GRAY2BGR)
-    if picture.mode in ("I", "F"):
-        raise BadPhotoError(table.CORRUPT, f"not a photo: its pixels are single numbers of mode {picture.mode}")
-    return cv2.cvtColor(np.asarray(picture.convert("RGB")), cv2.COLOR_RGB2BGR)

@@ -29,7 +29,6 @@ from lib.parts import (
     SUCCESS_NAME,
     Found,
     begin,
-    differences,
     digest_of,
     finished_run_id,
     is_same_old_table,
@@ -38,6 +37,7 @@ from lib.parts import (
     remove_unused,
     settle,
 )
+from lib.plans import differences
 from lib.storage_errors import MissingFileError
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from lib import cluster, storage
 from lib.errors import JobStopped, UserError
 from lib.faces.table import crop_size, read_success
 from lib.imports import quick_imports
-from lib.parts import earlier_plan
+from lib.plans import earlier_plan
 from lib.recognition.spec import ModelSpec
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress

@@ -20,7 +20,7 @@ from lib import cluster, storage
 from lib.errors import JobError, JobStopped, UserError
 from lib.evaluation.pairs import made_pairs
 from lib.faces.table import crop_size, read_success
-from lib.parts import earlier_plan
+from lib.plans import earlier_plan
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.recognition.spec import INIT_NAMES
 from lib.training.control import create_control

@@ -97,7 +97,8 @@ READABLE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", READABLE)
 def test_every_kind_of_file_gives_the_pixels_that_pillow_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.faces.images._BAND_PIXELS", 600)  # in several bands, as a large photo
+    for module in ("images", "photo_decoders"):  # in several bands, as a large photo
+        monkeypatch.setattr(f"lib.faces.{module}.BAND_PIXELS", 600)
     data = READABLE[kind]()
     photo = Photo(data, max_pixels=MAX_PIXELS)
     pixels = photo.pixels()
@@ -401,7 +402,7 @@ def test_a_photo_is_upright_wherever_its_orientation_stands_and_whoever_decodes_
         return photo.pixels()[:, :, ::-1]
 
     assert np.abs(upright() - wanted).mean() < 3
-    monkeypatch.setattr("lib.faces.images._decode_with_opencv", lambda *_: None)
+    monkeypatch.setattr("lib.faces.images.decode_with_opencv", lambda *_: None)
     assert np.abs(upright() - wanted).mean() < 3
 
 
@@ -548,8 +549,8 @@ def test_a_long_file_is_looked_through_at_once() -> None:
 
 def test_a_slow_jpeg_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
-    decode = images._decode_with_opencv
-    monkeypatch.setattr(images, "_decode_with_opencv", lambda *given: decoded.append(given[1]) or decode(*given))
+    decode = images.decode_with_opencv
+    monkeypatch.setattr(images, "decode_with_opencv", lambda *given: decoded.append(given[1]) or decode(*given))
     data = encoded(gradient(203, 101), "JPEG", quality=95, progressive=True)
     never = {"SLOW_SAMPLES": 10**9, "SLOW_BYTES": len(data)}
     for limits, wanted in (
