@@ -16,9 +16,9 @@ from lib.evaluation.pair_files import read_pairs
 from lib.faces import table
 from lib.recognition import embeddings_table
 from lib.recognition.model import ModelSpec
+from lib.training.early_end import read_outcome
 from lib.training.face_names import read_identities
 from lib.training.history import read_rows
-from lib.training.record import read_outcome
 from lib.tuning.compare_job import read_run, trial_urls
 from lib.tuning.winner import train_defaults
 

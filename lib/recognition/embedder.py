@@ -22,7 +22,8 @@ from lib.faces.extraction import ExtractionSettings, fingerprint_differences, se
 from lib.layout import Layout
 from lib.recognition.compiling import repeated_blocks
 from lib.recognition.model import SPEC_NAME, ModelSpec, built_model, embed, normalized_images, read_model
-from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel, runtime_knows_gpus
+from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel
+from lib.recognition.onnx_session import runtime_knows_gpus
 from lib.storage import exists, join, list_files, redacted
 
 logger = logging.getLogger(__name__)

@@ -9,22 +9,18 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import onnx
 import onnxruntime
-import torch
-from google.protobuf.message import DecodeError
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from lib.errors import UserError
 from lib.faces.alignment import ARCFACE, EYES
-from lib.onnx_files import check_memory
 from lib.recognition.model import resized_crops
-from lib.storage import read_bytes, redacted
+from lib.recognition.onnx_session import GPU_PROVIDER, REFUSED, first_line, open_session
+from lib.storage import read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +32,8 @@ ARCFACE_SIZE = 112
 AT_ONCE = {"cpu": 8, "cuda": 64}
 """Faces of a run where the file takes any number. On CPUs more are slower, and take gigabytes."""
 
-GPU_PROVIDER = "CUDAExecutionProvider"
-
 _DTYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
 """Input types besides float32 that get the same values."""
-
-_REFUSED = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-    RuntimeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +73,7 @@ class OnnxModel:
     def __init__(self, url: str, wanted: OnnxInput, *, device: str = "cpu") -> None:
         content = read_bytes(url)
         self.url = url
-        self._session = _session(url, content, device)
+        self._session = open_session(url, content, device)
         self._about = _own_metadata(url, self._session)
         self._wanted = wanted
         self.threshold: float | None = self._about.get("threshold")
@@ -151,10 +134,10 @@ class OnnxModel:
         try:
             output = np.asarray(self._session.run([self._output], {self._input.name: batch})[0])
             return output[: len(images)] if missing and output.ndim else output
-        except _REFUSED as error:
+        except REFUSED as error:
             raise UserError(
                 f"{self.url!r} does not take faces of shape {list(images.shape)}, {images.dtype}; its input is "
-                f"{self._input.name}: {self._input.shape}, {self._input.type}: {self._remedy()} ({_first_line(error)})"
+                f"{self._input.name}: {self._input.shape}, {self._input.type}: {self._remedy()} ({first_line(error)})"
             ) from error
 
     def _remedy(self) -> str:
@@ -218,92 +201,6 @@ class OnnxModel:
         return int(output.size)
 
 
-def runtime_knows_gpus() -> bool:
-    """Return whether the installed ONNX Runtime can run models on GPUs."""
-    return GPU_PROVIDER in onnxruntime.get_available_providers()
-
-
-def _session(url: str, content: bytes, device: str) -> onnxruntime.InferenceSession:
-    try:
-        model = onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise UserError(f"{url!r} is no ONNX model: give one, or a model folder of this project") from error
-    check_memory(url, model)
-    if _first_operators(model) in (("Sub", "Mul"), ("Sub", "Div")):
-        logger.warning(
-            "%s begins with %s of its input, so it may normalise it itself: then use --mean 0 0 0 --std 1 1 1",
-            url,
-            " and ".join(_first_operators(model)),
-        )
-    graphs = [model.graph, *model.functions]
-    outside = [tensor.name for graph in graphs for tensor in _tensors(graph) if tensor.data_location]
-    if outside:
-        raise UserError(
-            f"{url!r} keeps data in other files ({', '.join(outside[:3])}), which are never read: "
-            "save it as one file (onnx.save with save_as_external_data=False)"
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # 1 in a worker that has one CPU
-    options.log_severity_level = 4
-    providers = ["CPUExecutionProvider"]
-    if device.startswith("cuda"):
-        if runtime_knows_gpus():
-            providers.insert(0, GPU_PROVIDER)
-        else:  # FaceRecognizer.load(…, device="cuda") takes any model
-            logger.warning("%s runs on the CPU: this ONNX Runtime has no GPU support", redacted(url))
-    try:
-        # Without ONNX Runtime's own retry, which prints to standard output.
-        session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
-        # Names that are not UTF-8 show up when they are read.
-        ends = [(each.name, each.shape, each.type) for each in (*session.get_inputs(), *session.get_outputs())]
-        about = session.get_modelmeta().custom_metadata_map
-    except _REFUSED as error:
-        remedy = _loading_remedy(str(error))
-        raise UserError(
-            f"{url!r} is no ONNX model that ONNX Runtime can run: {_first_line(error)}: {remedy}"
-        ) from error
-    logger.debug("%s: %s, %s", url, ends, about)
-    return session
-
-
-def _loading_remedy(reason: str) -> str:
-    """Return what to do about a file that ONNX Runtime refuses for a reason."""
-    if "opset" in reason.lower():
-        return "save it for an older opset"
-    if "not a registered function" in reason or "No Op registered" in reason:
-        return "export it with the standard operators alone"
-    if "Could not find an implementation" in reason:
-        return "export it in float32"
-    return "export it again"
-
-
-def _first_operators(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the kinds of the two operators that the input of a file goes through first."""
-    found: list[str] = []
-    name = model.graph.input[0].name if model.graph.input else ""
-    for _ in range(2):
-        taking = [node for node in model.graph.node if name in node.input]
-        if len(taking) != 1 or not taking[0].output:
-            break
-        found.append(taking[0].op_type)
-        name = taking[0].output[0]
-    return tuple(found)
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Yield every tensor of a graph or a function, and of the graphs within."""
-    yield from getattr(graph, "initializer", ())
-    for sparse in getattr(graph, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for within in (attribute.g, *attribute.graphs):
-                yield from _tensors(within)
-
-
 def _own_metadata(url: str, session: onnxruntime.InferenceSession) -> dict[str, Any]:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
@@ -318,7 +215,3 @@ def _own_metadata(url: str, session: onnxruntime.InferenceSession) -> dict[str, 
         if 16 <= about["image_size"] <= 4096 and (threshold is None or math.isfinite(threshold)):
             return about
     raise UserError(f"the metadata of {url!r} is damaged: make the file again with jobs/export.py")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]

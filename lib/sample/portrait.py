@@ -1,4 +1,4 @@
-"""Draws one person into a picture, from back to front.
+"""Draws a person into a picture, from back to front.
 
 Lengths are in face coordinates (lib/sample/drawing.py). Shape suffixes: N points, 2 coordinates (x y), 5 landmarks.
 """
@@ -6,6 +6,7 @@ Lengths are in face coordinates (lib/sample/drawing.py). Shape suffixes: N point
 import numpy as np
 
 from lib.sample.drawing import BLACK, WHITE, Pen, colour, curve, ellipse, mirrored, mix
+from lib.sample.hair import draw_beard, draw_hair_behind, draw_hair_in_front
 from lib.sample.people import Moment, Person
 
 
@@ -19,16 +20,16 @@ def draw_person(
     """
     pen = Pen(picture, mask, eyes_2, size, moment.roll, moment.yaw, moment.pitch)
     outline_N2 = _head_outline(person)
-    _draw_hair_behind(pen, person)
+    draw_hair_behind(pen, person)
     _draw_body(pen, person, moment, outline_N2)
     _draw_skin(pen, person, outline_N2)
-    _draw_beard(pen, person)
+    draw_beard(pen, person)
     eyes_22 = np.array([[-person.eye_spacing / 2, 0.0], [person.eye_spacing / 2, 0.0]])
     for side in (-1, 1):
         _draw_eye(pen, person, moment, side)
     _draw_nose(pen, person)
     corners_22 = _draw_mouth(pen, person, moment)
-    _draw_hair_in_front(pen, person)
+    draw_hair_in_front(pen, person)
     if person.glasses:
         _draw_glasses(pen, person)
     tip_12 = np.array([[0.0, person.nose_length - 0.03]])
@@ -55,21 +56,6 @@ def _head_outline(person: Person) -> np.ndarray:
         ),
         closed=True,
     )
-
-
-def _draw_hair_behind(pen: Pen, person: Person) -> None:
-    if person.hair_bun:
-        bun = ellipse(
-            0.0, -person.crown - person.hair_volume - 0.4 * person.hair_bun, 1.3 * person.hair_bun, person.hair_bun
-        )
-        pen.fill(bun, mix(person.hair, BLACK, 0.15), flat=True)
-    if not person.hair_length:
-        return
-    width, low = person.head_width + 0.5 * person.hair_volume, person.hair_length
-    shape = mirrored(
-        [(0.0, -1.2), (width, -0.6), (width + 0.12, 0.3 * low), (width + 0.05, 0.8 * low), (0.8, low), (0.0, low)]
-    )
-    pen.fill(curve(shape, closed=True), mix(person.hair, BLACK, 0.3), flat=True)
 
 
 def _draw_body(pen: Pen, person: Person, moment: Moment, outline_N2: np.ndarray) -> None:
@@ -217,72 +203,6 @@ def _draw_mouth(pen: Pen, person: Person, moment: Moment) -> np.ndarray:
         pen.fill(np.concatenate([mouth_top * (0.9, 1.0), teeth[::-1]]), colour("f2eee6"))
     pen.stroke(mouth_top, 0.03, mix(red, BLACK, 0.55))
     return np.array([(-half, y - lifted), (half, y - lifted)])
-
-
-def _draw_beard(pen: Pen, person: Person) -> None:
-    ink = mix(person.skin, mix(person.hair, BLACK, 0.15), 0.22 + 0.3 * person.beard)
-    if person.beard:
-        outer = [
-            (person.head_width * 0.98, 0.35),
-            (0.5 * person.jaw_width + 0.42 * person.head_width, person.chin * 0.62),
-            (0.8 * person.jaw_width, person.chin * 0.86),
-            (person.chin_width, person.chin),
-            (0.0, person.chin + 0.12 * person.beard),
-        ]
-        inner = [
-            (0.0, person.mouth + 0.2),
-            (0.3, person.mouth + 0.16),
-            (0.6, person.mouth - 0.05),
-            (person.head_width * 0.85, 0.45),
-        ]
-        half = np.concatenate([curve(outer), curve(inner)])
-        pen.fill(half, ink, flat=True)
-        pen.fill(half * (-1, 1), ink, flat=True)
-    if person.moustache:
-        wide, y = person.mouth_width * 1.05, person.mouth - person.upper_lip
-        shape = mirrored(
-            [(0.0, y - 0.16), (0.6 * wide, y - 0.08), (0.95 * wide, y + 0.1), (0.7 * wide, y + 0.05), (0.0, y + 0.02)]
-        )
-        pen.fill(curve(shape, closed=True), ink, lift=0.1)
-
-
-def _draw_hair_in_front(pen: Pen, person: Person) -> None:
-    """Draw the hair from the hairline, which turns with the face, to its outer edge, which does not."""
-    width, rise, part = person.head_width, person.hair_volume, person.hair_part
-    side_end = 0.95 if person.hair_length else 0.1
-    line = person.hairline + person.hair_fringe
-    hairline = curve(
-        [
-            (-width * 1.02, side_end),
-            (-width * 0.9, -0.35),
-            (-width * 0.72, line + 0.3 - 0.1 * part),
-            (-0.3, line + 0.05),
-            (0.5 * part, line - 0.14 * (person.hair_fringe == 0)),
-            (0.45, line + 0.06),
-            (width * 0.72, line + 0.3 + 0.1 * part),
-            (width * 0.9, -0.35),
-            (width * 1.02, side_end),
-        ]
-    )
-    angle_N = np.linspace(0.0, np.pi, 40)
-    bumps_N = 1 + person.hair_curl * np.abs(np.sin(7.5 * angle_N))
-    low = 0.75 * side_end
-    outer = np.column_stack(
-        [
-            (width + 0.06 + 0.35 * rise) * np.cos(angle_N) * bumps_N,
-            low - (person.crown + rise + low) * np.sin(angle_N) ** 0.8 * bumps_N,
-        ]
-    )
-    turned = pen.turned(hairline)
-    turned = np.clip(turned, (-width - 0.02, 0.05 - person.crown), (width + 0.02, np.inf))
-    inner_pixels, outer_pixels = pen.to_pixels(turned), pen.placed(outer, flat=True)
-    pen.fill_pixels(np.concatenate([inner_pixels, outer_pixels]), person.hair)
-    inner, far = inner_pixels, outer_pixels[::-1]
-    for i, share in enumerate(np.linspace(0.08, 0.92, 9)):
-        start, end = inner[int(share * len(inner))], far[int((share + 0.1 * part * (1 - share) * share) * len(far))]
-        bend = 0.5 * (start + end) + np.array((0.12 * part, -0.12)) * pen.size
-        ink = mix(person.hair, WHITE if i % 2 else BLACK, 0.06 if i % 2 else 0.14)
-        pen.stroke_pixels(curve([start, bend, 0.06 * start + 0.94 * end]), 0.045, ink)
 
 
 def _draw_glasses(pen: Pen, person: Person) -> None:

@@ -1,17 +1,16 @@
-"""What a run leaves behind: history, best model, usage, suspects; worker 0 writes it at the end of each epoch."""
+"""The record of a run: history, best model, usage and suspects. Worker 0 writes it after each epoch."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
 
 from lib import storage
-from lib.errors import UserError
 from lib.recognition.model import VALIDATION_SPLIT, EmbeddingModel, save_model
 from lib.training import collective
 from lib.training.checkpoints import Progress
@@ -26,12 +25,8 @@ from lib.training.validation import Figures
 
 Floats = npt.NDArray[np.float32]
 
-OUTCOME_NAME = "outcome.json"
-
 FILTERED = ("faces within", "faces left out")
-"""What the driver says in a model's spec of `--min-quality` and `--where`."""
-
-Ending = Literal["stopped", "failed"]
+"""Entries of a model's spec about `--min-quality` and `--where`, which the driver writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +37,21 @@ class EpochOutcome:
     """Over all steps of all workers, by `lib.training.objective.SUM_NAMES`."""
     figures: Figures
     usage_3N: npt.NDArray[np.int32]
-    """Since the beginning of the run, of all workers."""
+    """Of all workers, since the run began."""
     suspects: SuspectLog
-    """Since the beginning of the run, of all workers."""
+    """Of all workers, since the run began."""
     staleness: dict[str, float]
-    """Of the feature store; empty where it is not used."""
+    """Of the feature store; empty if it is not used."""
     num_corrupt: int
-    """Crops that this worker could not decode so far."""
+    """Crops that this worker could not decode, so far."""
     num_filled: int
-    """Photos that had no stored feature at the beginning."""
+    """Photos without a stored feature at the start of the epoch."""
     seconds: dict[str, float]
     """Of this worker: train, data_wait, store_wait, refresh, epoch."""
 
 
 class RunRecord:
-    """Writes what a run leaves behind."""
+    """Writes the record of a run."""
 
     def __init__(
         self,
@@ -68,10 +63,10 @@ class RunRecord:
         ahead: Callable[[Floats, Floats], Difference] | None = None,
         best_scores_P: Floats | None = None,
     ) -> None:
-        """Take up the history from the epoch that comes next.
+        """Read the history up to the next epoch.
 
         Args:
-            ahead: compares the scores of two epochs; without it only a better figure makes an epoch the kept one.
+            ahead: compares the scores of two epochs. Without it an epoch is kept only if its figure is better.
             best_scores_P: of the best epoch so far.
         """
         self.best_scores_P = best_scores_P
@@ -84,41 +79,21 @@ class RunRecord:
         self._usage = UsageCounter(len(cache))
 
     def note(self, text: str) -> None:
-        """Tell the user something, in the log and in the next row of the history."""
+        """Write a note for the user into the log and the next row of the history."""
         self._notes.append(text)
         self._control.tell.remote(line=text)
 
     def end_epoch(self, progress: Progress, outcome: EpochOutcome, model: EmbeddingModel) -> Progress:
-        """Write the epoch's row, the model where it is the best so far, usage and suspects; return what comes next.
+        """Write the epoch's row, the model if it is the best so far, usage and suspects; return the next progress.
 
-        The checkpoint comes after this: an epoch whose checkpoint is lost is done again, and its row written anew.
+        The checkpoint comes after this. If it is lost, the epoch is done again and its row is written again.
         """
         config, figures = self._config, outcome.figures
         self._usage.counts_3N = outcome.usage_3N
         row = self._row(progress, outcome)
         value = figure_of(row, config.validation.best_by)
         is_best, progress = self._compared(value, progress, figures, row)
-        phase = Phase(negatives=progress.negatives, first_epoch=progress.phase_first_epoch)  # type: ignore[arg-type]
-        losses, train_losses, val_losses = (
-            [*self._since(phase, key), row[key]] if row.get(key) is not None else []
-            for key in ("val_loss_random", "train_loss", "val_loss")
-        )
-        variances = [*self._history.values("embedding_variance"), figures.variance]
-        phase, change = next_phase(
-            phase,
-            policy=config.negatives,
-            epoch=progress.epoch,
-            losses=losses,
-            variances=variances if math.isfinite(figures.variance) else [],
-            patience=config.validation.patience,
-            were_kept=[*self._were_kept(phase), is_best] if value is not None else [],
-            had_hard=any(each["negatives"] == "hard" for each in self._history.rows),
-        )
-        if change:
-            self.note(change)
-        patience = config.validation.patience
-        if is_overfitting(train_losses, val_losses, patience=patience):
-            self.note(f"overfitting: for {patience} epochs the validation loss has risen while the training loss fell")
+        phase = self._next_phase(progress, row, figures, is_best=None if value is None else is_best)
         finished = progress.epoch >= config.epochs or self._is_stuck(value, progress)
         row["is_best"] = is_best
         row["notes"] = "; ".join(self._notes) or None
@@ -140,10 +115,38 @@ class RunRecord:
             sums={},
         )
 
+    def _next_phase(self, progress: Progress, row: dict[str, Any], figures: Figures, *, is_best: bool | None) -> Phase:
+        """Return the policy of negatives for the next epoch, and note a change of policy and overfitting.
+
+        `is_best` is None if the epoch has no figure to be judged by.
+        """
+        patience = self._config.validation.patience
+        phase = Phase(negatives=progress.negatives, first_epoch=progress.phase_first_epoch)  # type: ignore[arg-type]
+        losses, train_losses, val_losses = (
+            [*self._since(phase, key), row[key]] if row.get(key) is not None else []
+            for key in ("val_loss_random", "train_loss", "val_loss")
+        )
+        variances = [*self._history.values("embedding_variance"), figures.variance]
+        phase, change = next_phase(
+            phase,
+            policy=self._config.negatives,
+            epoch=progress.epoch,
+            losses=losses,
+            variances=variances if math.isfinite(figures.variance) else [],
+            patience=patience,
+            were_kept=[] if is_best is None else [*self._were_kept(phase), is_best],
+            had_hard=any(each["negatives"] == "hard" for each in self._history.rows),
+        )
+        if change:
+            self.note(change)
+        if is_overfitting(train_losses, val_losses, patience=patience):
+            self.note(f"overfitting: for {patience} epochs the validation loss has risen while the training loss fell")
+        return phase
+
     def _compared(
         self, value: float | None, progress: Progress, figures: Figures, row: dict[str, Any]
     ) -> tuple[bool, Progress]:
-        """Return whether the epoch is kept: it is the best, or not worse than the best by more than chance."""
+        """Return whether the epoch is kept: it is the best, or its gap to the best may be chance."""
         if value is None:
             return False, progress
         if progress.best is None or value > progress.best:
@@ -152,7 +155,7 @@ class RunRecord:
         if self._ahead is None or figures.scores_P is None or self.best_scores_P is None:
             return False, progress
         if len(figures.scores_P) != len(self.best_scores_P):
-            return False, progress  # the table of --val-faces has changed since: these are scores of other pairs
+            return False, progress  # the table of --val-faces has changed, and with it the pairs
         ahead = self._ahead(figures.scores_P, self.best_scores_P)
         row["ahead_of_best"], row["ahead_of_best_interval"] = ahead
         if ahead.is_worse:
@@ -163,14 +166,14 @@ class RunRecord:
         return [bool(row["is_best"]) for row in self._history.rows if int(row["epoch"] or 0) >= phase.first_epoch]
 
     def finish(self, progress: Progress) -> None:
-        """Tell the driver what the run made."""
-        # Waited for: the process may end right after this.
+        """Send the driver the result of the run."""
+        # Wait for it, because the process may end right after this.
         ray.get(self._control.finish.remote(run_result(self._history.rows, progress.best_epoch)))
 
     def _row(self, progress: Progress, outcome: EpochOutcome) -> dict[str, Any]:
         config, sums, seconds = self._config, outcome.sums, outcome.seconds
         steps, triplets = max(sums["steps"], 1), sums["triplets"]
-        images_here = sums["images"] - progress.sums.get("images", 0.0)  # the rest was before a restart
+        images_here = sums["images"] - progress.sums.get("images", 0.0)  # the rest came before a restart
         past_s = sum(self._history.values("seconds"))
         epochs_left = config.epochs - progress.epoch
         return {
@@ -209,7 +212,8 @@ class RunRecord:
         ):
             return False
         self.note(
-            f"no better epoch for {self._config.validation.stop_after}: ended early, the best was {progress.best_epoch}"
+            f"no better epoch for {self._config.validation.stop_after} epochs: ended early, the best was "
+            f"{progress.best_epoch}"
         )
         return True
 
@@ -249,36 +253,12 @@ class RunRecord:
 
 
 def figure_of(row: Mapping[str, Any], best_by: str) -> float | None:
-    """Return the figure of `--best-by` of an epoch, more is better; None where it could not be measured."""
+    """Return an epoch's figure by `--best-by`, of which more is better; None if it could not be measured."""
     if best_by == "loss":
         loss = row.get("val_loss_random")
         return -loss if loss is not None and math.isfinite(loss) else None
     value: float | None = row.get(best_by)
     return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """Why a run ended before its last epoch."""
-
-    ending: Ending
-    reason: str
-
-
-def read_outcome(run_url: str) -> Outcome | None:
-    """Return why a run ended early, None where it did not, or has been taken up since."""
-    url = storage.join(run_url, OUTCOME_NAME)
-    if not storage.exists(url):
-        return None
-    content = storage.read_json(url, {"ending": str, "reason": str})
-    if content["ending"] not in get_args(Ending):
-        raise UserError(f"{storage.redacted(url)} names no end of a run: {content['ending']!r}: remove it")
-    return Outcome(ending=content["ending"], reason=content["reason"])
-
-
-def write_outcome(run_url: str, ending: Ending, reason: str) -> None:
-    """Note why a run ended early."""
-    storage.write_json(storage.join(run_url, OUTCOME_NAME), {"ending": ending, "reason": reason})
 
 
 def _line(row: dict[str, Any], config: TrainConfig) -> str:

@@ -17,8 +17,9 @@ from lib.layout import Layout
 from lib.recognition.model import EmbeddingModel, ModelSpec
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME
+from lib.training.early_end import read_outcome
 from lib.training.history import Row, read_rows, write_history
-from lib.training.record import figure_of, read_outcome
+from lib.training.record import figure_of
 from lib.tuning.compared_runs import ComparedRun, State, setting_text, varied_settings, winner_of
 from lib.tuning.comparison_report import STATE_TEXT, page
 from lib.tuning.winner import SWEEP_NAME

@@ -28,8 +28,9 @@ from lib.device import free_memory, worker_device
 from lib.errors import JobError, JobStopped, UserError
 from lib.terminal import send_log_to_driver
 from lib.training.control import WorkerJob, connect_control, create_control, failure_error
+from lib.training.early_end import OUTCOME_NAME, write_outcome
 from lib.training.history import read_rows
-from lib.training.record import OUTCOME_NAME, figure_of, write_outcome
+from lib.training.record import figure_of
 from lib.training.settings import TrainConfig
 from lib.training.train_job import create_store, train
 from lib.training.watching import LEAVE_LIMIT_S, WATCH_EVERY_S
