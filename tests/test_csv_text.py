@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from lib.csv_text import csv_bytes, read_csv
-from lib.recognition.identify_job import matches_csv
+from lib.recognition.matches import matches_csv
 from lib.training.history import write_history
 
 NAMES = ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1"]

@@ -20,6 +20,7 @@ from lib.layout import Layout
 from lib.part_workers import Processed, Share, run_parts
 from lib.parts import (
     KEEP_VERSIONS,
+    Found,
     begin,
     finish_version,
     is_same_old_table,
@@ -150,14 +151,13 @@ def embed_source(
 ) -> dict[str, Any]:
     """Make or complete the embeddings of a source in the folder `output`, and return the counts.
 
-    Of a source that has changed, only the parts that changed are made.
+    If the source has changed, only the changed parts are made.
 
     Raises:
-        UserError: the folder holds something else; with `strict`, faces with other settings than the model's.
-        JobError: a failure of the storage, or embeddings that are not finite.
+        UserError: the folder has something else in it, or with `strict` the faces were made with other settings.
+        JobError: the storage failed, or embeddings are not finite.
     """
     started = time.monotonic()
-    model = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
     plan = {"job": "embed", "model": embedder.digest, "fingerprint": source.fingerprint, "of_splits": sorted(splits)}
     differences = check_source(source, embedder, strict=strict)
     items = source.items(embedder.digest)
@@ -166,61 +166,81 @@ def embed_source(
     if dry_run:
         logger.info("%d rows in %d parts would go to %s", num_all, len(items), output)
         return {**result, "dry_run": True, "rows": num_all, "parts": len(items), **plan}
-
     storage.check_writable(output)
     file_names = [name for _, names, _ in items for name in names]
     found = settle(output, plan, flag="--output", overwrite=overwrite)
-    is_old = is_same_old_table(found, source.old_plan)
-    if is_old or found.is_finished(file_names):
-        assert found.success is not None
+    success = _finished(found, plan, source, file_names, keep_versions=keep_versions)
+    if success is not None:
         logger.info("%s is complete: nothing to do", output)
-        if not is_old:
-            begin(found, plan, file_names)
-            remove_unused(output, found.success, found.present, keep_versions=keep_versions)
-        return {**result, **found.success["counts"], "rows_processed": 0}
+        return {**result, **success["counts"], "rows_processed": 0}
     missing = found.missing(file_names)
     begun = begin(found, plan, file_names)
     todo = [(item, rows) for item, names, rows in items if missing & set(names)]
-    num_todo = sum(rows for _, rows in todo)
-    if num_todo < num_all:
-        logger.info("resuming: %d of %d rows are done", num_all - num_todo, num_all)
-    processed = Processed()
-    if todo:
-        with cluster.connected():
-            chosen = chosen_gpus(embedder.url, gpus)
-            share = Share.of_gpus(chosen, most_a_gpu=1)
-            if isinstance(source, FacesSource):  # the detector of photos serves one thread
-                share = replace(share, num_parts=GPU_PARTS if chosen else CPU_PARTS)
-            how = Computing(
-                use_gpu=chosen > 0,
-                precision=precision,
-                num_threads=share.num_cpus,
-                num_faces=num_all // max(1, share.num_workers),
-            )
-            processed = run_parts(
-                shared_items([item for item, _ in todo], output),
-                EmbedWorker,
-                ((embedder.url, onnx), output, source_settings(source), plan["fingerprint"], model, how),
-                unit="face",
-                num_done=num_all - num_todo,
-                num_all=num_all,
-                share=share,
-            )
+    processed = _embed_parts(todo, source, embedder, output, (onnx, gpus, precision), num_all=num_all)
     storage.remove_unfinished(output)
     counts = counts_of(output, file_names)
-    about: dict[str, Any] = {
-        "model": {"url": storage.redacted(embedder.url), **model},
-        "fingerprint": source.fingerprint,
-    }
-    about |= {"fingerprint_differences": differences, "counts": counts, **source.origin()}
-    finish_version(output, begun, file_names, about, keep_versions=keep_versions)
-    return {
-        **result,
-        **counts,
-        "rows_processed": processed.num,
-        "faces_per_s": round(processed.per_s() or 0.0, 1),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    about: dict[str, Any] = {"model": {"url": storage.redacted(embedder.url), **_model(embedder)}}
+    about |= {"fingerprint": source.fingerprint, "fingerprint_differences": differences, "counts": counts}
+    finish_version(output, begun, file_names, {**about, **source.origin()}, keep_versions=keep_versions)
+    speed = {"faces_per_s": round(processed.per_s() or 0.0, 1), "seconds": round(time.monotonic() - started, 1)}
+    return {**result, **counts, "rows_processed": processed.num, **speed}
+
+
+def _finished(
+    found: Found, plan: dict[str, Any], source: Source, file_names: list[str], *, keep_versions: int
+) -> dict[str, Any] | None:
+    """Return the content of `_SUCCESS` if the table is complete, after removing what no kept version needs."""
+    if is_same_old_table(found, source.old_plan):
+        return found.success
+    if not found.is_finished(file_names):
+        return None
+    assert found.success is not None
+    begin(found, plan, file_names)
+    remove_unused(found.url, found.success, found.present, keep_versions=keep_versions)
+    return found.success
+
+
+def _embed_parts(
+    todo: Sequence[tuple[Any, int]],
+    source: Source,
+    embedder: Embedder,
+    output: str,
+    options: tuple[OnnxInput | None, cluster.Gpus, cluster.Precision],
+    *,
+    num_all: int,
+) -> Processed:
+    """Embed parts, each given as an item and its number of rows, on the workers that the cluster has room for."""
+    num_done = num_all - sum(rows for _, rows in todo)
+    if num_done:
+        logger.info("resuming: %d of %d rows are done", num_done, num_all)
+    if not todo:
+        return Processed()
+    onnx, gpus, precision = options
+    with cluster.connected():
+        chosen = chosen_gpus(embedder.url, gpus)
+        share = Share.of_gpus(chosen, most_a_gpu=1)
+        if isinstance(source, FacesSource):  # the detector of photos serves one thread
+            share = replace(share, num_parts=GPU_PARTS if chosen else CPU_PARTS)
+        how = Computing(
+            use_gpu=chosen > 0,
+            precision=precision,
+            num_threads=share.num_cpus,
+            num_faces=num_all // max(1, share.num_workers),
+        )
+        model = (embedder.url, onnx)
+        return run_parts(
+            shared_items([item for item, _ in todo], output),
+            EmbedWorker,
+            (model, output, source_settings(source), source.fingerprint, _model(embedder), how),
+            unit="face",
+            num_done=num_done,
+            num_all=num_all,
+            share=share,
+        )
+
+
+def _model(embedder: Embedder) -> dict[str, Any]:
+    return {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
 
 
 def model_name(model_url: str) -> str:

@@ -5,18 +5,15 @@ Shapes: B probes, G gallery faces, K matches.
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
 import tyro
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
-from lib.csv_text import csv_bytes
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import POLICIES
@@ -25,34 +22,16 @@ from lib.recognition.crops import read_crops
 from lib.recognition.embed_job import embed_source, model_name
 from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
-from lib.recognition.face_source import check_source, faces_source, photos_source
+from lib.recognition.face_source import PhotosSource, check_source, faces_source, photos_source
 from lib.recognition.gallery import Search, nearest
-from lib.recognition.match_sheet import BEYOND, PLAIN, WITHIN, contact_sheet
+from lib.recognition.matches import UNKNOWN, Matches, matches_csv
 from lib.recognition.onnx_model import OnnxInput
-from lib.recognition.open_set import open_set_figures, open_set_line, probes_of
 
 logger = logging.getLogger(__name__)
 
-UNKNOWN, FOLDERS = "unknown", "folders"
+FOLDERS = "folders"
 
 MATCHES_NAME, CSV_NAME, SHEET_NAME = "matches.parquet", "matches.csv", "matches.jpg"
-
-MATCHES_SCHEMA = pa.schema(
-    [
-        pa.field("photo", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("decision", pa.string()),
-        pa.field("rank", pa.int32()),
-        pa.field("identity", pa.string()),
-        pa.field("distance", pa.float32()),
-        pa.field("gallery_photo", pa.string()),
-        *(pa.field(name, pa.float32()) for name in ("x0", "y0", "x1", "y1")),
-    ]
-)
-"""One row per match of each face; a photo without a face has one row with its status. `decision` is the identity of the
-face's nearest match, or `unknown` if that is beyond the threshold. The box is in pixels."""
-
-_SHEET_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +93,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     if threshold is None:
         raise UserError(f"{model_url} has no threshold yet: choose one with jobs/evaluate.py, or give --threshold")
     gallery = known_faces(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
-    settings = replace(extraction_settings(embedder, config.detector_weights), policy=config.faces_policy)
-    source = photos_source(
-        absolute_url(config.photos, "--photos"),
-        None if config.identities in (None, FOLDERS) else absolute_url(str(config.identities), "--identities"),
-        settings,
-        with_identities=config.identities is not None,
-        unnamed_too=True,
-    )
+    source = _probes(config, embedder)
     output = layout.output("matches", config.output)
     num_people = len(set(gallery.identities))
     result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
@@ -137,77 +109,39 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     probes = read_embeddings(folder)
     found = np.flatnonzero(~probes.failed_N)
     index_BK, distance_BK = nearest(probes.embeddings_ND[found], gallery.embeddings_ND, config.top, config.search)
-    decisions = [
-        str(gallery.identities[index_K[0]]) if distance_K[0] <= threshold else UNKNOWN
-        for index_K, distance_K in zip(index_BK, distance_BK, strict=True)
-    ]
-    matches = _matches(probes, gallery, found, index_BK, distance_BK, decisions)
-    storage.write_parquet(storage.join(output, MATCHES_NAME), matches)
-    storage.write_bytes(storage.join(output, CSV_NAME), matches_csv(matches))
-
+    matches = Matches(probes, gallery, found, index_BK, distance_BK, threshold)
+    rows = matches.table()
+    storage.write_parquet(storage.join(output, MATCHES_NAME), rows)
+    storage.write_bytes(storage.join(output, CSV_NAME), matches_csv(rows))
     measured = {}
     if config.identities is not None:
-        nearest_of = {
-            int(n): (str(gallery.identities[index_K[0]]), float(distance_K[0]))
-            for n, index_K, distance_K in zip(found, index_BK, distance_BK, strict=True)
-        }
-        known = {str(identity) for identity in gallery.identities}
-        measured = _measured(probes, nearest_of, known, threshold, several=config.faces_policy == "all")
-    shown = found[:_SHEET_ROWS]
-    probe_crops = read_crops(source, [probes.photos[n] for n in shown])
-    gallery_crops = _gallery_crops(config, [gallery.photos[g] for g in index_BK[:_SHEET_ROWS].ravel()])
-    rows = []
-    for place, n in enumerate(shown):
-        tiles = [(probe_crops.get(probes.photos[n]), probes.photos[n], decisions[place], PLAIN)]
-        for g, distance in zip(index_BK[place], distance_BK[place], strict=True):
-            name, color = gallery.photos[g], WITHIN if distance <= threshold else BEYOND
-            tiles.append((gallery_crops.get(name), str(gallery.identities[g]), f"{distance:.3f}", color))
-        rows.append(tiles)
-    title = (
-        f"Left: a face, and who it is. Then known faces and their distances: blue within {threshold:.3f}, else grey."
-    )
-    storage.write_bytes(storage.join(output, SHEET_NAME), contact_sheet(title, rows))
-    counts = Counter(decision == UNKNOWN for decision in decisions)
+        measured = {"open_set": matches.open_set(several=config.faces_policy == "all")}
+    probe_photos, gallery_photos = matches.shown()
+    sheet = matches.sheet(read_crops(source, probe_photos), _gallery_crops(config, gallery_photos))
+    storage.write_bytes(storage.join(output, SHEET_NAME), sheet)
+    num_unknown = matches.decisions.count(UNKNOWN)
     return {
         **result,
         "csv": storage.join(output, CSV_NAME),
         "photos": len(source.manifest),
         "faces": len(found),
-        "identified": counts[False],
-        "unknown": counts[True],
+        "identified": len(found) - num_unknown,
+        "unknown": num_unknown,
         "photos_without_face": int(probes.failed_N.sum()),
         **measured,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def _measured(
-    probes: Embeddings, nearest_of: dict[int, tuple[str, float]], known: set[str], threshold: float, *, several: bool
-) -> dict[str, Any]:
-    """Return the figures of open-set identification; `nearest_of` holds identity and distance for rows with a face.
-
-    A photo with several faces is left out, because nobody says which of them is the person.
-
-    Raises:
-        UserError: no photo with one face has a name.
-    """
-    # With --faces-policy all, the names of a photo's faces end in #0, #1 and so on.
-    photo_N = [name.rpartition("#")[0] if several and n in nearest_of else name for n, name in enumerate(probes.photos)]
-    num_faces = Counter(photo_N)
-    named = [n for n, identity in enumerate(probes.identities) if identity is not None]
-    kept = [n for n in named if num_faces[photo_N[n]] == 1]
-    if not kept:
-        raise UserError("--identities names no photo that has one face: correct the list, or leave the flag out")
-    nearest_identity, distances = zip(*(nearest_of.get(n, (None, np.inf)) for n in kept), strict=True)
-    figures = open_set_figures(
-        probes_of([str(probes.identities[n]) for n in kept], nearest_identity, distances, known), threshold
+def _probes(config: IdentifyConfig, embedder: Embedder) -> PhotosSource:
+    """Return the photos to identify, with their true identities if the user gives them."""
+    return photos_source(
+        absolute_url(config.photos, "--photos"),
+        None if config.identities in (None, FOLDERS) else absolute_url(str(config.identities), "--identities"),
+        replace(extraction_settings(embedder, config.detector_weights), policy=config.faces_policy),
+        with_identities=config.identities is not None,
+        unnamed_too=True,
     )
-    figures |= {
-        "photos_of_several_faces": len({photo_N[n] for n in named}) - len(kept),
-        "photos_without_name": len(num_faces) - len({photo_N[n] for n in named}),
-    }
-    logger.info("open set: %s", open_set_line(figures))
-    return {"open_set": figures}
 
 
 def known_faces(url: str, embedder: Embedder) -> Embeddings:
@@ -238,34 +172,6 @@ def known_faces(url: str, embedder: Embedder) -> Embeddings:
         embeddings_ND=made.embeddings_ND[kept],
         failed_N=made.failed_N[kept],
     )
-
-
-def matches_csv(matches: pa.Table) -> bytes:
-    """Return the matches as a CSV file in UTF-8; no name in it is a formula."""
-    return csv_bytes(matches.column_names, zip(*(column.to_pylist() for column in matches.columns), strict=True))
-
-
-def _matches(
-    probes: Embeddings,
-    gallery: Embeddings,
-    found: np.ndarray,
-    index_BK: np.ndarray,
-    distance_BK: np.ndarray,
-    decisions: Sequence[str],
-) -> pa.Table:
-    place_of = {int(n): place for place, n in enumerate(found)}
-    rows: list[dict[str, Any]] = []
-    for n, (photo, status) in enumerate(zip(probes.photos, probes.statuses, strict=True)):
-        row: dict[str, Any] = {"photo": photo, "status": status}
-        place = place_of.get(n)
-        if place is None:
-            rows.append(row)
-            continue
-        row |= dict(zip(("x0", "y0", "x1", "y1"), probes.boxes_N4[n].tolist(), strict=True))
-        for rank, (g, distance) in enumerate(zip(index_BK[place], distance_BK[place], strict=True), 1):
-            match = {"identity": gallery.identities[g], "gallery_photo": gallery.photos[g], "distance": float(distance)}
-            rows.append({**row, "decision": decisions[place], "rank": rank, **match})
-    return pa.Table.from_pylist(rows, schema=MATCHES_SCHEMA)
 
 
 def _gallery_crops(config: IdentifyConfig, names: Sequence[str]) -> dict[str, bytes]:
