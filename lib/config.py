@@ -82,8 +82,7 @@ def run_job(
     everything saved.
     """
     atexit.register(gc.freeze)  # otherwise Python searches all modules for garbage before it ends: 1.5 s with torch
-    given = [*sys.argv[1:], os.environ.get("DATA_URL", "")]
-    name = Path(sys.argv[0]).stem
+    given, name = [*sys.argv[1:], os.environ.get("DATA_URL", "")], Path(sys.argv[0]).stem
     ours = take_over(name if name.isidentifier() else "job", given, verbose=VERBOSE in given)
     _signals_that_came.clear()
     raise_on_stop_signals()

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 import tyro
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.curation import page
-from lib.curation.apply import Applied, apply_decisions
+from lib.curation.apply import apply_decisions
 from lib.curation.changes import CURATION_NAME, PAGE_NAME, changes_table, digest_of_table, write_about
 from lib.curation.duplicates import NEAR_SHARE, duplicates, near_pairs
 from lib.curation.linkage import average_linkage
@@ -88,11 +89,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     layout = Layout(config.data)
     output, faces_url = layout.output("curation", config.output), layout.faces(config.faces)
     if config.apply is not None or config.apply_over is not None:
-        decisions = config.apply and absolute_url(config.apply, "--apply")
-        applied = apply_decisions(
-            output, faces_url, layout.identities(), decisions, over=config.apply_over, dry_run=config.dry_run
-        )
-        return _applied_result(applied)
+        return _applied(config, output, faces_url, layout.identities())
 
     success = table.read_success(faces_url)
     source = faces_source(faces_url, table.SPLITS)
@@ -124,10 +121,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     storage.write_parquet(storage.join(output, CURATION_NAME), changes)
     write_about(output, faces_url, digest_of_table(success), threshold=threshold, model=embedder.digest)
     page_url = storage.join(output, PAGE_NAME)
-    shown = page.shown_rows(changes, config.shown)
-    crops_shown = read_crops(source, page.photos_shown(shown))
-    crops_against = read_crops(against, page.photos_shown(shown, against=True)) if against else {}
-    storage.write_bytes(page_url, page.html(storage.redacted(faces_url), changes, shown, crops_shown, crops_against))
+    _write_page(page_url, changes, source, against or None, num_shown=config.shown)
     counts = Counter(changes["kind"].to_pylist())
     return {
         **result,
@@ -138,6 +132,15 @@ def curate(config: CurateConfig) -> dict[str, Any]:
         "proposals": dict(sorted(counts.items())),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _write_page(
+    page_url: str, changes: pa.Table, source: FacesSource, against: FacesSource | None, *, num_shown: int
+) -> None:
+    shown = page.shown_rows(changes, num_shown)
+    crops = read_crops(source, page.photos_shown(shown))
+    crops_against = read_crops(against, page.photos_shown(shown, against=True)) if against else {}
+    storage.write_bytes(page_url, page.html(storage.redacted(source.url), changes, shown, crops, crops_against))
 
 
 def _embedded(
@@ -211,7 +214,12 @@ def _leaked(
     ]
 
 
-def _applied_result(applied: Applied) -> dict[str, Any]:
+def _applied(config: CurateConfig, output: str, faces_url: str, identities_url: str) -> dict[str, Any]:
+    """Write the accepted changes into the identities file, and return the result of the job."""
+    decisions = config.apply and absolute_url(config.apply, "--apply")
+    applied = apply_decisions(
+        output, faces_url, identities_url, decisions, over=config.apply_over, dry_run=config.dry_run
+    )
     return {
         "job": "curate",
         "identities_file": applied.identities_url,

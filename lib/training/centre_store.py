@@ -145,18 +145,7 @@ class CentreStore:
             assert norms_N is not None
             quality_N = self.norms.quality(norms_N, is_known_N, learn=lr is not None)
         chunks = self._chunks(labels_N, step)
-        kept, sums_KN, own_N = None, [], torch.zeros_like(share_N)
-        for rows_C in chunks:
-            kept = None
-            with torch.set_grad_enabled(len(chunks) == 1):
-                kept = self._logits(leaf_ND, rows_C, labels_N, quality_N)
-            logits_NC = kept.logits_NC.detach()
-            sums_KN.append(logits_NC.logsumexp(dim=1))
-            own_N += (logits_NC * kept.is_own_NC).sum(dim=1)
-            is_broken_C = ~kept.centres_CSD.detach().sum(dim=(1, 2)).isfinite()
-            number_C = rows_C + (self.identities.start + 1)
-            self._broken = torch.maximum(self._broken, number_C.where(is_broken_C, 0).max())
-        sum_N, own_N = self._over_workers(torch.stack(sums_KN).logsumexp(dim=0), own_N)
+        sum_N, own_N, kept = self._sums(leaf_ND, chunks, labels_N, quality_N)
         for rows_C in chunks:
             if len(chunks) > 1:
                 kept = None  # frees the chunk before
@@ -171,6 +160,26 @@ class CentreStore:
         value = ((sum_N - own_N).where(is_known_N, 0) * share_N).sum()
         slope = (embeddings_ND * (_gradient(leaf_ND) * self._num_workers)).sum()
         return value + (slope - slope.detach())
+
+    def _sums(
+        self, embeddings_ND: Tensor, chunks: Sequence[Tensor], labels_N: Tensor, quality_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, _Logits | None]:
+        """Return for each image the logarithm of the sum of exponentials over all workers, and the own logit.
+
+        The third value are the logits of the last chunk, with a graph for the gradient if it is the only one.
+        """
+        kept, sums_KN, own_N = None, [], torch.zeros_like(labels_N, dtype=torch.get_default_dtype())
+        for rows_C in chunks:
+            kept = None  # frees the chunk before
+            with torch.set_grad_enabled(len(chunks) == 1):
+                kept = self._logits(embeddings_ND, rows_C, labels_N, quality_N)
+            logits_NC = kept.logits_NC.detach()
+            sums_KN.append(logits_NC.logsumexp(dim=1))
+            own_N += (logits_NC * kept.is_own_NC).sum(dim=1)
+            is_broken_C = ~kept.centres_CSD.detach().sum(dim=(1, 2)).isfinite()
+            number_C = rows_C + (self.identities.start + 1)
+            self._broken = torch.maximum(self._broken, number_C.where(is_broken_C, 0).max())
+        return (*self._over_workers(torch.stack(sums_KN).logsumexp(dim=0), own_N), kept)
 
     def _logits(self, embeddings_ND: Tensor, rows_C: Tensor, labels_N: Tensor, quality_N: Tensor | None) -> _Logits:
         centres_CSD = self.centres_RSD.index_select(0, rows_C).requires_grad_(torch.is_grad_enabled())

@@ -1,4 +1,4 @@
-"""What a run is between two steps: its model, optimiser and counts, and how far it is. A checkpoint is its picture."""
+"""The state of a run between two steps: model, optimiser, counts and progress. A checkpoint saves it."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ class TrainingState:
         averaged: the average of its weights, None with `--ema 0`.
         centres: this worker's part of them, None where the loss has none.
         best_scores_P: of the validation pairs, by the best epoch; None where there is none.
-        usage, suspects: what this worker has counted and found; a checkpoint's are those of all workers.
+        usage, suspects: counts and findings of this worker; a checkpoint has those of all workers.
     """
 
     def __init__(
@@ -47,13 +47,12 @@ class TrainingState:
         num_identities: int = 0,
         stage: int = 0,
     ) -> None:
-        """Take up a checkpoint. The first worker takes the counts, so that their sum over all workers stays right.
+        """Load a checkpoint. Only the first worker takes the counts, so that the sum over all workers is right.
 
-        The optimiser begins anew where its state is of another `stage` of the recipe, which may train other weights.
+        The optimiser starts anew if its state is from another `stage` of the recipe, which may train other weights.
 
         Raises:
-            UserError: there are fewer identities than workers to share their centres, or a part of the checkpoint is
-                damaged.
+            UserError: there are fewer identities than workers, or a part of the checkpoint is damaged.
         """
         self._is_first = is_first
         tensors = checkpoint.tensors
@@ -63,11 +62,7 @@ class TrainingState:
         freeze_stages(self.model, config.model.frozen_stages)
         if config.model.checkpoint_activations:
             checkpoint_activations(self.model)
-        self.averaged: AveragedWeights | None = None
-        if config.optimizer.ema:
-            self.averaged = AveragedWeights(self.model, config.optimizer.ema)
-            if averaged := checkpoints.without_prefix("averaged", tensors):
-                self.averaged.load_state_dict(averaged)
+        self.averaged = _loaded_average(config, self.model, checkpoint)
         self.optimizer = devices.adamw(
             _parameter_groups(self.model, config.optimizer.weight_decay), device, lr=self.progress.lr
         )
@@ -80,43 +75,25 @@ class TrainingState:
         self.suspects = SuspectLog.from_tensors(checkpoints.without_prefix("suspects", tensors) if is_first else {})
         self._random_state = tensors.get("random_state") if is_first else None
         self.best_scores_P = tensors["best_scores"].numpy().copy() if "best_scores" in tensors else None
-        self.progress = dataclasses.replace(self.progress, stage=stage)
         self.centres: CentreStore | None = None
         if config.objective.terms.centre is not None:
-            self.centres = CentreStore(
-                config.objective,
-                num_identities=num_identities,
-                dim=spec.embedding_dim,
-                device=device,
-                seed=config.run.seed,
-                rank=collective.rank(),
-                num_workers=collective.num_workers(),
-            )
-            self._load_centres(config.run_url, checkpoint)
-        else:
-            self.progress = dataclasses.replace(self.progress, num_centres=0)
-
-    def _load_centres(self, run_url: str, checkpoint: Checkpoint) -> None:
-        assert self.centres is not None
-        if checkpoint.progress.num_centres:
-            self.centres.norms.sums_3 = checkpoint.tensors["centre_norms"].to(self.centres.norms.sums_3.device)
-            for start, tensors in checkpoints.read_parts(run_url, checkpoint.progress, self.centres.identities):
-                self.centres.load(CentreBlock(start, tensors))
-        self.progress = dataclasses.replace(self.progress, num_centres=self.centres.num_identities)
+            self.centres = _loaded_centres(config, spec, checkpoint, device, num_identities)
+        num_centres = 0 if self.centres is None else self.centres.num_identities
+        self.progress = dataclasses.replace(self.progress, stage=stage, num_centres=num_centres)
 
     @property
     def evaluated(self) -> EmbeddingModel:
-        """The model that is validated, fills the feature store, and is saved: the average where there is one."""
+        """The model that is validated and saved, and that fills the feature store: the average if there is one."""
         return self.model if self.averaged is None else cast(EmbeddingModel, self.averaged.module)
 
     def train_mode(self) -> None:
-        """Put the model into training mode; BatchNorm keeps its statistics where the run says so."""
+        """Put the model into training mode; BatchNorm keeps its statistics if the run says so."""
         self.model.train()
         if self.progress.fixed_statistics:
             fix_statistics(self.model)
 
     def seed_torch(self, seed: int, rank: int, first_step: int) -> None:
-        """Make torch's draws, such as dropout, follow from seed, epoch and worker, or from the checkpoint."""
+        """Seed torch's draws, such as dropout, by seed, epoch and worker, or by the state in the checkpoint."""
         if self._random_state is not None and first_step:
             torch.set_rng_state(self._random_state)
         else:
@@ -126,7 +103,7 @@ class TrainingState:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Undo at the end what trial runs in training mode leave behind: gradients, statistics and random draws."""
+        """Undo at the end what trial runs in training mode change: gradients, statistics and the random state."""
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         random_state = torch.get_rng_state()
         self.train_mode()
@@ -138,12 +115,12 @@ class TrainingState:
         torch.set_rng_state(random_state)
 
     def save(self, run_url: str, progress: Progress, usage_3N: Counts, suspects: SuspectLog) -> None:
-        """Write a checkpoint, with the counts and suspects of all workers.
+        """Write a checkpoint with the counts and suspects of all workers.
 
-        Every worker calls this: each writes its own centres, and the first writes the rest once all of those stand.
+        Every worker calls this. Each writes its own centres; then the first writes the rest.
 
         Raises:
-            JobError: the storage is full or away; earlier checkpoints are as they were.
+            JobError: the storage is full or does not answer; earlier checkpoints are unchanged.
         """
         centre_norms = {}
         if self.centres is not None:
@@ -168,6 +145,34 @@ class TrainingState:
                 "random_state": torch.get_rng_state(),
             },
         )
+
+
+def _loaded_average(config: TrainConfig, model: EmbeddingModel, checkpoint: Checkpoint) -> AveragedWeights | None:
+    if not config.optimizer.ema:
+        return None
+    average = AveragedWeights(model, config.optimizer.ema)
+    if tensors := checkpoints.without_prefix("averaged", checkpoint.tensors):
+        average.load_state_dict(tensors)
+    return average
+
+
+def _loaded_centres(
+    config: TrainConfig, spec: ModelSpec, checkpoint: Checkpoint, device: torch.device, num_identities: int
+) -> CentreStore:
+    centres = CentreStore(
+        config.objective,
+        num_identities=num_identities,
+        dim=spec.embedding_dim,
+        device=device,
+        seed=config.run.seed,
+        rank=collective.rank(),
+        num_workers=collective.num_workers(),
+    )
+    if checkpoint.progress.num_centres:
+        centres.norms.sums_3 = checkpoint.tensors["centre_norms"].to(device)
+        for start, tensors in checkpoints.read_parts(config.run_url, checkpoint.progress, centres.identities):
+            centres.load(CentreBlock(start, tensors))
+    return centres
 
 
 def _parameter_groups(model: EmbeddingModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -166,7 +166,7 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     """Train the trials under Ray Tune.
 
     Raises:
-        UserError: the cluster is too small; JobError: Tune gave up; JobStopped: by a signal.
+        UserError: the cluster is too small; JobError: Tune failed for good; JobStopped: by a signal.
     """
     os.environ.update(TUNE_SETTINGS)
     from ray import tune
@@ -175,46 +175,43 @@ def _run(config: SweepConfig, trials: Sequence[Trial], todo: Sequence[Trial], ru
     at_once, resources, fits_more = trial_resources(config, len(todo))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    url, num_epochs = config.url, config.train.epochs
-    control = create_control(url)
-    by_name = {trial.name: trial for trial in trials}
+    epochs, by_name = config.train.epochs, {trial.name: trial for trial in trials}
+    control = create_control(config.url)
     halving = Halving(
-        by_name, control, num_epochs=num_epochs, min_epochs=config.first_stage, keep_one_in=config.keep_one_in
+        by_name, control, num_epochs=epochs, min_epochs=config.first_stage, keep_one_in=config.keep_one_in
     )
-    progress = SweepProgress(by_name, control, num_epochs)
+    progress = SweepProgress(by_name, control, epochs)
     for trial in trials:
         if trial not in todo:
             halving.learn(trial.name, runs[trial.name].rows, config.train.validation.best_by)
             progress.end(trial.name, len(runs[trial.name].rows))
 
     def one_trial(settings: dict[str, str]) -> None:
-        run_trial(by_name[settings["trial"]], url, int(resources["CPU"]), use_gpu="GPU" in resources)
+        run_trial(by_name[settings["trial"]], config.url, int(resources["CPU"]), use_gpu="GPU" in resources)
 
     logger.info("%d trials, %d at once with %s each", len(todo), at_once, resources)
+    tune_config = tune.TuneConfig(
+        search_alg=TrialQueue([trial.name for trial in todo], control),
+        scheduler=halving,
+        num_samples=len(todo),
+        # When resources are the only limit, waiting trials take over the processes of those that end.
+        max_concurrent_trials=at_once if fits_more else None,
+        reuse_actors=True,
+        trial_dirname_creator=lambda trial: trial.trial_id,
+    )
     with tempfile.TemporaryDirectory(prefix="ray-tune-") as folder:
-        tuner = tune.Tuner(
-            tune.with_resources(one_trial, resources),
-            tune_config=tune.TuneConfig(
-                search_alg=TrialQueue([trial.name for trial in todo], control),
-                scheduler=halving,
-                num_samples=len(todo),
-                # When resources are the only limit, waiting trials take over the processes of those that end.
-                max_concurrent_trials=at_once if fits_more else None,
-                reuse_actors=True,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            # Runs keep their own checkpoints. Tune stores only its own state, on this node.
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=folder,
-                verbose=0,
-                callbacks=[progress],
-                failure_config=tune.FailureConfig(max_failures=config.train.run.max_failures),
-            ),
+        # Runs keep their own checkpoints. Tune stores only its own state, on this node.
+        run_config = tune.RunConfig(
+            name="sweep",
+            storage_path=folder,
+            verbose=0,
+            callbacks=[progress],
+            failure_config=tune.FailureConfig(max_failures=config.train.run.max_failures),
         )
+        tuner = tune.Tuner(tune.with_resources(one_trial, resources), tune_config=tune_config, run_config=run_config)
         was_stopped = watch(tuner.fit, control, unit="epoch")
     if was_stopped and any(read_run(trial.config.run_url).state == "unfinished" for trial in todo):
-        raise JobStopped(f"by a signal; everything is saved in {url}, and the same command continues")
+        raise JobStopped(f"by a signal; everything is saved in {config.url}, and the same command continues")
 
 
 def trial_resources(config: SweepConfig, num_trials: int) -> tuple[int, dict[str, float], bool]:
