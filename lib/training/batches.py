@@ -1,4 +1,4 @@
-"""The batches of an epoch: which photos, loaded ahead of the step, with the negatives that the feature store finds.
+"""The batches of an epoch: photos loaded ahead of the step, with the negatives that the feature store finds.
 
 Rows of a batch have the shape [3, T] (anchors, positives, negatives), [P, K] (people x photos) or [N, 1] (photos).
 
@@ -32,11 +32,11 @@ Ints = npt.NDArray[np.integer]
 Answered = TypeVar("Answered")
 
 LOAD_AHEAD = 3
-"""Batches that are being loaded while a step computes."""
+"""Batches that load while a step computes."""
 PROCESSES_LOAD_AHEAD = 7
-"""The same where processes load them: steps are short there."""
+"""The same for loading by processes, where steps are short."""
 ASK_AHEAD = 1
-"""Questions to the store that are under way beyond them."""
+"""Searches in the store that run ahead of those."""
 
 
 class StoredVectors(NamedTuple):
@@ -69,15 +69,15 @@ class EpochPlan:
 
     @property
     def is_mined(self) -> bool:
-        """Whether the feature store is asked."""
+        """Whether the epoch searches the feature store."""
         return self.negatives != "random"
 
 
 class EpochBatches:
     """Iterates over the batches of an epoch, in a `with` block.
 
-    Every batch depends on the plan alone, and on the store's features where it is asked; so an epoch that is done again
-    or gone on with draws the same.
+    Every batch depends on the plan alone, and on the features in the store if the epoch searches it. So an epoch that
+    is repeated or resumed draws the same.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class EpochBatches:
         decoders: Decoders | None = None,
         upload: Upload | None = None,
     ) -> None:
-        """Load by so many threads, or by the processes where there are any, and send to a device where one is given."""
+        """Load with threads, or with `decoders` if there are any, and send the images to the device of `upload`."""
         self._plan = plan
         self._cache = cache
         self._index = index
         self._store = store if plan.is_mined else None
         self._suspects = suspects
         self._exit = ExitStack()
-        # In a deterministic run nothing may depend on what is ready when.
+        # In a deterministic run nothing may depend on timing.
         self._ask_ahead = 0 if plan.config.run.deterministic else ASK_AHEAD
         self._questions: list[Prefetcher[int, Any]] = []
         loader = BatchLoader(
@@ -144,13 +144,13 @@ class EpochBatches:
 
     @property
     def data_wait_s(self) -> float:
-        """Seconds that it has waited for crops."""
-        # What is asked for a batch is waited for while its task is drawn.
+        """Seconds that the step has waited for crops."""
+        # The wait for the store happens while the task of a batch is drawn.
         in_tasks = sum(questions.wait_s for questions in self._questions if questions is not self._stored)
         return self._loading.wait_s - in_tasks
 
     def _asking(self, answer: Callable[[int], Answered]) -> Prefetcher[int, Answered]:
-        """Have a question to the store answered for every step, a step ahead."""
+        """Search the store for every step, one step ahead."""
         steps = range(self._plan.first_step, self._plan.num_steps)
         questions = Prefetcher(answer, steps, num_threads=1, num_ahead=self._ask_ahead)
         self._questions.append(questions)
@@ -174,7 +174,7 @@ class EpochBatches:
         return self._asking(lambda step: self._mined(rows_3N[:, step * size : (step + 1) * size], step))
 
     def _mined(self, rows_3T: Ints, step: int) -> Ints:
-        """Return the triplets with the negatives that the store finds, the drawn ones where it finds none."""
+        """Return the triplets with the negatives that the store finds; the drawn ones stay if it finds none."""
         plan, store = self._plan, self._store
         assert store is not None
         anchors_T, positives_T, random_T = rows_3T
@@ -219,7 +219,7 @@ class EpochBatches:
         return self._asking(next_rows)  # on its one thread, one step after the other
 
     def _confusable(self) -> Confusable:
-        """Return what answers with confusable people, by the features that the store has now."""
+        """Return a function that gives confusable people, by the features now in the store."""
         assert self._store is not None
         means_ID = self._store.identity_means(len(self._cache.identities))
 

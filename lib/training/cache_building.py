@@ -1,7 +1,7 @@
-"""Makes the file of a node's crops from the faces table.
+"""Builds the cache of a node: one file of crops from the faces table.
 
-It holds the crops in the order (split, file name, row), so a row is the same photo on every node. Its name carries a
-digest of `_SUCCESS`: other faces get another file.
+The crops are in the order (split, file name, row), so a row is the same photo on every node. The file's name contains a
+digest of `_SUCCESS`, so other faces get another file.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from lib.training.face_names import READ_AHEAD, limited_identities, part_urls, r
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-"""Part of the file's name: raise it when the content changes."""
+"""Part of the file's name. Increase it when the content changes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Only:
-    """Which faces of the splits a cache holds: those of these photos, or of these people."""
+    """The faces in a cache: those of some photos, or of some people."""
 
     column: Literal["photo", "identity"]
     names: pa.Array
 
     def kept(self, rows: pa.RecordBatch) -> pa.RecordBatch:
-        """Return those of the rows that are of these photos or people."""
+        """Return the rows of these photos or people."""
         return rows.filter(pc.is_in(rows[self.column], value_set=self.names))
 
     def digest(self) -> str:
@@ -61,14 +61,13 @@ def build_cache(
     run_id: str | None = None,
     taken: FaceFilter = EVERY_FACE,
 ) -> str:
-    """Return the path of the cache file of these splits, after making it where it is not there yet.
+    """Return the path of the cache file of these splits, and make the file if it does not exist.
 
-    With `photos_limit` it holds whole people, as `limited_identities` chooses them, of so many photos at most. `run_id`
-    is that of the version of the table, which is the present one if that version is not kept. Faces that `taken` leaves
-    out are not in it.
+    With `photos_limit` it has whole people, chosen by `limited_identities`, with at most so many photos. `run_id` is
+    the version of the table; without that version it is the present one. `taken` may leave faces out.
 
-    Of the processes of a node that ask at the same time one makes it and the others wait. A process that dies leaves no
-    file under the final name. Caches of other faces are left alone, but for old ones in `default_folder`.
+    If several processes of a node ask at the same time, one makes the file and the others wait. A process that dies
+    leaves no file under the final name. Caches of other faces stay, except for old ones in `default_folder`.
 
     Raises:
         NoFacesError: no photo of these splits is aligned.
@@ -106,7 +105,7 @@ def _build(
     others = [other.name for other in path.parent.glob(f"faces-{'-'.join(splits)}-*.arrow") if other != path]
     if others:
         logger.info("%s also holds caches of other faces: %s", path.parent, ", ".join(others))
-    # Asked before the copy, because a disk found full at its end costs the user the time of all of it.
+    # Checked before the copy: a disk that is full at the end would cost the time of the whole copy.
     if shutil.disk_usage(path.parent).free < num_bytes_needed:
         raise disk_full(path.parent, num_bytes_needed)
     temporary = path.with_suffix(".unfinished")
@@ -130,7 +129,7 @@ def _build(
 
 
 def _num_bytes(url: str) -> int:
-    """Return the bytes of the columns that are copied, as the file's footer has them."""
+    """Return the size of the copied columns in bytes, from the file's footer."""
     with storage.open_parquet(url) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
@@ -138,7 +137,7 @@ def _num_bytes(url: str) -> int:
 
 
 def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter) -> int:
-    """Write the aligned faces that are `kept` (None: all), file after file; return how many there are."""
+    """Write the aligned faces that are `kept` (None: all) of each file; return their number."""
     return written(path, _equal_batches(urls, kept, taken))
 
 
@@ -153,7 +152,7 @@ def _equal_batches(urls: Sequence[str], only: Only | None, taken: FaceFilter) ->
                 kept = batch.filter(usable(batch, taken)).select(CACHE_SCHEMA.names)
                 if only is not None:
                     kept = only.kept(kept)
-                # A crop that is not there is met, counted and named like one that cannot be decoded.
+                # A missing crop is later counted and named like one that cannot be decoded.
                 kept = kept.set_column(2, "crop", kept["crop"].fill_null(b""))
                 pending.append(kept.cast(CACHE_SCHEMA))
                 num_pending += len(kept)

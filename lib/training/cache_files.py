@@ -1,7 +1,6 @@
-"""Files of crops on a node's scratch disk: made once a node, its user's alone, removed when nobody uses them.
+"""Cache files on a node's scratch disk: made once, readable by their user only, removed when nobody uses them.
 
-Faces are personal data. What stands in a file's place and is not ours, such as a link in a folder that others write to,
-is refused.
+Faces are personal data. A file that is not ours, such as a link in a folder that others can write to, is refused.
 """
 
 import errno
@@ -22,13 +21,13 @@ from lib.errors import JobError, UserError
 logger = logging.getLogger(__name__)
 
 KEPT_DAYS = 7
-"""In the default folder, caches that no training has used for so long are removed when another is made."""
+"""Caches in the default folder that no training has used for so long are removed when another is made."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 ROWS_PER_BATCH = 1024
-"""All batches but the last have so many rows, so a row number says where its crop is. At 2 MB a crop a batch still fits
-the 32-bit offsets of `binary`."""
+"""Rows of every batch but the last, so that a row's number gives its place. Even with crops of 2 MB a batch fits the
+32-bit offsets of `binary`."""
 
 CACHE_SCHEMA = pa.schema(
     [
@@ -40,10 +39,10 @@ CACHE_SCHEMA = pa.schema(
 
 
 def default_folder() -> str:
-    """Return this user's own folder of caches on this node, made where it is not there yet.
+    """Return this user's own folder of caches on this node, and make it if it does not exist.
 
     Raises:
-        UserError: something of its name is there that is a link, no folder, or another user's.
+        UserError: a link, a file, or another user's folder has its name.
     """
     folder = Path(tempfile.gettempdir()) / f"conv-facenet-{os.geteuid()}"
     try:
@@ -58,10 +57,10 @@ def default_folder() -> str:
 
 
 def made_once(path: Path, cache_dir: str, build: Callable[[], None]) -> str:
-    """Return the path of a cache file; of the processes of a node that ask for it, one calls `build`.
+    """Return the path of a cache file; one of the processes of a node that ask for it calls `build`.
 
     Raises:
-        UserError: `cache_dir` cannot be written to, or holds a file of that name that is not ours.
+        UserError: `cache_dir` cannot be written to, or a file of that name there is not ours.
     """
     folder = path.parent
     if _is_there(path):
@@ -80,10 +79,10 @@ def made_once(path: Path, cache_dir: str, build: Callable[[], None]) -> str:
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether a cache is there, and note that it is used.
+    """Return whether a cache exists, and record that it is used.
 
     Raises:
-        UserError: what is there is not ours.
+        UserError: the file is not ours.
     """
     try:
         found = path.lstat()
@@ -107,7 +106,7 @@ def _remove_old(folder: Path) -> None:
 
 @contextmanager
 def _locked(descriptor: int, path: Path) -> Iterator[None]:
-    """Hold the lock, which the system takes back from a process that dies."""
+    """Hold the lock, which the system frees if the process dies."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -124,7 +123,7 @@ def disk_full(folder: Path, num_bytes_needed: int) -> JobError:
 
 
 def write_batches(path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int) -> None:
-    """Write a cache file of batches of `CACHE_SCHEMA` that need about so many bytes.
+    """Write a cache file from batches of `CACHE_SCHEMA` that need about so many bytes.
 
     Raises:
         JobError: the disk is full.
@@ -146,5 +145,5 @@ def written(path: Path, batches: Iterator[pa.RecordBatch]) -> int:
                 writer.write_batch(batch)
                 num_rows += len(batch)
         sink.flush()
-        os.fsync(sink.fileno())  # a rename must not survive a power cut that the content does not
+        os.fsync(sink.fileno())  # after a power cut the name must not exist without the content
     return num_rows

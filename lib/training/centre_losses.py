@@ -1,7 +1,7 @@
 """Margins of class-centre losses: from the cosine of an image with the centre of its identity to a logit.
 
 Every identity has a learnt vector, its centre. The logits of an image are its cosines with all centres, times a scale;
-the one of its own identity is made smaller by a margin. The loss is their softmax cross-entropy.
+a margin lowers the one of its own identity. The loss is their softmax cross-entropy.
 
 Shape suffixes: N images, C identities, S sub-centres of each, D dimensions.
 """
@@ -15,13 +15,13 @@ from torch.nn import functional
 from lib.training.loss_terms import CentreLossName
 
 COSINE_LIMIT = 1 - 1e-6
-"""Cosines are cut here before the angle is taken, whose gradient would be infinite at 1."""
+"""Cosines are clipped here, because the gradient of the angle is infinite at 1."""
 
 ADAFACE_LIMIT = 1e-3
 """AdaFace keeps angles this far from 0 and pi."""
 
 NORM_RANGE = (1e-3, 100.0)
-"""Norms of embeddings beyond these count as these, as in the authors' code of AdaFace."""
+"""Norms of embeddings are clipped to these, as in the authors' code of AdaFace."""
 NORM_MOMENTUM = 0.99
 NORM_SPREAD = 0.333
 """h of AdaFace, section 3.3: about two thirds of the images have a quality between -1 and 1."""
@@ -41,10 +41,10 @@ def cosines(embeddings_ND: Tensor, centres_CSD: Tensor) -> Tensor:
 
 
 def with_margin(cosines_N: Tensor, loss: CentreLossName, margin: float, quality_N: Tensor | None = None) -> Tensor:
-    """Return the cosines of images with the centres of their own identities, made smaller by the margin.
+    """Return the cosines of images with the centres of their own identities, lowered by the margin.
 
-    Formulas: arcface: Deng et al. 2019, equation 3, cos(angle + margin); beyond an angle of pi - margin, where that
-    would rise again, cos(angle) - margin * sin(margin), as in the authors' code. cosface: Wang et al. 2018, equation 4,
+    Formulas: arcface: Deng et al. 2019, equation 3, cos(angle + margin); above an angle of pi - margin, where that
+    rises again, cos(angle) - margin * sin(margin), as in the authors' code. cosface: Wang et al. 2018, equation 4,
     cos(angle) - margin. adaface: Kim et al. 2022, equation 11, with the qualities of `NormStatistics`.
     """
     if loss == "cosface":
@@ -62,8 +62,8 @@ def with_margin(cosines_N: Tensor, loss: CentreLossName, margin: float, quality_
 class NormStatistics:
     """Running mean and deviation of the embeddings' norms, by which AdaFace judges how clear a photo is.
 
-    Formula: Kim et al. 2022, equation 9, with a momentum of 0.99 as in section 3.3. The averages are free of the bias
-    of their beginning (as Adam's are), where the authors begin at norms that fit their network alone.
+    Formula: Kim et al. 2022, equation 9, with a momentum of 0.99 as in section 3.3. The averages are corrected for the
+    bias of their start, as in Adam. The authors start at norms that fit only their network.
 
     Attributes:
         sums_3: float32, the weights of all batches so far, and the weighted sums of their means and deviations.
@@ -74,7 +74,7 @@ class NormStatistics:
 
     @torch.no_grad()
     def quality(self, norms_N: Tensor, is_known_N: Tensor, *, learn: bool) -> Tensor:
-        """Return the quality of each image, -1 to 1, after taking in the norms of the known ones."""
+        """Return the quality of each image, -1 to 1, after adding the norms of the known ones to the averages."""
         norms_N = norms_N.float().clamp(*NORM_RANGE)
         num = is_known_N.sum().clamp(min=2)
         mean = norms_N.where(is_known_N, 0).sum() / num

@@ -1,7 +1,7 @@
-"""Where the centres of a new run start that goes on from a model of faces: at what that model knows of each person.
+"""The first centres of a run that starts from a model of faces: that model knows the people already.
 
-People whom the earlier run had keep its centres. Others start at the mean of their embeddings (Qi et al. 2018,
-Low-Shot Learning with Imprinted Weights, equation 5), where random centres would pull the embeddings apart at first.
+People of the earlier run keep its centres. Others start at the mean of their embeddings (Qi et al. 2018, Low-Shot
+Learning with Imprinted Weights, equation 5). Random centres would first pull the embeddings apart.
 
 Shape suffixes: R identities of this worker, S sub-centres of each, M rows of a batch, D dimensions.
 """
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 Ints = npt.NDArray[np.integer]
 
 APART = 0.3
-"""How far the second and later sub-centres of a person start from the mean, as a share of its length."""
+"""Distance of the second and later sub-centres of a person from the mean, as a share of its length."""
 
 
 def start_centres(
     centres: CentreStore, init: str, spec: ModelSpec, cache: FaceCache, embedding: EmbeddingPass, model: EmbeddingModel
 ) -> str:
-    """Set this worker's centres where `--init` is a model with this very head; return what the user should know.
+    """Set this worker's centres if `--init` is a model with the same head; return a line for the user.
 
     Raises:
         UserError: centres of the earlier run are damaged.
@@ -72,7 +72,7 @@ def _is_of_this_head(init: str, spec: ModelSpec) -> bool:
 
 
 def _take_earlier(centres: CentreStore, init: str, names: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Take the centres that the earlier run has of these people; return which [R] they are."""
+    """Copy the centres that the earlier run has of these people; return which they are [R]."""
     is_kept_R = np.zeros(len(names), bool)
     run_url = next((url for url in (init, init.rstrip("/").rpartition("/")[0]) if url and _has_centres(url)), None)
     if run_url is None:
@@ -102,7 +102,7 @@ def _has_centres(url: str) -> bool:
 
 
 def _set_means(centres: CentreStore, sums_RD: torch.Tensor) -> None:
-    """Set the centres of those people whose sum of embeddings is not zero."""
+    """Set the centres of the people whose sum of embeddings is not zero."""
     here = torch.from_numpy(np.flatnonzero(sums_RD.abs().sum(dim=1).numpy()))
     means_CD = functional.normalize(sums_RD[here], dim=1).float().to(centres.centres_RSD.device)
     started_CSD = centres.centres_RSD[here] * APART + means_CD[:, None]

@@ -1,12 +1,12 @@
 """The centres of the identities, spread over the workers, and the class-centre loss that moves them.
 
-Worker r of W owns one range of identities: their centres and the optimiser's state for them. Embeddings and labels of
-all workers come to every worker; each computes the logits of its own range; what they need of each other is one number
-an image, the logarithm of its sum of exponentials. Loss, sampling and layout are those of An et al. 2022 (PartialFC).
+Worker r of W owns one range of identities: their centres and the optimiser's state. Every worker gets the embeddings
+and labels of all, and computes the logits of its own range. Then the workers exchange one number for each image, the
+logarithm of its sum of exponentials. Loss, sampling and layout are those of An et al. 2022 (PartialFC).
 
-A centre takes 12 bytes a number: itself and the two averages of Adam. No gradient of all centres is ever held: a range
-is worked through in chunks, and the centres of a chunk move as soon as their gradient is known. A range of several
-chunks computes its logits twice, first for the sum of exponentials, then for the gradient.
+A centre takes 12 bytes a number: the number itself and the two averages of Adam. The gradient of all centres is never
+in memory at once. A range is processed in chunks, and the centres of a chunk move as soon as their gradient is known.
+The logits of several chunks are computed twice, first for the sum of exponentials, then for the gradient.
 
 Shape suffixes: N images of all workers, R identities of this worker, C identities of a chunk, S sub-centres of each,
 D dimensions, W workers.
@@ -29,12 +29,12 @@ DECAYS, EPSILON = (0.9, 0.999), 1e-8
 """Of Adam (Kingma and Ba 2015)."""
 
 SMALLEST_CHUNK = 2**18
-"""Numbers that a chunk may always have."""
+"""A chunk may always have this many numbers."""
 NUM_CHUNKS = 96
-"""Chunks of a large range: what one needs for a moment is then a few percent of what the range takes."""
+"""Chunks of a large range. Each then needs a few percent of the memory of the range."""
 
 DRAWN_AT_ONCE = 4096
-"""Identities whose first centres come from one seed, whoever owns them."""
+"""Identities whose first centres come from one seed, whichever worker owns them."""
 SAVED_AT_ONCE = 2**22
 """Numbers of each kind in a block of a checkpoint: 48 MB."""
 
@@ -45,7 +45,7 @@ def owned(num_identities: int, rank: int, num_workers: int) -> range:
 
 
 class CentreBlock(NamedTuple):
-    """Centres of consecutive identities as a checkpoint holds them, with the optimiser's state for them."""
+    """Centres of consecutive identities in a checkpoint, with their optimiser's state."""
 
     start: int
     """The first identity."""
@@ -81,7 +81,7 @@ class CentreStore:
         rank: int = 0,
         num_workers: int = 1,
     ) -> None:
-        """Begin with random centres of length 1, which follow from seed and identity alone.
+        """Start with random centres of length 1, which depend on seed and identity alone.
 
         Raises:
             UserError: there are more workers than identities.
@@ -97,7 +97,7 @@ class CentreStore:
         self._seed, self._rank, self._num_workers = seed, rank, num_workers
         self.identities = owned(num_identities, rank, num_workers)
         self.norms = NormStatistics(device)
-        # 0, or one more than an identity whose centre was not finite in a step so far.
+        # 0, or 1 + an identity whose centre was not finite in some step.
         self._broken = torch.zeros((), dtype=torch.float64, device=device)
         shape = (len(self.identities), settings.sub_centers, dim)
         self.centres_RSD = torch.empty(shape, device=device)
@@ -129,13 +129,13 @@ class CentreStore:
         """Return the mean over the images of the cross-entropy, and move the centres by it.
 
         Args:
-            embeddings_ND, labels_N: of all workers, the same on each; labels below zero have no part in the loss.
-            norms_N: lengths of the embeddings before they were scaled to 1, which adaface needs.
-            step: which centres are drawn follows from seed, worker and step.
+            embeddings_ND, labels_N: of all workers, the same on each; labels below zero are left out of the loss.
+            norms_N: lengths of the embeddings before scaling to 1, for adaface.
+            step: with seed and worker, it decides which centres are drawn.
             lr: learning rate of the centres; None leaves them as they are.
 
-        On each worker the gradient is that of its own centres, times the number of workers: `gather_batch` adds up
-        what all workers ask of an embedding, and DDP then takes the mean.
+        On each worker the gradient is that of its own centres, times the number of workers: `gather_batch` sums the
+        gradients of all workers, and DDP then takes the mean.
         """
         leaf_ND = embeddings_ND.detach().requires_grad_()
         is_known_N = labels_N >= 0
@@ -221,8 +221,7 @@ class CentreStore:
     def _move(self, rows_C: Tensor, centres_CSD: Tensor, gradient_CSD: Tensor, lr: Tensor) -> None:
         """Do a step of Adam, with a count of steps for each centre.
 
-        The rate is zero in a step whose loss is not finite: no centre moves then. It works in place, for the memory's
-        sake.
+        If the loss is not finite the rate is zero, so no centre moves. Works in place to save memory.
         """
         gradient_CSD.nan_to_num_(0.0, 0.0, 0.0)
         steps_C = self._steps_R.index_select(0, rows_C) + 1
@@ -241,7 +240,7 @@ class CentreStore:
             all_RSD.index_copy_(0, rows_C, new_CSD)
 
     def broken_identity(self) -> int | None:
-        """Return an identity, of any worker, whose centre was not finite in a step; waits for the device."""
+        """Return an identity, of any worker, whose centre was not finite in some step; waits for the device."""
         return int(self._broken) - 1 if self._broken else None
 
     def blocks(self) -> Iterator[CentreBlock]:
@@ -254,7 +253,7 @@ class CentreStore:
             )
 
     def load(self, block: CentreBlock) -> None:
-        """Take up those of the block's centres that this worker owns."""
+        """Load the centres of the block that this worker owns."""
         num = len(block.tensors["steps"])
         low, high = max(self.identities.start, block.start), min(self.identities.stop, block.start + num)
         if low < high:

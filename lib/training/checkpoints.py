@@ -1,9 +1,9 @@
-"""Checkpoints: everything that a run needs to go on, in one file, and the centres of identities in files beside it.
+"""Checkpoints: everything that a run needs to resume, in one file, and the centres of identities in files beside it.
 
-A file is safetensors, so that loading one from a bucket that others write to runs nobody's code. Its name says how far
-the training was; the newest whole one counts. Files of centres lie in a folder of the same name, each for a range of
-identities, and are written first: a checkpoint whose own file stands is complete. How far a run is can be read without
-torch, which takes seconds to load.
+The files are safetensors, so loading one from a shared bucket runs nobody's code. The name contains the progress; the
+newest intact file counts. The files of centres are in a folder of the same name, each for a range of identities. They
+are written first, so a checkpoint whose own file exists is complete. The progress can be read without torch, which
+takes seconds to import.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 FOLDER = "checkpoints"
 SPEC_NAME = "spec.json"
-"""In that folder: what the model is whose weights the checkpoints hold."""
+"""In that folder: the spec of the model whose weights are in the checkpoints."""
 IDENTITIES_NAME = "identities.parquet"
-"""In that folder: whose the centres are, in their order."""
+"""In that folder: the people of the centres, in their order."""
 NUM_KEPT = 2
-"""The one before the last stays, in case the last one is damaged."""
+"""The last but one stays too, in case the last is damaged."""
 
 TRIES = 3
 FIRST_PAUSE_S = 5.0
-"""A full disk may be cleared, a storage may come back: a checkpoint is tried again after 5 and after 10 s."""
+"""A write is retried after 5 and after 10 s, because the disk may have room or the storage may answer again."""
 
 STATE_KEY = "state"
 SUFFIX = ".safetensors"
 
 LENGTH_BYTES = 8
 MAX_HEAD_BYTES = 100_000_000
-"""Longer heads than this are refused by safetensors too."""
+"""safetensors refuses longer heads too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +55,34 @@ class Progress:
     """How far a run is, and what its next decisions depend on."""
 
     epoch: int = 0
-    """The epoch that is under way, or comes next; epochs count from 1."""
+    """The present epoch, or the next one; epochs count from 1."""
     anchors_done: int = 0
-    """Anchors of that epoch that were trained on, all workers together."""
+    """Anchors of that epoch that all workers together have trained on."""
     step: int = 0
-    """Optimiser steps since the beginning."""
+    """Optimiser steps since the start."""
     negatives: str = "random"
     phase_first_epoch: int = 1
     best: float | None = None
     """The best value of `--best-by` so far; more is better."""
     best_epoch: int = 0
     fixed_statistics: bool = False
-    """Whether BatchNorm goes by the statistics that came with the initial weights."""
+    """Whether BatchNorm uses the statistics of the initial weights."""
     clip_norm: float = PRETRAINED_CLIP_NORM
-    """Norm that gradients are scaled down to."""
+    """Gradients are scaled down to this norm."""
     lr: float = USUAL_LR
     """Peak learning rate."""
     batch_size: int = 0
-    """What `--batch-size auto` has found; 0 before that, and where the flag says a number."""
+    """The number that `--batch-size auto` has found; 0 before that, and if the flag is a number."""
     finished: bool = False
     """No further epoch follows."""
     stage: int = 0
-    """Of the recipe, from 0, that the optimiser's state belongs to."""
+    """Stage of the recipe, from 0, that the optimiser's state belongs to."""
     may_freeze: bool = False
     """Whether a recipe may freeze stages: the weights are pretrained, and timm tells the backbone's stages."""
     num_centres: int = 0
-    """Identities whose centres lie beside the checkpoint."""
+    """Identities whose centres are stored beside the checkpoint."""
     sums: dict[str, float] = field(default_factory=dict)
-    """What the epoch under way has added up."""
+    """Sums of the present epoch so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +91,14 @@ class Checkpoint:
 
     progress: Progress
     tensors: Tensors
-    """By the names that were given to `write`."""
+    """By the names given to `write`."""
 
 
 def write(run_url: str, progress: Progress, tensors: Tensors) -> None:
     """Write a checkpoint and remove those before the last two.
 
     Raises:
-        JobError: the storage is full or away, after several tries; earlier checkpoints are as they were.
+        JobError: the storage is full or does not answer, after several tries; earlier checkpoints are unchanged.
     """
     _write(run_url, _name(progress), tensors, {STATE_KEY: json.dumps(asdict(progress))})
     kept = sorted(_names(run_url))[-NUM_KEPT:]
@@ -109,7 +109,7 @@ def write(run_url: str, progress: Progress, tensors: Tensors) -> None:
 
 
 def write_part(run_url: str, progress: Progress, start: int, tensors: Tensors) -> None:
-    """Write what belongs to consecutive identities from `start` on; `write` then completes the checkpoint.
+    """Write the tensors of consecutive identities from `start` on; `write` then completes the checkpoint.
 
     Raises:
         JobError: as `write`.
@@ -120,7 +120,7 @@ def write_part(run_url: str, progress: Progress, start: int, tensors: Tensors) -
 
 
 def read_parts(run_url: str, progress: Progress, identities: range) -> Iterator[tuple[int, Tensors]]:
-    """Yield the first identity and the tensors of each part that holds some of the identities, one at a time.
+    """Yield the first identity and the tensors of each part with some of the identities, one at a time.
 
     Raises:
         UserError: a part is damaged, or some are missing.
@@ -170,13 +170,13 @@ def _write(run_url: str, name: str, tensors: Tensors, metadata: dict[str, str] |
 
 
 def write_identities(run_url: str, names: pa.Array) -> None:
-    """Write whose the centres of a run are, in their order."""
+    """Write the people of a run's centres, in their order."""
     table = pa.table({"identity": names.cast(pa.string())})
     storage.write_parquet(storage.join(run_url, FOLDER, IDENTITIES_NAME), table)
 
 
 def read_identities(run_url: str) -> pa.Array:
-    """Return whose the centres of a run are, in their order.
+    """Return the people of a run's centres, in their order.
 
     Raises:
         UserError: the file cannot be read.
@@ -186,7 +186,7 @@ def read_identities(run_url: str) -> pa.Array:
 
 
 def load_newest(run_url: str) -> Checkpoint:
-    """Return the newest whole checkpoint.
+    """Return the newest intact checkpoint.
 
     Raises:
         UserError: this node sees no checkpoint, or all are damaged.
@@ -213,7 +213,7 @@ def load_newest(run_url: str) -> Checkpoint:
 
 
 def newest_progress(run_url: str) -> Progress | None:
-    """Return how far a run is, None where it has no checkpoint; only the head of a file is read."""
+    """Return how far a run is, None if it has no checkpoint; reads only the head of a file."""
     for name in sorted(_names(run_url), reverse=True):
         url = storage.join(run_url, FOLDER, name)
         length = int.from_bytes(storage.read_bytes(url, LENGTH_BYTES), "little")
@@ -225,7 +225,7 @@ def newest_progress(run_url: str) -> Progress | None:
 
 
 def _progress(data: bytes) -> Progress:
-    # The head of a safetensors file is 8 bytes of length and so much JSON.
+    # A safetensors file starts with 8 bytes, the length of the JSON that follows.
     length = int.from_bytes(data[:LENGTH_BYTES], "little")
     head: Any = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
     return Progress(**json.loads(head["__metadata__"][STATE_KEY]))
@@ -257,7 +257,7 @@ def flat_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Put back what `flat_optimizer` returned; the settings of the groups stay as they are."""
+    """Load what `flat_optimizer` returned; the settings of the groups stay as they are."""
     state: dict[int, Tensors] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
@@ -271,5 +271,5 @@ def prefixed(prefix: str, tensors: Tensors) -> Tensors:
 
 
 def without_prefix(prefix: str, tensors: Tensors) -> Tensors:
-    """Return those of the tensors that stand under `prefix/`, by their own names."""
+    """Return the tensors whose names begin with `prefix/`, by the rest of their names."""
     return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}

@@ -66,7 +66,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def hang_up() -> None:
-    """Leave the group. Workers that wait for this one get a RuntimeError instead of waiting on."""
+    """Leave the group. Workers that wait for this one get a RuntimeError."""
     gc.collect()  # otherwise a model in training keeps the connections open
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -17,7 +17,7 @@ from lib.training.validation_sources import ValidationSources
 
 @dataclass(kw_only=True)
 class News:
-    """What happened since the driver last asked."""
+    """The events since the driver last asked."""
 
     lines: list[str] = field(default_factory=list)
     """Lines for the log: one per epoch, and one for each thing the user must know."""
@@ -42,9 +42,9 @@ class WorkerJob:
     """Shards of the feature store; 0 if no policy needs one."""
     use_gpu: bool = False
     faces_run_id: str | None = None
-    """Version of the faces table that the run is about; None for the present one."""
+    """Version of the faces table; None for the present one."""
     sources: ValidationSources | None = None
-    """What epochs are judged by; None for the people of the table's split val."""
+    """Validation data; None for the people of the table's split val."""
 
 
 class Control:
@@ -70,7 +70,7 @@ class Control:
         self._news.failure = self._news.failure or (kind, message)
 
     def has_failed(self) -> bool:
-        """Return whether a worker has given up the run; a restarted worker must not try again."""
+        """Return whether a worker has failed for good; a restarted worker must not try again."""
         return self._news.failure is not None
 
     def news(self) -> News:
@@ -140,7 +140,7 @@ class StopRequests:
 
 
 def failure_error(failure: tuple[str, str]) -> UserError | JobError:
-    """Return the error that a worker gave up with."""
+    """Return the failure of a worker as an error."""
     kind, message = failure
     return UserError(message) if kind == "user" else JobError(message)
 

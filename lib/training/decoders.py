@@ -1,7 +1,7 @@
-"""Processes that decode and augment, because threads would share Python's lock with the thread that feeds a GPU.
+"""Processes that decode and augment. Threads would share Python's lock with the thread that feeds the GPU.
 
-One does 700 to 1,000 crops of 240 pixels a second, a GPU takes several thousand. They import no torch, get rows and
-draws by their standard input, and give the pixels by their standard output, so they end with who asks them.
+A process makes 700 to 1,000 crops of 240 pixels a second; a GPU takes several thousand. The processes do not import
+torch. They read rows and draws from standard input and write pixels to standard output, so they end with their parent.
 
 Shape suffixes: N images of a batch, H and W pixels, K numbers of one draw.
 """
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 Image = npt.NDArray[np.uint8]
 
 IMAGES_AT_ONCE = 16
-"""Images of one task: few, so that all processes work on the batch that is needed next."""
+"""Images of one task. They are few, so that all processes work on the next batch."""
 
 PIPE_BYTES = 1 << 20
-"""Size of the pipe: this many pixels pass before the reader's thread wakes up."""
+"""Size of the pipe: so many bytes pass before the reader's thread wakes up."""
 
 
 class Decoders:
-    """So many processes, for any number of threads; close them at the end.
+    """Some processes for any number of threads; close them at the end.
 
     Attributes:
         pids: of the processes.
@@ -123,7 +123,7 @@ class _Decoder:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._requests, self._answers = self.process.stdin, self.process.stdout
-        with contextlib.suppress(OSError):  # memory for large pipes is limited per user; the usual pipe is slower
+        with contextlib.suppress(OSError):  # a user has limited memory for large pipes; the default one is slower
             fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def fill(

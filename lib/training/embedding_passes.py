@@ -47,7 +47,7 @@ class EmbeddingPass:
     precision: Precision
     num_threads: int
     decoders: Decoders | None = None
-    """Processes that decode in the place of the threads."""
+    """Processes that decode instead of the threads."""
 
     def over(self, rows_M: Ints, cache: FaceCache, model: EmbeddingModel) -> Iterator[EmbeddedRows]:
         """Yield the embeddings of the rows, in batches, in order; the model is in evaluation mode until the end."""
@@ -71,7 +71,7 @@ class EmbeddingPass:
                 for batch in loaded:
                     fetched = self._embedded(model, batch, size)
                     if before is not None:
-                        yield _rows(*before)  # while the device works on the next ones
+                        yield _rows(*before)  # the device works on the next batch meanwhile
                     before = batch, fetched
                 if before is not None:
                     yield _rows(*before)
@@ -82,14 +82,14 @@ class EmbeddingPass:
         assert batch.uploaded is not None
         crops_NHWC = batch.uploaded.tensor()
         if self.device.type == "cuda" and len(crops_NHWC) < size:
-            # Another size would have a GPU choose its kernels again.
+            # For another size the GPU would choose its kernels again.
             rest = size - len(crops_NHWC)
             crops_NHWC = torch.cat([crops_NHWC, crops_NHWC.new_zeros(rest, *crops_NHWC.shape[1:])])
         with torch.inference_mode(), autocast(self.device, self.precision), eager():
             return Fetched(model(normalized_images(crops_NHWC, model.spec))[: len(batch.images)])
 
     def shared(self, rows_N: Ints, cache: FaceCache, model: EmbeddingModel, *, mark_failed: bool = False) -> Floats:
-        """Return the embeddings of all rows [N, D] to every worker, each having computed its part.
+        """Return the embeddings of all rows [N, D] on every worker; each computes its share.
 
         With `mark_failed`, crops that could not be decoded have NaN.
         """
@@ -136,8 +136,8 @@ class StoreUpkeep:
         return self._embed(missing, model, step)
 
     def refresh(self, model: EmbeddingModel, step: int, used_rows: Ints, share: float) -> int:
-        """Embed again `share` of all photos: those without a feature, then half of them photos that the epoch used,
-        the others those of the oldest features; return how many.
+        """Embed `share` of all photos again, and return how many: first those without a feature, then half photos
+        that the epoch used, and half those with the oldest features.
         """
         rows = None
         if collective.rank() == 0:
@@ -154,7 +154,7 @@ class StoreUpkeep:
 
 
 def rows_to_refresh(stamps_N: Ints, used_rows: Ints, budget: int) -> Ints:
-    """Return the rows to embed again, ascending: all without a feature, and others up to the budget."""
+    """Return the rows to embed again, ascending: all without a feature, then others up to the budget."""
     oldest_first = np.argsort(stamps_N, kind="stable")
     missing = np.flatnonzero(stamps_N == NEVER)
     num_others = max(0, min(budget, len(stamps_N)) - len(missing))

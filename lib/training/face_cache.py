@@ -1,4 +1,4 @@
-"""Random access to any crop: one memory-mapped Arrow file a node, made by `cache_building`.
+"""Random access to crops: each node has one memory-mapped Arrow file, made by `cache_building`.
 
 Shape suffixes: N photos (rows), H and W pixels.
 """
@@ -22,18 +22,18 @@ _READ_FLAGS = {
     4: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-"""OpenCV names no reduced RGB; its bits for the scale alone stand in the grey names."""
+"""OpenCV has no names for reduced RGB. The bits for the scale alone are in the names for grey."""
 
 
 def decode_jpeg(jpeg: npt.NDArray[np.uint8], reduction: int = 1) -> npt.NDArray[np.uint8] | None:
-    """Return the RGB pixels at 1/`reduction` (1, 2, 4 or 8) of the size, None where they cannot be decoded."""
+    """Return the RGB pixels at 1/`reduction` (1, 2, 4 or 8) of the size; None if they cannot be decoded."""
     return cv2.imdecode(jpeg, _READ_FLAGS[reduction]) if len(jpeg) else None
 
 
 def plain(jpeg: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8] | None:
-    """Return the crop as RGB of `size` x `size` pixels, None where it cannot be decoded.
+    """Return the crop as RGB of `size` x `size` pixels; None if it cannot be decoded.
 
-    Another size than the crop's own is made as for recognition, each pixel the mean of the area it covers.
+    If the size differs from the crop's, each pixel is the mean of the area it covers, as in recognition.
     """
     pixels = decode_jpeg(jpeg)
     if pixels is None or pixels.shape[:2] == (size, size):
@@ -42,7 +42,7 @@ def plain(jpeg: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8] | Non
 
 
 class EncodedCrops:
-    """The crops of a cache file as they are encoded; several threads may read at once."""
+    """The encoded crops of a cache file; several threads may read at once."""
 
     def __init__(self, path: str) -> None:
         """Map the file; nothing is read."""
@@ -57,14 +57,14 @@ class EncodedCrops:
 
 
 class FaceCache(EncodedCrops):
-    """The crops of a cache file, by row, and whom they show.
+    """The crops of a cache file and their identities, by row.
 
     Attributes:
         photos: names of the photos, in Arrow's memory.
         identities: names of the people, sorted.
-        labels_N: int32, the place of each row's identity in `identities`.
+        labels_N: int32, the index of each row's identity in `identities`.
         crop_size: side of a crop in pixels.
-        failed_rows: rows that could not be decoded so far.
+        failed_rows: rows that could not be decoded, so far.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""The names of a faces table that training asks for: who is in it, and which photos, within the limits given."""
+"""The names of photos and people in a faces table, within the limits that the user gives."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from lib.faces.face_filter import EVERY_FACE, FaceFilter
 logger = logging.getLogger(__name__)
 
 READ_AHEAD = 16
-"""Files read side by side where only a little of each is wanted: hides the latency of a bucket."""
+"""Files read at once if only a little of each is needed. This hides the latency of a bucket."""
 
 
 def read_identities(
@@ -29,7 +29,7 @@ def read_identities(
     run_id: str | None = None,
     taken: FaceFilter = EVERY_FACE,
 ) -> pa.ChunkedArray:
-    """Return the identity of each row that such a cache holds, in its order, without reading the crops.
+    """Return the identity of each row of such a cache, in its order, without reading the crops.
 
     Raises:
         UserError: the faces folder is absent or not finished, or the limit leaves nobody.
@@ -42,7 +42,7 @@ def read_identities(
 
 
 def num_left_out(faces_url: str, splits: Sequence[str], taken: FaceFilter, *, run_id: str | None = None) -> int:
-    """Return how many aligned faces of people `taken` leaves out, and say it in the log."""
+    """Return how many aligned faces of people `taken` leaves out, and log it."""
     urls = part_urls(faces_url, table.read_success(faces_url, run_id=run_id), splits)
     num_all = len(read_names(urls, "identity"))
     num = num_all - len(read_names(urls, "identity", taken))
@@ -51,7 +51,7 @@ def num_left_out(faces_url: str, splits: Sequence[str], taken: FaceFilter, *, ru
 
 
 def part_urls(faces_url: str, success: dict[str, Any], splits: Sequence[str]) -> list[str]:
-    """Return the files of these splits, from what `_SUCCESS` says of its table."""
+    """Return the files of these splits, by the content of `_SUCCESS`."""
     return [storage.join(faces_url, name) for split in splits for name in table.part_names(success, [split])]
 
 
@@ -73,10 +73,10 @@ def read_names(
 
 
 def limited_identities(identities: pa.ChunkedArray, photos_limit: int) -> pa.Array:
-    """Return the people of a subset of at most so many photos, where `identities` has a name a photo.
+    """Return the people of a subset of at most so many photos; `identities` has the name of each photo's person.
 
-    They come in the order of a hash of their names until the next one would be too many, so that a subset does not
-    depend on the order of the photos, and a larger limit holds all people of a smaller one.
+    People are added in the order of a hash of their names, until the next one would be too many. So the subset does not
+    depend on the order of the photos, and a larger limit includes all people of a smaller one.
 
     Raises:
         UserError: fewer than two people would be left.
@@ -93,7 +93,7 @@ def limited_identities(identities: pa.ChunkedArray, photos_limit: int) -> pa.Arr
 
 
 def _hash(identity: str) -> bytes:
-    # Another hash than that which chose the split: who is in it has low values of that one.
+    # Not the hash that chose the split: people of one split have similar values of that one.
     return hashlib.blake2b(f"limit\0{identity}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 

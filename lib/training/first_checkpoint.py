@@ -1,4 +1,4 @@
-"""The first checkpoint of a run: its initial weights, made before any worker starts, and all that they decide."""
+"""The first checkpoint of a run: the initial weights and what depends on them, written before any worker starts."""
 
 import logging
 from typing import Any
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def begin(config: TrainConfig, plan: dict[str, Any], spec: ModelSpec) -> ModelSpec:
-    """Write the first checkpoint, which holds the initial weights, and the configuration; return the model's spec."""
+    """Write the first checkpoint, with the initial weights, and the configuration; return the model's spec."""
     torch.manual_seed(config.run.seed)
     model = initial_model(spec, config.init)
-    freeze_stages(model, config.model.frozen_stages)  # the workers do both again: what cannot be is refused here
+    freeze_stages(model, config.model.frozen_stages)  # the workers do both again; impossible settings are refused here
     if config.model.checkpoint_activations:
         checkpoint_activations(model)
     fixed = config.model.batch_norm != "batch" and has_statistics(model)

@@ -1,4 +1,4 @@
-"""What training leaves as it is in a pretrained model, BatchNorm statistics and first stages; and less memory."""
+"""Freezes BatchNorm statistics and the first stages of a pretrained model, and saves memory for activations."""
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +25,7 @@ def freeze_stages(model: EmbeddingModel, num_stages: int) -> None:
     """Freeze the first stages of the backbone. The stem is the first stage; timm's stages follow.
 
     Raises:
-        UserError: no stage would be left to train, or timm does not tell this backbone's stages.
+        UserError: no stage would be left to train, or timm does not know this backbone's stages.
     """
     if not num_stages:
         return
@@ -44,7 +44,7 @@ def freeze_stages(model: EmbeddingModel, num_stages: int) -> None:
 
 
 def can_freeze(model: EmbeddingModel, num_stages: int) -> bool:
-    """Return whether `freeze_stages` can freeze so many; it may do so."""
+    """Return whether `freeze_stages` can freeze so many stages. It may freeze them."""
     try:
         freeze_stages(model, num_stages)
     except UserError:

@@ -1,4 +1,4 @@
-"""What each epoch gave: a row an epoch in Parquet, CSV, Excel and TensorBoard, and what the rows say of training."""
+"""The history of a run: a row for each epoch in Parquet, CSV, Excel and TensorBoard, and what follows from the rows."""
 
 import io
 import math
@@ -29,7 +29,7 @@ ORIGINAL_COLUMNS = {
     "Time taken (M)": "time_min",
     "Notes": "notes",
 }
-"""The columns that users of the original project know, and the keys of ours that they repeat; Date and Time follow."""
+"""Columns of the original project, and our keys with the same values; Date and Time follow."""
 
 MAX_COLUMN_WIDTH = 60
 
@@ -42,7 +42,7 @@ class History:
     """
 
     def __init__(self, run_url: str, *, next_epoch: int) -> None:
-        """Load the rows before `next_epoch`; what stands there from that epoch on will be done again."""
+        """Load the rows before `next_epoch`. Later rows are dropped, because their epochs are done again."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._run_url = run_url
@@ -66,8 +66,7 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add the row of an epoch and write all files.
 
-        `row` holds `epoch`, the keys of `ORIGINAL_COLUMNS` as far as they are known, and any other scalars; keys may
-        differ from epoch to epoch.
+        `row` has `epoch`, the known keys of `ORIGINAL_COLUMNS`, and any other scalars. Keys may differ between epochs.
         """
         plain: Row = {name: value.item() if isinstance(value, np.generic) else value for name, value in row.items()}
         assert not self.rows or int(plain["epoch"] or 0) > int(self.rows[-1]["epoch"] or 0), "an epoch comes once"
@@ -78,7 +77,7 @@ class History:
         self._write_events(plain)
 
     def values(self, key: str) -> list[float]:
-        """Return the numbers that stand under a key, leaving out epochs without it."""
+        """Return the numbers of a key, without the epochs that lack it."""
         return [float(value) for row in self.rows if isinstance(value := row.get(key), int | float)]
 
     def _write_events(self, row: Row) -> None:
@@ -93,15 +92,15 @@ class History:
 
 
 def write_history(url: str, rows: Sequence[Row]) -> None:
-    """Write rows as Parquet, CSV and Excel into a folder; a column `run` that they may have comes first."""
-    # Parquet first: it is what a resumed run reads, and the others are written from it.
+    """Write rows as Parquet, CSV and Excel into a folder; a column `run`, if there is one, comes first."""
+    # Parquet first: a resumed run reads it.
     storage.write_parquet(storage.join(url, "history.parquet"), _table(rows))
     storage.write_bytes(storage.join(url, "history.csv"), _csv(rows))
     storage.write_bytes(storage.join(url, "history.xlsx"), _excel(rows))
 
 
 def read_rows(run_url: str) -> list[Row]:
-    """Return the rows of a run's history, none where it has not begun."""
+    """Return the rows of a run's history; none if it has not begun."""
     url = storage.join(run_url, "history.parquet")
     if not storage.exists(url):
         return []
@@ -110,7 +109,7 @@ def read_rows(run_url: str) -> list[Row]:
 
 
 def run_result(rows: Sequence[Row], best_epoch: int) -> dict[str, Any]:
-    """Return what the job's last line says of a run."""
+    """Return the entries of the job's last line about a run."""
     best = next((row for row in rows if row["epoch"] == best_epoch), rows[-1] if rows else {})
     names = watched_names(best)
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
@@ -127,13 +126,13 @@ def run_result(rows: Sequence[Row], best_epoch: int) -> dict[str, Any]:
 
 
 def watched_names(row: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files of pairs whose accuracy stands in a row."""
+    """Return the names of the files of pairs with an accuracy in a row."""
     suffix = "_accuracy"
     return [name.removesuffix(suffix) for name, value in row.items() if name.endswith(suffix) and value is not None]
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Return every key of every row in the order in which they first come, the original's columns first."""
+    """Return the keys of all rows in the order of their first use, after the original's columns."""
     ours = [name for row in rows for name in row]
     leading = ["run"] if "run" in ours else []
     return list(dict.fromkeys([*leading, "epoch", *ORIGINAL_COLUMNS, "Date", "Time", *ours]))
@@ -170,22 +169,22 @@ def _excel(rows: Sequence[Row]) -> bytes:
 
 
 def _fill(cell: Any, value: Scalar) -> None:
-    """Put the value into the cell: text always as text, never as a formula; NaN as nothing."""
+    """Write the value into the cell. Text is never a formula, and NaN leaves the cell empty."""
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 
     if isinstance(value, float) and math.isinf(value):
         value = str(value)
     if isinstance(value, str):
         cell.value = ILLEGAL_CHARACTERS_RE.sub("", value)
-        cell.data_type = "s"  # "=…" has made a formula of it
+        cell.data_type = "s"  # openpyxl made a formula of "=…"
     elif value is not None and not math.isnan(value):
         cell.value = value
 
 
 def has_plateaued(values: Sequence[float], *, patience: int, min_delta: float = 0.0) -> bool:
-    """Return whether the last `patience` values hold none that is lower than all before by more than `min_delta`.
+    """Return whether none of the last `patience` values is lower than all before by more than `min_delta`.
 
-    NaN is no improvement. Pass a measure of which more is better with its sign turned.
+    NaN is no improvement. Negate a measure of which more is better.
     """
     if len(values) <= patience:
         return False
@@ -196,7 +195,7 @@ def has_plateaued(values: Sequence[float], *, patience: int, min_delta: float = 
 def is_overfitting(train_losses: Sequence[float], val_losses: Sequence[float], *, patience: int) -> bool:
     """Return whether the training loss fell and the validation loss rose in each of the last `patience` epochs.
 
-    Both must be measured under one policy of negatives: give only epochs since the last change of it.
+    Both must use one policy of negatives: give only the epochs since its last change.
     """
     if min(len(train_losses), len(val_losses)) <= patience:
         return False
@@ -204,7 +203,7 @@ def is_overfitting(train_losses: Sequence[float], val_losses: Sequence[float], *
 
 
 def has_collapsed(variances: Sequence[float], *, min_share: float = 0.1) -> bool:
-    """Return whether the last variance of the embeddings is not even `min_share` of the highest so far, or NaN."""
+    """Return whether the last variance of the embeddings is NaN or below `min_share` of the highest so far."""
     if not variances:
         return False
     highest = max((value for value in variances if not math.isnan(value)), default=math.inf)

@@ -29,9 +29,9 @@ class LoadTask:
     """A batch to be loaded."""
 
     rows: npt.NDArray[np.integer]
-    """Rows of the cache, of any shape; images come in the order of the flattened rows [N]."""
+    """Rows of the cache, of any shape; the images are in the order of the flattened rows [N]."""
     first_draw: int
-    """How many images were drawn before this batch in the epoch."""
+    """Number of images of the epoch before this batch."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +44,7 @@ class LoadedBatch:
     failed: npt.NDArray[np.bool_]
     """True [N] for crops that cannot be decoded: their triplets must be left out of the loss."""
     uploaded: Uploaded | None = None
-    """The images on their way to the device, if the loader has one."""
+    """The images, being sent to the device, if the loader has one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +59,7 @@ class BatchLoader:
     epoch: int
     rank: int = 0
     decoders: Decoders | None = None
-    """Processes that make the images; without any, the calling thread makes them."""
+    """Processes that make the images; without them the calling thread does."""
     upload: Upload | None = None
     """Sends them to the device."""
 
@@ -83,17 +83,17 @@ class BatchLoader:
 class Prefetcher(Generic[Task, Loaded]):
     """Loads ahead of the consumer on threads, in order.
 
-    An error of `load` is raised in its turn; tasks are drawn, and their errors raised, on the consumer's thread.
-    Leaving the `with` block drops what was not consumed and waits for what is being loaded.
+    An error of `load` is raised in place of its batch. Tasks are drawn on the consumer's thread, with their errors.
+    Leaving the `with` block drops batches that were not consumed, and waits for those being loaded.
 
     Attributes:
-        wait_s: seconds that the consumer has waited, the drawing of tasks included.
+        wait_s: seconds that the consumer has waited, including the drawing of tasks.
     """
 
     def __init__(
         self, load: Callable[[Task], Loaded], tasks: Iterable[Task], *, num_threads: int, num_ahead: int
     ) -> None:
-        """Start at the first `next`; `num_ahead` batches are loaded or being loaded while the consumer works."""
+        """Start at the first `next`. `num_ahead` batches are ready or loading while the consumer works."""
         # OpenCV's own threads would compete with ours, and the tasks are too small for them.
         cv2.setNumThreads(1)
         self.wait_s = 0.0
