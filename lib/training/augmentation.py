@@ -1,7 +1,7 @@
-"""Turns encoded crops into training images: decoded at reduced scale, moved by one warp, recoloured by one table.
+"""Augmentation: decodes crops at a reduced scale, moves them by one warp, and recolours them by one table.
 
-An image is a plain function of the encoded crop and a row of numbers drawn for it, so the result depends neither on
-the number of threads nor on their order. Nothing here needs torch: the processes that decode start without it.
+An image is a function of the encoded crop and a row of random numbers. So it depends neither on the number of threads
+nor on their order. Nothing here needs torch: the processes that decode start without it.
 
 Shape suffixes: N images of a batch, H and W pixels, K numbers of one draw.
 """
@@ -23,7 +23,7 @@ MAX_ANGLE_DEG = 10.0
 AUTO_CONTRAST_SHARE = 0.5
 
 MIN_AREA_SHARE = 0.7
-"""Smallest part of the crop's area that `strong` keeps."""
+"""Smallest share of the crop's area that `strong` keeps."""
 MAX_LIGHT_CHANGE = 0.3
 """`strong` multiplies contrast and brightness by up to 1 -+ this."""
 GREY_SHARE = 0.1
@@ -34,7 +34,7 @@ JPEG_QUALITY = (30, 90)
 
 
 class Draw(NamedTuple):
-    """Numbers evenly drawn from [0, 1) that say what happens to one image."""
+    """Numbers drawn from [0, 1) for each image, which decide its augmentation."""
 
     flip: float
     angle: float
@@ -56,9 +56,9 @@ _STEPS_PER_DRAW = -(-len(Draw._fields) // _WORDS_PER_STEP)
 
 
 def draws(first: int, num: int, *, seed: int, epoch: int, rank: int = 0) -> npt.NDArray[np.float64]:
-    """Return the rows of numbers for images `first` to `first + num - 1` of an epoch [N, K].
+    """Return the random numbers of images `first` to `first + num - 1` of an epoch [N, K].
 
-    A counter-based generator jumps straight to them, so any worker thread gets the numbers of any image.
+    A counter-based generator jumps to them, so any thread gets the numbers of any image.
     """
     key = np.random.SeedSequence((seed, epoch, rank)).generate_state(2, np.uint64)
     stream = np.random.Philox(key=key).advance(first * _STEPS_PER_DRAW)
@@ -69,8 +69,8 @@ def draws(first: int, num: int, *, seed: int, epoch: int, rank: int = 0) -> npt.
 def augmented(jpeg: npt.NDArray[np.uint8], draw: Draw, *, level: Level, crop_size: int, size: int) -> Image | None:
     """Return the crop, decoded and augmented, as RGB of `size` x `size` pixels; None if it cannot be decoded.
 
-    `crop_size` is the side of the encoded crop. The decoder shrinks by a power of two, and what is left to the warp is
-    less than a factor of two, at which bilinear sampling still reads every pixel.
+    `crop_size` is the side of the encoded crop. The decoder shrinks by a power of two, so the warp shrinks by less than
+    two. At such a factor bilinear sampling still reads every pixel.
     """
     side_share = np.sqrt(1 - (1 - MIN_AREA_SHARE) * draw.area) if level == "strong" else 1.0
     reduction = next((n for n in (8, 4, 2) if crop_size * side_share >= n * size), 1)
@@ -78,7 +78,7 @@ def augmented(jpeg: npt.NDArray[np.uint8], draw: Draw, *, level: Level, crop_siz
     if pixels is None:
         return None
     matrix_23 = output_to_crop(pixels.shape[:2], size, draw, side_share)
-    # The border is repeated: black wedges would show the angle, and leave auto contrast nothing to stretch.
+    # The border is repeated. Black corners would show the angle, and leave nothing for auto contrast to stretch.
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     image = cv2.warpAffine(pixels, matrix_23, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return _degraded(_recoloured(image, draw, level), draw) if level == "strong" else _recoloured(image, draw, level)
@@ -87,7 +87,7 @@ def augmented(jpeg: npt.NDArray[np.uint8], draw: Draw, *, level: Level, crop_siz
 def output_to_crop(crop_hw: tuple[int, ...], size: int, draw: Draw, side_share: float) -> npt.NDArray[np.float64]:
     """Return the 2 x 3 matrix from pixel centres of the image to pixel centres of the crop.
 
-    It takes a square of `side_share` of the crop's side, placed by the draw, turned about its middle and maybe flipped.
+    It cuts a square of `side_share` of the crop's side, placed, turned about its middle and flipped by the draw.
     """
     height, width = crop_hw
     angle = np.deg2rad(MAX_ANGLE_DEG * (2 * draw.angle - 1))
@@ -144,7 +144,7 @@ def _between(share: float, limits: tuple[float, float]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """How images are made of crops."""
+    """How images are made from crops."""
 
     level: Level
     crop_size: int
@@ -159,7 +159,7 @@ class Making:
         rows_N: npt.NDArray[np.integer],
         draws_NK: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
-        """Write the images of the crops' rows, black where one cannot be decoded; return where that is [N].
+        """Write the images of some rows; return which crops cannot be decoded [N]. Their images are black.
 
         The draws are None for the level `none`.
         """

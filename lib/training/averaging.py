@@ -1,4 +1,4 @@
-"""The average of a model's weights over its training: validation uses it, and users get it."""
+"""The average of a model's weights over its training. It is validated and saved."""
 
 import copy
 from itertools import compress
@@ -24,7 +24,7 @@ class AveragedWeights:
         self._decay = decay
         self._num_updates = 0
         own, current = _tensors(self.module), _tensors(model)
-        # Integers, such as BatchNorm's count of steps, have no average.
+        # Integers, such as BatchNorm's count of steps, are not averaged.
         is_float = [tensor.is_floating_point() for tensor in own]
         self._averages, self._averaged = list(compress(own, is_float)), list(compress(current, is_float))
         is_other = [not each for each in is_float]
@@ -43,7 +43,7 @@ class AveragedWeights:
         self._num_updates = n + 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages and how many updates made them, as `torch.optim.swa_utils.AveragedModel` names them."""
+        """Return the averages and the number of updates, with the names of `torch.optim.swa_utils.AveragedModel`."""
         averages = {_PREFIX + name: tensor for name, tensor in self.module.state_dict().items()}
         return {_NUM_NAME: torch.tensor(self._num_updates), **averages}
 

@@ -1,6 +1,6 @@
-"""Which epoch's model is kept: a later one, unless it is worse than the best so far by more than chance explains.
+"""Which epoch's model is kept: a later one, unless it is worse than the best so far by more than chance.
 
-Two epochs are compared pair by pair on the same validation people, so their difference is known better than either
+Two epochs are compared pair by pair on the same validation people. So their difference is more certain than either
 figure. Its error is that of another draw of people.
 
 Shape suffixes: P pairs, I people, R resamples.
@@ -19,11 +19,11 @@ Ints = npt.NDArray[np.integer]
 
 NUM_RESAMPLES = 200
 INTERVAL = 1.96
-"""Standard errors on each side of a difference that chance explains in 95 % of cases."""
+"""Standard errors on each side of the 95 % interval of a difference."""
 
 
 class Difference(NamedTuple):
-    """How far an epoch is ahead of another one; below zero where it is worse."""
+    """How far an epoch is ahead of another one; negative if it is worse."""
 
     mean: float
     interval: float
@@ -31,15 +31,15 @@ class Difference(NamedTuple):
 
     @property
     def is_worse(self) -> bool:
-        """Whether more than chance lies behind it."""
+        """Whether it is worse by more than chance."""
         return self.mean < -self.interval
 
 
 def pair_scores(distances_P: npt.NDArray[np.float64], pairs: Pairs, by: Literal["accuracy", "auc"]) -> Floats:
-    """Return each pair's part in a metric: the metric is the mean over the pairs, or the mean of both kinds' means.
+    """Return each pair's part in a metric. The metric is their mean, or the mean of the means of both kinds of pairs.
 
-    By accuracy: whether the pair is judged rightly. By AUC: the share of the pairs of the other kind that stand on the
-    right side of it (the placements of DeLong et al. 1988, equations 4 and 5).
+    Accuracy: whether the pair is judged correctly. AUC: the share of the pairs of the other kind that are on the
+    correct side of it (the placements of DeLong et al. 1988, equations 4 and 5).
     """
     if by == "accuracy":
         return kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P).right_P.astype(np.float32)
@@ -55,8 +55,8 @@ def pair_scores(distances_P: npt.NDArray[np.float64], pairs: Pairs, by: Literal[
 def difference(scores_P: Floats, earlier_P: Floats, pairs: Pairs, people_N: Ints) -> Difference:
     """Return how far the scores are ahead of earlier ones, with the error of another draw of people.
 
-    People are drawn, not pairs, as in `lib.evaluation.intervals`; `people_N` are those of the photos in the pairs. The
-    mean is over both kinds of pairs alike.
+    People are drawn, not pairs, as in `lib.evaluation.intervals`; `people_N` are those of the photos in the pairs. Both
+    kinds of pairs have the same weight.
     """
     ahead_P = scores_P - earlier_P
     if not ahead_P.any():

@@ -1,4 +1,4 @@
-"""Triplet losses: over given triplets, over every semi-hard triplet of a batch, or over all its triplets smoothly.
+"""Losses over given triplets, over the semi-hard triplets of a batch, and the softmax over all its triplets.
 
 Shape suffixes: B triplets, N images of a batch, M all vectors that can be negatives (the batch, then the stored ones),
 Q stored vectors, X pairs of an anchor and a positive, D dimensions of an embedding.
@@ -18,7 +18,7 @@ class TripletLoss(NamedTuple):
     """Loss over given triplets."""
 
     mean: Tensor
-    """Over all triplets, active or not: what `torch.nn.TripletMarginLoss` returns."""
+    """Over all triplets, active or not, as `torch.nn.TripletMarginLoss` returns it."""
     losses: Tensor
     """Of each triplet [B]."""
     active_share: Tensor
@@ -33,13 +33,13 @@ class BatchLoss(NamedTuple):
     """Loss over the semi-hard triplets of a batch."""
 
     mean: Tensor
-    """Over the semi-hard triplets; zero, with a zero gradient, where there is none."""
+    """Over the semi-hard triplets; zero, with a zero gradient, if there is none."""
     num_semihard: Tensor
     num_triplets: Tensor
     """All triplets that the labels allow, semi-hard or not."""
     mean_positive_distance: Tensor
     mean_negative_distance: Tensor
-    """Both over the pairs of all triplets, without gradient; NaN where there is no pair."""
+    """Both over the pairs of all triplets, without gradient; NaN if there is no pair."""
 
 
 def triplet_margin_loss(
@@ -47,8 +47,8 @@ def triplet_margin_loss(
 ) -> TripletLoss:
     """Return max(0, d(anchor, positive) - d(anchor, negative) + margin), d the Euclidean distance or its square.
 
-    Formula: Schroff et al. 2015 (FaceNet), equation 2, where distances are squared. Two equal vectors give a distance
-    of zero with a gradient of zero.
+    Formula: Schroff et al. 2015 (FaceNet), equation 2, with squared distances. Two equal vectors have a distance of
+    zero with a gradient of zero.
     """
     positive_distances_B = _row_distances(anchor_BD, positive_BD, squared)
     negative_distances_B = _row_distances(anchor_BD, negative_BD, squared)
@@ -80,10 +80,10 @@ def batch_triplet_loss(
 ) -> BatchLoss:
     """Return the mean loss of all triplets with d(a, p) < d(a, n) < d(a, p) + margin (FaceNet's semi-hard ones).
 
-    Every image is an anchor, but for those with a label below zero, which are left out (crops that could not be
-    decoded); positives come from the batch; negatives from the batch and from the extra vectors, which get no gradient.
-    Memory grows with N x M, not with the number of triplets: once the semi-hard triplets are chosen, the loss is a
-    weighted sum of distances, where a distance weighs as often as triplets use it; only those counts are needed.
+    Every image is an anchor, except those with a label below zero (crops that could not be decoded), which are left
+    out. Positives come from the batch, negatives from the batch and the extra vectors. The extra vectors get no
+    gradient. Memory grows with N x M, not with the number of triplets: the loss is a sum of distances, each weighted by
+    the number of semi-hard triplets that use it, so only these counts are needed.
     """
     pool_MD, pool_labels_M = _with_extra(embeddings_ND, labels_N, extra_negatives_QD, extra_labels_Q)
     distances_NM = torch.cdist(embeddings_ND.float(), pool_MD.float())
@@ -103,7 +103,7 @@ def batch_triplet_loss(
 
 
 def _mean_where(mask_NM: Tensor, values_NM: Tensor) -> Tensor:
-    """Return `values_NM[mask_NM].mean()`, which would wait for the device to know how many there are."""
+    """Return `values_NM[mask_NM].mean()`. Indexing itself would wait for the device, to know the number of values."""
     return values_NM.where(mask_NM, 0).sum() / mask_NM.sum()
 
 
@@ -112,8 +112,8 @@ def _semihard_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return each distance's weight in the sum over semi-hard triplets, and the number of these triplets.
 
-    Every anchor's distances are sorted, so that a positive counts its negatives, and a negative its positives, by two
-    searches each; both compare d(a, p) < d(a, n) < far(a, p), so that both find the same triplets.
+    The distances of every anchor are sorted. Then two searches count the negatives of a positive, and two the positives
+    of a negative. All compare d(a, p) < d(a, n) < far(a, p), so they find the same triplets.
     """
     infinity = float("inf")
     near_NM, far_NM = distances_NM, distances_NM + margin
@@ -137,22 +137,23 @@ def batch_softmax_loss(
 ) -> Tensor:
     """Return the mean over anchors a and positives p of log(1 + sum over negatives n of exp(s(a, n) - s(a, p))).
 
-    s(x, y) is -|x - y|^2 / 2T, with T the temperature: the cosine similarity over T, but for a constant, where vectors
-    have length 1. Anchors, positives and negatives are those of `batch_triplet_loss`. Each pair meets all negatives at
-    once, the nearest weighing most; as T goes to zero, T times the loss becomes that of the pair's hardest triplet, by
-    half the squared distances and without a margin. Zero, with a zero gradient, where there is no pair.
+    s(x, y) is -|x - y|^2 / 2T, with the temperature T. For vectors of length 1 this is the cosine similarity over T, up
+    to a constant. Anchors, positives and negatives are those of `batch_triplet_loss`. Each pair is compared with all
+    negatives, and the nearest ones weigh most. As T goes to zero, T times the loss becomes the loss of the pair's
+    hardest triplet, by half the squared distances and without a margin. Without a pair it is zero, with a zero
+    gradient.
 
-    Formula: Sohn 2016 (multi-class N-pair loss), equation 6, with each positive of the batch in turn, and with a
-    temperature as in Khosla et al. 2020 (supervised contrastive learning); unlike there, the other positives do not
-    stand among the negatives.
+    Formula: Sohn 2016 (multi-class N-pair loss), equation 6, for each positive of the batch, with a temperature as in
+    Khosla et al. 2020 (supervised contrastive learning). Unlike there, the other positives are not among the
+    negatives.
     """
     pool_MD, pool_labels_M = _with_extra(embeddings_ND, labels_N, extra_negatives_QD, extra_labels_Q)
     with torch.autocast(embeddings_ND.device.type, enabled=False):
         anchors_ND, pool_MD = embeddings_ND.float(), pool_MD.float()
-        # |a|^2 is left out: it is the same in all scores of an anchor, and they are only compared with each other.
+        # |a|^2 is left out: it is the same in all scores of an anchor, which are only compared with each other.
         scores_NM = (anchors_ND @ pool_MD.T - pool_MD.square().sum(dim=1) / 2) / temperature
     positive_NM, negative_NM = _pairs(labels_N, pool_labels_M)
-    # A finite number, because an anchor without negatives would have NaN for a gradient with an infinite one.
+    # A finite number: with an infinite one, the gradient of an anchor without negatives would be NaN.
     negative_scores_NM = scores_NM.masked_fill(~negative_NM, torch.finfo(scores_NM.dtype).min)
     losses_NM = functional.softplus(torch.logsumexp(negative_scores_NM, dim=1, keepdim=True) - scores_NM)
     return losses_NM.where(positive_NM, 0).sum() / positive_NM.sum().clamp(min=1)
@@ -169,7 +170,7 @@ def _with_extra(
 
 
 def _pairs(labels_N: Tensor, pool_labels_M: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which vectors are positives, and which negatives, of each image [N, M]."""
+    """Return which vectors are positives of each image, and which are negatives [N, M]."""
     known_NM = (labels_N >= 0)[:, None] & (pool_labels_M >= 0)
     same_NM = labels_N[:, None] == pool_labels_M
     positive_NM = (same_NM & known_NM).fill_diagonal_(False)
@@ -178,10 +179,10 @@ def _pairs(labels_N: Tensor, pool_labels_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_batch(embeddings_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the embeddings and labels of all workers, in order of rank; every worker must bring equally many.
+    """Return the embeddings and labels of all workers, in order of rank. Each must give the same number.
 
-    The gradient of a worker's own part is the sum of what the losses of all workers ask of it. Averaged by DDP, that is
-    the gradient of the mean of the workers' losses: one process with the whole batch gets the same.
+    The gradient of a worker's own part is the sum of the gradients of all workers' losses. DDP averages it. So it is
+    the gradient of the mean of the losses, the same as in one process with the whole batch.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return embeddings_ND, labels_N

@@ -1,4 +1,4 @@
-"""What a step minimises, and what an epoch adds up over its steps.
+"""The objective: the loss that a step minimises, and the sums of an epoch over its steps.
 
 Shape suffixes: N images of a batch, D dimensions of an embedding.
 """
@@ -22,7 +22,7 @@ from lib.training.settings import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """Of one step; tensors, so that reading them does not wait for the device."""
+    """Figures of one step. They are tensors, so that adding them does not wait for the device."""
 
     loss: Tensor
     num_active: Tensor
@@ -46,7 +46,7 @@ def objective(
     config: TrainConfig,
     centre_loss: CentreLoss | None = None,
 ) -> StepFigures:
-    """Return the loss of a step, to be differentiated; images that could not be decoded have no part in it."""
+    """Return the loss of a step, to be differentiated. Images that could not be decoded are left out."""
     terms = config.objective.terms
     is_of_triplets = config.sampling.batch == "triplets"
     all_ND, all_labels_N = embeddings_ND, torch.empty(0)
@@ -92,7 +92,7 @@ def people_loss(
 ) -> BatchLoss:
     """Return the loss of a people x photos batch; the counts are always those of semi-hard triplets.
 
-    A run whose loss goes by centres alone is measured by the softmax: the centres know no validation people.
+    For a loss over centres alone it is the softmax, because validation people have no centres.
     """
     extra: dict[str, Any] = {"extra_negatives_QD": extra_negatives_QD, "extra_labels_Q": extra_labels_Q}
     term = config.objective.terms.batch
@@ -127,10 +127,10 @@ def _triplets(embeddings_ND: Tensor, batch: TrainingBatch, config: TrainConfig) 
 
 
 class EpochSums:
-    """Adds up the figures of an epoch's steps on the device; read at its end, or for a checkpoint."""
+    """Sums the figures of an epoch's steps on the device. They are read at its end, or for a checkpoint."""
 
     def __init__(self, device: torch.device, earlier: dict[str, float]) -> None:
-        """Go on from what a checkpoint within the epoch had added up."""
+        """Start with the sums of a checkpoint within the epoch."""
         self._sums = torch.tensor([earlier.get(name, 0.0) for name in SUM_NAMES], dtype=torch.float64).to(device)
 
     def add(self, figures: StepFigures, num_images: int) -> None:

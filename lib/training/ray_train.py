@@ -1,6 +1,6 @@
-"""Ray Train for our runs: quiet, and with torch only in the workers, because loading it takes seconds.
+"""Ray Train for our runs: quiet, and with torch only in the workers, because importing it takes seconds.
 
-What Ray Train's controller gets lies in this module, or is packed: the controller only watches the workers.
+Ray Train's controller, which only watches the workers, gets what is in this module, and packed settings.
 """
 
 import os
@@ -39,7 +39,7 @@ class _Backend(Backend):
     def on_start(self, worker_group: Any, backend_config: "Torch") -> None:
         """Connect the workers of one start."""
         if backend_config.folder:
-            # A file for this start only: torch's usual store listens on all networks.
+            # A file for this start alone: torch's usual store listens on all networks.
             place, url = {}, (Path(backend_config.folder) / f"workers-{uuid.uuid4().hex}").as_uri()
         else:
             address, port = worker_group.execute_single(0, get_address_and_port)
@@ -64,7 +64,7 @@ class Torch(BackendConfig):
 
     Attributes:
         backend: torch's, such as gloo.
-        folder: of this machine, seen by all workers; empty where they are on several machines.
+        folder: on this machine, seen by all workers; empty if they are on several machines.
     """
 
     backend: str
@@ -121,8 +121,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 class ClusterTrainer(DataParallelTrainer):
     """Ray Train's trainer without its placement group cleaner, and without a process for Ray Data, which is not used.
 
-    The cleaner asks the dashboard each second, and where there is none it complains each second. What it would free
-    after a driver was killed, Ray frees by itself, for it belongs to the job.
+    The cleaner asks the dashboard each second, and warns each second if there is none. It would free resources after a
+    driver was killed, but Ray itself frees them, because they belong to the job.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -137,7 +137,7 @@ class ClusterTrainer(DataParallelTrainer):
 class OneMachineTrainer(ClusterTrainer):
     """The same for a local cluster, which loses no nodes and whose processes have the driver's environment.
 
-    With one of Ray Train's own, each of its processes would have to be started anew, and twice.
+    With an environment of Ray Train's own, each process would have to start twice.
     """
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -149,10 +149,10 @@ class OneMachineTrainer(ClusterTrainer):
 
 
 class _Fixed(FixedScalingPolicy):
-    """A fixed number of workers. A local cluster has no autoscaler to ask, and its process would take seconds."""
+    """A fixed number of workers. A local cluster has no autoscaler, and the process that asks for it takes seconds."""
 
     def after_controller_start(self, _: Any) -> None:
-        """Ask for nothing, here and below."""
+        """Request nothing, here and below."""
 
     def _maybe_send_resource_request(self) -> None: ...
 

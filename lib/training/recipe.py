@@ -1,6 +1,6 @@
-"""`--recipe`: which losses a run goes through, in stages of whole epochs, by what its faces table and weights are.
+"""`--recipe`: the losses of a run, in stages of whole epochs, chosen by its faces table and initial weights.
 
-A stage is a function of the epoch alone. At its end the workers take up the checkpoint just written, as after a kill.
+A stage depends on the epoch alone. At its end the workers load the checkpoint just written, as after a kill.
 """
 
 from dataclasses import dataclass, replace
@@ -12,20 +12,20 @@ from lib.training.checkpoints import Progress
 from lib.training.settings import Recipe, Stage, TrainConfig
 
 MANY_PEOPLE, MANY_PHOTOS = 1_000, 10.0
-"""Identities, and photos of each in the mean, from which centres are learnt first. Class-centre losses are published on
-sets beyond both, such as CASIA-WebFace (Yi et al. 2014: 10,575 people, 47 photos each). Not measured here."""
+"""With so many identities, and photos of each on average, centres are learnt first. Class-centre losses are published
+on larger sets, such as CASIA-WebFace (Yi et al. 2014: 10,575 people, 47 photos each). Not measured here."""
 
 ALL_CENTRES = 100_000
-"""Identities up to which each step compares with all centres; a tenth of them beyond that (An et al. 2022)."""
+"""Up to so many identities each step compares with all centres; above it with a tenth of them (An et al. 2022)."""
 
 FROZEN_STAGES, FROZEN_SHARE = 3, 0.2
-"""Stages that keep their weights while the head learns, and the share of the epochs."""
+"""Frozen stages of the backbone while the head learns, and the share of the epochs for that."""
 CENTRES_SHARE = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableCounts:
-    """What the training photos are."""
+    """Numbers of training photos and people."""
 
     photos: int
     people: int
@@ -37,7 +37,7 @@ class TableCounts:
 
 
 def with_recipe(config: TrainConfig, counts: TableCounts) -> TrainConfig:
-    """Return the settings with the stages of their recipe; flags that were given hold in every stage."""
+    """Return the settings with the stages of their recipe. Flags of the user hold in every stage."""
     name, why = str(config.recipe), "asked for"
     if name == "none":
         return config
@@ -95,7 +95,7 @@ def stage_of(config: TrainConfig, epoch: int) -> int:
 
 
 def of_stage(config: TrainConfig, progress: Progress) -> TrainConfig:
-    """Return the settings of the stage that a run is in; without pretrained weights nothing is frozen."""
+    """Return the settings of the present stage of a run; without pretrained weights nothing is frozen."""
     if config.staged is None:
         return config
     settings = dict(config.staged.stages[stage_of(config, progress.epoch)].settings)
@@ -108,7 +108,7 @@ def all_settings(config: TrainConfig) -> list[TrainConfig]:
     """Return the settings of every stage.
 
     Raises:
-        UserError: flags that were given do not fit what the recipe adds.
+        UserError: flags of the user do not fit the settings of the recipe.
     """
     if config.staged is None:
         return [config]

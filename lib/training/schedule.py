@@ -1,4 +1,4 @@
-"""Schedules of training: the learning rate by the share done, the hardness of negatives by the history."""
+"""Schedules of training: the learning rate by the progress, the hardness of negatives by the history."""
 
 import math
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ PRETRAINED_CLIP_NORM, RANDOM_CLIP_NORM = 100.0, 5.0
 """Largest norm of the gradients, by the backbone's initial weights (docs/measurements.md compares)."""
 
 USUAL_LR, FINE_LR = 9e-4, 1e-4
-"""Peak learning rates. The first was measured with efficientnet-lite0. The second is a rate that the papers of ConvNeXt
-(Liu et al. 2022, table 5: 5e-5) and ViT stay near to when they fine-tune; it was not measured here."""
+"""Peak learning rates. The first was measured with efficientnet-lite0. The second is near those of the papers of
+ConvNeXt (Liu et al. 2022, table 5: 5e-5) and ViT for fine-tuning; it was not measured here."""
 
 
 def usual_lr(*, is_pretrained: bool, has_batch_norm: bool) -> float:
@@ -35,7 +35,7 @@ def learning_rate(highest: float, progress: float, warmup_share: float) -> float
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Which negatives are used, and since when."""
+    """The policy of negatives, and its first epoch."""
 
     negatives: Hardness
     first_epoch: int
@@ -58,14 +58,14 @@ def next_phase(
     were_kept: Sequence[bool] = (),
     had_hard: bool = False,
 ) -> tuple[Phase, str]:
-    """Return the phase of the epoch after `epoch`, and what to tell the user where it is another one.
+    """Return the phase of the epoch after `epoch`, and a line for the user if it is another phase.
 
     Args:
         policy: `--negatives`; only `auto` and `hard` ever change.
         losses: validation losses with random negatives, of every epoch of the phase.
         variances: of the validation embeddings, of every epoch so far.
         were_kept: of every epoch of the phase, whether its model was as good as the best so far.
-        had_hard: whether there was a phase of hard negatives before this one: there is one at most.
+        had_hard: whether there was a phase of hard negatives before; there is at most one.
     """
     if policy == "auto" and phase.negatives == "hard" and len(were_kept) >= patience and not any(were_kept):
         note = f"{len(were_kept)} epochs of hard negatives were all worse than before: random negatives again"

@@ -1,4 +1,4 @@
-"""The images of a verification set, such as lfw.bin, as a cache file of faces: a row an image, named by its number."""
+"""The images of a verification set, such as lfw.bin, as a cache file: one row for each image, named by its number."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ class SetFaces:
     url: str
     num_bytes: int
     mark: str
-    """As `lib.storage.file_info` gives it: another one means other content."""
+    """The mark of `lib.storage.file_info`; it changes with the content."""
 
 
 def build_set_cache(faces: SetFaces, cache_dir: str) -> str:
-    """Return the path of the cache file of a set, after making it where it is not there yet.
+    """Return the path of the cache file of a set, and make the file if it does not exist.
 
     Raises:
         UserError: the file is gone or no set, or `cache_dir` cannot be written to; JobError: the disk is full.

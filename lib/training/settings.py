@@ -1,4 +1,4 @@
-"""The configuration of a run: its flags, what they may be together, and which of them make it another run."""
+"""The configuration of a run: its flags, which of them go together, and which decide its result."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -26,18 +26,18 @@ from lib.training.flag_groups import (
 from lib.training.triplets import PhotoIndex
 
 HIDDEN = ("given", "staged")
-"""Fields that are no flags."""
+"""Fields that are not flags."""
 
 FREE_SETTINGS = (
     *("data", "faces", "name", "workers", "gpus", "cache_dir", "loader_threads"),
     *("compile", "checkpoint_activations"),
     *("checkpoint_minutes", "max_failures", "wait_minutes", "dry_run", "from_sweep", "track"),
 )
-"""What may differ when a run goes on: where it computes and reads, but not what it computes."""
+"""Settings that may differ when a run is resumed: where it computes and reads, but not what it computes."""
 
 
 USUAL_BATCH, LARGEST_BATCH = 96, 1024
-"""Images of a batch that `--batch-size auto` takes on a CPU, and that it takes on a GPU at most."""
+"""Images of a batch with `--batch-size auto`: on a CPU, and at most on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,11 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What `--recipe` came to."""
+    """The stages of `--recipe`."""
 
     name: str
     reason: str
-    """What is done and why, in one line."""
+    """What is done, and why, in one line."""
     stages: tuple[Stage, ...]
 
 
@@ -92,9 +92,9 @@ class TrainConfig:
     dry_run: bool = False
     """Check the input and print the plan, then stop."""
     given: tyro.conf.Suppress[tyro.conf.Fixed[tuple[str, ...]]] = ()
-    """Names of the flags that the user gave, which a recipe leaves alone."""
+    """Names of the flags of the user, which a recipe does not change."""
     staged: tyro.conf.Suppress[tyro.conf.Fixed[Recipe | None]] = None
-    """What the recipe came to, once the faces are known."""
+    """The stages of the recipe, once the faces are known."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -148,7 +148,7 @@ class TrainConfig:
 
     @property
     def negatives(self) -> NegativePolicy:
-        """How negatives are chosen: `--negatives`, where the batch has any."""
+        """How negatives are chosen: `--negatives`, or random if the batch has none."""
         return "random" if self.sampling.batch == "photos" else self.mining.negatives
 
     @property
@@ -162,7 +162,7 @@ class TrainConfig:
         return cls().replaced(**settings)
 
     def replaced(self, **settings: Any) -> Self:
-        """Return the settings with other values, by the names of their flags."""
+        """Return the settings with some other values, by the names of their flags."""
         own = {name: value for name, value in settings.items() if name not in GROUP_OF}
         grouped: dict[str, dict[str, Any]] = {}
         for name in settings.keys() & GROUP_OF.keys():
@@ -172,7 +172,7 @@ class TrainConfig:
         )
 
     def flat(self) -> dict[str, Any]:
-        """Return all values by the names of their flags, as `config.json` holds them."""
+        """Return all values by the names of their flags, as in `config.json`."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in HIDDEN}
         for group in dict.fromkeys(GROUP_OF.values()):
             values |= asdict(values.pop(group))
@@ -180,13 +180,13 @@ class TrainConfig:
 
     @property
     def smallest_batch(self) -> int:
-        """Images without which a batch has no negative: two triplets, or two people."""
+        """Smallest batch with a negative, in images: two triplets, or two people."""
         if self.sampling.batch == "photos":
             return 2
         return 6 if self.sampling.batch == "triplets" else 2 * self.sampling.photos_per_person
 
     def with_batch_of(self, num_images: int | None) -> "TrainConfig":
-        """Return the settings with a number in the place of `auto`: what fits into memory, None where nobody asked."""
+        """Return the settings with a number instead of `auto`: what fits into memory, None if there is no GPU."""
         if num_images is None:
             return replace(self, batch_size=USUAL_BATCH)
         whole = {"triplets": 3, "photos": 1}.get(self.sampling.batch, self.sampling.photos_per_person)
@@ -200,7 +200,7 @@ class TrainConfig:
 
     @property
     def photos_of_singles(self) -> int:
-        """People with one photo that take the place of one person in a batch; 0 leaves them out."""
+        """Number of single photos that take the place of one person in a batch; 0 leaves them out."""
         return self.sampling.photos_per_person if self.objective.terms.centre is not None else 0
 
     def people_per_batch(self, index: PhotoIndex) -> int:
@@ -218,7 +218,7 @@ class TrainConfig:
         return self.people_per_batch(index) * self.sampling.photos_per_person
 
     def loss_settings(self) -> dict[str, str | float]:
-        """Return the settings that the loss goes by."""
+        """Return the settings of the loss."""
         objective, terms = self.objective, self.objective.terms
         settings: dict[str, str | float] = {"loss": objective.loss}
         if self.sampling.batch == "triplets" and terms.batch is not None:
@@ -233,12 +233,12 @@ class TrainConfig:
 
     @property
     def faces_url(self) -> str:
-        """Where the faces are."""
+        """URL of the faces table."""
         return Layout(self.data).faces(self.faces)
 
     @property
     def run_url(self) -> str:
-        """Where the run goes."""
+        """URL of the run's folder."""
         return storage.join(Layout(self.data).runs(), self.name)
 
     def with_absolute_paths(self) -> "TrainConfig":
@@ -259,7 +259,7 @@ class TrainConfig:
         return (str(self.validation.num_pairs), *(absolute_url(url, "--val-pairs") for url in files))
 
     def content(self, faces: dict[str, Any]) -> dict[str, Any]:
-        """Return what `config.json` holds: every setting that decides the result, and the faces' own run."""
+        """Return the content of `config.json`: all settings that decide the result, and the version of the faces."""
         decisive = {name: value for name, value in self.flat().items() if name not in FREE_SETTINGS}
         decisive["init"] = storage.redacted(self.init)
         decisive["val_faces"] = self.validation.val_faces and storage.redacted(self.validation.val_faces)

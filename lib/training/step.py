@@ -1,4 +1,4 @@
-"""A training step: forward, loss, backward, update. It never waits for a GPU, which works some steps behind."""
+"""A training step: forward, loss, backward, update. It never waits for the GPU, which is some steps behind."""
 
 import collections
 import contextlib
@@ -25,10 +25,10 @@ from lib.training.settings import TrainConfig
 from lib.training.state import TrainingState
 
 CENTRES_RATE = 10
-"""Learning rate of the centres over that of the model, where the user gives none."""
+"""Default learning rate of the centres, as a multiple of the model's."""
 
 MAX_STEPS_UNCHECKED = 32
-"""Steps that a GPU may be behind before the oldest one's gradient is waited for, to see whether it is finite."""
+"""Steps that a GPU may be behind. Then the oldest gradient is waited for, to see whether it is finite."""
 
 
 class TrainingStep:
@@ -50,7 +50,7 @@ class TrainingStep:
         store: FeatureStore | None = None,
         identities: Sequence[str] = (),
     ) -> None:
-        """Train on photos with these labels; a store is given the features that steps compute anyway.
+        """Train on photos with these labels. A store gets the features that steps compute anyway.
 
         The names of the identities are for messages.
         """
@@ -60,7 +60,7 @@ class TrainingStep:
         self._labels_N = labels_N
         self._device = device
         self._precision = devices.chosen_precision(config.run.precision, device)
-        # Augmented photos have other features than those that the store holds.
+        # The store has features of photos without augmentation.
         self._store = store if config.sampling.augment == "none" else None
         self._model: nn.Module = state.model
         if collective.num_workers() > 1:
@@ -79,7 +79,7 @@ class TrainingStep:
     def __call__(
         self, batch: TrainingBatch, sums: EpochSums, lr: float, *, share: float = 1.0, is_last: bool = True
     ) -> None:
-        """Train on a batch. Its gradient has this share in the update, which the last batch of a step makes.
+        """Train on a batch. Its gradient has this share in the update, which follows the last batch of a step.
 
         Raises:
             JobError: the gradient of an earlier step was not finite.
@@ -119,7 +119,7 @@ class TrainingStep:
         )
 
     def settle(self) -> None:
-        """Wait for all that the steps have left to the device.
+        """Wait for all work of the device.
 
         Raises:
             JobError: a gradient was not finite.
@@ -142,9 +142,9 @@ class TrainingStep:
         state.progress = dataclasses.replace(state.progress, step=state.progress.step + 1)
 
     def _check_norms(self, *, max_left: int) -> None:
-        """Look at the gradients' norms that have come from the device, and wait for all but so many.
+        """Check the norms of gradients that have come from the device, and wait for all but `max_left`.
 
-        Gradients are the mean over the workers: all see one that is not finite, before anything is written.
+        Gradients are means over the workers, so all workers notice one that is not finite before anything is written.
         """
         while self._norms and (len(self._norms) > max_left or self._norms[0][1].is_there):
             place, norm = self._norms.popleft()
@@ -160,7 +160,7 @@ class TrainingStep:
                 )
 
     def _write_features(self, *, wait: bool) -> None:
-        """Give the store the features that have come from the device."""
+        """Write the features that have come from the device into the store."""
         while self._features and (wait or self._features[0][1].is_there):
             assert self._store is not None
             batch, features, step = self._features.popleft()

@@ -25,7 +25,7 @@ class SuspectLog:
         return len(self._similarities)
 
     def add(self, anchors_X: Ints, rows_X: Ints, similarities_X: npt.NDArray[np.floating]) -> None:
-        """Note some pairs and their cosine similarity."""
+        """Add some pairs and their cosine similarities."""
         for anchor, row, similarity in zip(anchors_X.tolist(), rows_X.tolist(), similarities_X.tolist(), strict=True):
             self._note((min(anchor, row), max(anchor, row)), similarity)
         self._shrink()

@@ -1,6 +1,6 @@
-"""Which photos an epoch trains on: triplets, or batches of people x photos, and how often each photo has served.
+"""The photos of an epoch: triplets, or batches of people x photos, and how often each photo was used.
 
-Every draw depends on (seed, epoch, rank) and the labels alone, so that an epoch that is redone draws the same again.
+Every draw depends on (seed, epoch, rank) and the labels alone, so a repeated epoch draws the same.
 
 Shape suffixes: N photos (rows), I identities, T triplets, P people of a batch, K photos of each, M people to draw
 photos of, S seeds, V neighbours of a seed.
@@ -26,10 +26,10 @@ _NO_PHOTO = np.iinfo(np.int64).max
 
 
 class Confusable(Protocol):
-    """Answers with the people whom the model confuses with these."""
+    """Returns the people whom the model confuses with some seeds."""
 
     def __call__(self, seeds_S: Ints, *, num_neighbours: int) -> Ints:
-        """Return for each seed identity others near to it, nearest first, -1 for none [S, V]."""
+        """Return for each seed identity its neighbours, nearest first, -1 for none [S, V]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class Triplets:
 
 
 class PhotoIndex:
-    """Rows grouped by identity: the photos of a person are found in constant time.
+    """Rows grouped by identity, to find the photos of a person in constant time.
 
     Attributes:
         labels_N: identity number of each row.
@@ -58,7 +58,7 @@ class PhotoIndex:
         """Group the rows; `excluded_rows` (photos found corrupt) are never drawn.
 
         Raises:
-            UserError: only one identity, or none with two photos where pairs are needed.
+            UserError: there is only one identity, or pairs are needed and none has two photos.
         """
         self.labels_N = labels_N
         self.usable_N = np.ones(len(labels_N), bool)
@@ -79,14 +79,14 @@ class PhotoIndex:
             raise UserError(f"{problem}; add photos and run jobs/preprocess.py on them first")
 
     def num_places(self, photos_of_singles: int) -> int:
-        """Return how many people a batch can hold, where so many single photos take the place of one person."""
+        """Return how many people a batch can have, if so many single photos take the place of one person."""
         return len(self.pairable) + (len(self.singles) // photos_of_singles if photos_of_singles else 0)
 
     def draw_photos(self, people_M: Ints, num_photos: int, rng: np.random.Generator) -> Ints:
-        """Return `num_photos` rows of each person, evenly drawn [M, K].
+        """Return `num_photos` random rows of each person [M, K].
 
-        No photo comes again before all of the person's have been drawn, so a person with too few photos is
-        oversampled, each photo as often as the others to within one.
+        No photo repeats before all photos of the person were drawn. So a person with too few photos is oversampled
+        evenly.
         """
         counts_M = self._counts_I[people_M]
         draws_MK = rng.random((len(people_M), num_photos))
@@ -96,7 +96,7 @@ class PhotoIndex:
             num_taken_M = k % counts_M
             taken_MK[num_taken_M == 0] = _NO_PHOTO
             photos_M = (draws_MK[:, k] * (counts_M - num_taken_M)).astype(np.int64)
-            # A number among those left becomes a number among all: each one taken at or below it moves it up.
+            # Turn an index among the rows left into one among all: each row taken at or below it adds one.
             for taken_M in np.sort(taken_MK[:, :k], axis=1).T:
                 photos_M += photos_M >= taken_M
             taken_MK[:, k] = photos_MK[:, k] = photos_M
@@ -104,9 +104,9 @@ class PhotoIndex:
 
 
 def draw_triplets(index: PhotoIndex, num_triplets: int, *, seed: int, epoch: int = 0, rank: int = 0) -> Triplets:
-    """Draw an identity evenly over those with two photos, two different photos of it, and a photo of someone else.
+    """Draw triplets: two different photos of a random identity, and a photo of someone else.
 
-    One call with a seed of its own gives the fixed triplets of validation.
+    Validation calls this once, with a seed of its own, for its fixed triplets.
     """
     rng = np.random.default_rng((seed, epoch, rank))
     people_T = index.pairable[rng.integers(len(index.pairable), size=num_triplets)]
@@ -120,21 +120,20 @@ def draw_triplets(index: PhotoIndex, num_triplets: int, *, seed: int, epoch: int
 class IdentityBatchSampler:
     """Draws batches of P people x K photos.
 
-    The people come in random order, each once before any comes again (people left over at the end of a round are
-    passed over in that round), so that all serve evenly. With `confusable`, a share of each batch is filled with
-    people near to its seeds instead. People with one photo have no positive: they are left out, or K of their photos
-    take the place of one person.
+    The people come in random order, and each comes once in a round. A round leaves out the people that do not fill a
+    batch at its end. With `confusable`, a share of each batch are people near to its seeds. People with one photo have
+    no positive: they are left out, or K of their photos take the place of one person.
     """
 
     index: PhotoIndex
     num_people: int
-    """P, at most the number of identities with two photos, and of groups of K singles where these take part."""
+    """P: at most the number of identities with two photos, plus groups of K singles if these take part."""
     num_photos: int
-    """K, two or more; people with fewer photos are oversampled."""
+    """K: two or more; people with fewer photos are oversampled."""
     seed: int
     rank: int = 0
     confusable_share: float = 0.75
-    """Share of the people that `confusable` fills; the rest are its seeds."""
+    """Share of the people that `confusable` chooses; the others are its seeds."""
     with_singles: bool = False
     """Whether people with one photo take part, in batches without confusable people."""
 
@@ -151,7 +150,7 @@ class IdentityBatchSampler:
             raise UserError(f"a share of {self.confusable_share} confusable people: allowed is 0 up to, not with, 1")
 
     def batches(self, epoch: int, num_batches: int, confusable: Confusable | None = None) -> Iterator[Ints]:
-        """Yield the rows of each batch [P, K]; `confusable` is asked when a batch is drawn, so it may change."""
+        """Yield the rows of each batch [P, K]. `confusable` is called for each batch, so its answer may change."""
         rng = np.random.default_rng((self.seed, epoch, self.rank))
         if self.with_singles and (confusable is None or self.num_people > len(self.index.pairable)):
             yield from itertools.islice(self._with_groups(rng), num_batches)
@@ -170,7 +169,7 @@ class IdentityBatchSampler:
                 yield people[start : start + self.num_people]
 
     def _with_groups(self, rng: np.random.Generator) -> Iterator[Ints]:
-        """Yield batches whose places are people, or groups of singles, each once a round."""
+        """Yield batches of people or groups of singles, each once in a round."""
         num_groups, people = len(self.index.singles) // self.num_photos, self.index.pairable
         while True:
             singles = rng.permutation(self.index.singles)[: num_groups * self.num_photos]
@@ -198,17 +197,17 @@ class IdentityBatchSampler:
 def shuffled_photos(
     index: PhotoIndex, size: int, *, seed: int, epoch: int, rank: int, num_workers: int
 ) -> Iterator[Ints]:
-    """Yield batches of photos in random order [size, 1] without end; the workers share an order of all photos."""
+    """Yield batches of photos in random order [size, 1], without end. The workers share one order of all photos."""
     order = np.random.default_rng((seed, epoch)).permutation(np.flatnonzero(index.usable_N))[rank::num_workers]
     for start in itertools.count(0, size):
         yield order[(start + np.arange(size)) % len(order)][:, None]
 
 
 class UsageCounter:
-    """How often each photo served as anchor, positive and negative.
+    """How often each photo was anchor, positive and negative.
 
     Attributes:
-        counts_3N: int32, a row for each of `ROLES`; a checkpoint keeps it, and ranks are merged by adding it up.
+        counts_3N: int32, a row for each of `ROLES`; a checkpoint keeps it, and the sum is that of all ranks.
     """
 
     def __init__(self, num_photos: int) -> None:
@@ -231,6 +230,6 @@ class UsageCounter:
         }
 
     def table(self, photos: pa.Array | pa.ChunkedArray) -> pa.Table:
-        """Return the counts beside the names of the photos, as `usage.parquet` holds them."""
+        """Return the counts with the names of the photos, the content of `usage.parquet`."""
         counts = {role: pa.array(counts_N) for role, counts_N in zip(ROLES, self.counts_3N, strict=True)}
         return pa.table({"photo": photos, **counts})

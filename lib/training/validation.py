@@ -1,8 +1,8 @@
-"""What an epoch is judged by: fixed photos of people it never trained on, in fixed pairs, triplets and batches.
+"""Validation of an epoch: fixed photos of people who are not trained on, in fixed pairs, triplets and batches.
 
 Every photo is embedded once an epoch; all figures are computed from these embeddings.
 
-Shape suffixes: V photos looked at, P pairs, T triplets, D dimensions of an embedding.
+Shape suffixes: V validation photos, P pairs, T triplets, D dimensions of an embedding.
 """
 
 import math
@@ -31,44 +31,44 @@ Ints = npt.NDArray[np.integer]
 NUM_FOLDS = 10
 REPORTED_FAR = 1e-3
 ENOUGH_PEOPLE = 200
-"""Validation people below which a run says how little its figures mean."""
+"""With fewer validation people a run warns that its figures mean little."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What validation says of an epoch's model."""
+    """The validation figures of an epoch's model."""
 
     row: dict[str, Any]
     """For the history."""
     loss: float
-    """Under the epoch's own policy of negatives; NaN where there are no validation people."""
+    """With the epoch's own policy of negatives; NaN without validation people."""
     loss_random: float
-    """With random negatives, whatever the policy."""
+    """With random negatives, for any policy."""
     variance: float
-    """Sum over the dimensions of the variance of the embeddings; near 0 where all are alike."""
+    """Variance of the embeddings, summed over the dimensions; near 0 if all are alike."""
     metrics: dict[str, Any]
-    """Of the verification, as `lib.evaluation.metrics.verification_figures` names them; empty where there is none."""
+    """Of the verification, as `lib.evaluation.metrics.verification_figures` names them; empty without pairs."""
     scores_P: Floats | None = None
-    """Each pair's part in the metric of `--best-by`; None where that is no metric of pairs."""
+    """Each pair's part in the metric of `--best-by`; None if that is no metric of pairs."""
 
 
 def figures_row(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return what the history says of a verification."""
+    """Return the entries of the history for a verification."""
     figures = {name: metrics[name] for name in ("accuracy", "accuracy_std", "auc", "eer")}
     return {**figures, "tar_at_far_1e-3": metrics["tar_at_far"][far_key(REPORTED_FAR)]}
 
 
 class Validation:
-    """The fixed photos and what is asked about them.
+    """The fixed photos, pairs, triplets and batches.
 
     Attributes:
-        rows_V: rows of the cache to embed, ascending; empty where the split shows too few people.
-        problem: why there are no figures, or no verification; empty where there are all.
-        notice: how little the figures say where the people are few; else empty.
+        rows_V: rows of the cache to embed, ascending; empty if the split has too few people.
+        problem: why there are no figures, or no verification; else empty.
+        notice: warns that few people make the figures uncertain; else empty.
     """
 
     def __init__(self, cache: FaceCache | None, config: TrainConfig) -> None:
-        """Choose whole people by the seed until there are `--val-photos` of them, then pairs and triplets."""
+        """Choose whole people by the seed up to `--val-photos` photos, then pairs and triplets of them."""
         self._config = config
         self.problem = self.notice = ""
         self.rows_V: Ints = np.empty(0, np.int64)
@@ -95,7 +95,7 @@ class Validation:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether there are pairs of validation people, which then decide which epoch is kept."""
+        """Whether there are pairs of validation people. They then decide which epoch is kept."""
         return self._pairs is not None
 
     def figures(self, embeddings_VD: Floats, negatives: str) -> Figures:
@@ -132,7 +132,7 @@ class Validation:
         )
 
     def ahead(self, scores_P: Floats, earlier_P: Floats) -> Difference:
-        """Return how far an epoch's scores are ahead of an earlier one's, with the error of that."""
+        """Return how far an epoch's scores are ahead of an earlier epoch's, with the error of that."""
         assert self._index is not None
         assert self._pairs is not None
         return difference(scores_P, earlier_P, self._pairs, self._index.labels_N)
@@ -155,7 +155,7 @@ class Validation:
                 torch.from_numpy(self._index.labels_N[rows.ravel()].astype(np.int64)),
                 self._config,
             )
-            # All batches have as many pairs, but not as many semi-hard triplets.
+            # All batches have equally many pairs, but not semi-hard triplets.
             term = self._config.objective.terms.batch
             weight = int(loss.num_semihard.item()) if term is not None and term.name == "semihard" else 1
             total += loss.mean.item() * weight
@@ -191,7 +191,7 @@ class Validation:
 
 
 def _notice(num_people: int) -> str:
-    """Return a warning where an accuracy of 90 % is known to no better than a few points."""
+    """Return a warning if an accuracy of 90 % has an error of a few points."""
     if num_people >= ENOUGH_PEOPLE:
         return ""
     points = 100 * INTERVAL * math.sqrt(0.9 * 0.1 / num_people)
@@ -202,7 +202,7 @@ def _notice(num_people: int) -> str:
 
 
 def _chosen_rows(labels_N: Ints, max_photos: int, seed: int) -> Ints:
-    """Return the rows of whole people, in an order of people by the seed, until the next one would be too many."""
+    """Return the rows of whole people, in an order by the seed, up to so many photos."""
     people = np.random.default_rng(seed).permutation(np.unique(labels_N))
     counts = np.bincount(labels_N)[people]
     num_people = max(2, int(np.searchsorted(np.cumsum(counts), max_photos, side="right")))
@@ -210,7 +210,7 @@ def _chosen_rows(labels_N: Ints, max_photos: int, seed: int) -> Ints:
 
 
 def _fixed_batches(index: PhotoIndex, config: TrainConfig) -> list[Ints]:
-    """Return batches of as many people as a training step has, or as there are."""
+    """Return batches with as many people as a training step, or with all people if they are fewer."""
     if config.sampling.batch != "identities":
         return []
     assert config.batch_size != "auto"

@@ -1,4 +1,4 @@
-"""Whose faces an epoch is validated on, and the pairs of files; the driver reads this before any worker starts.
+"""The validation people and the pairs of files. The driver reads them before any worker starts.
 
 Nobody who is trained on is among them.
 
@@ -51,7 +51,7 @@ class PairSet:
     """The pairs of a file."""
 
     name: str
-    """Of its columns in the history: `NAME_accuracy` and so on."""
+    """Name for its columns in the history: `NAME_accuracy` and so on."""
     pairs: Pairs
     """Indices into the photos of the group."""
 
@@ -62,21 +62,21 @@ class PairGroup:
 
     faces: TableFaces | SetFaces
     photos: pa.Array
-    """Names [M] of the photos in the pairs. Those that `faces` lacks have no aligned face: their pairs are errors."""
+    """Names [M] of the photos in the pairs. A photo that `faces` lacks has no aligned face; its pairs are errors."""
     people_M: Ints
-    """Whom each shows; a photo of nobody known is a person of its own."""
+    """The person of each; a photo without an identity is a person of its own."""
     sets: tuple[PairSet, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ValidationSources:
-    """What the epochs of a run are judged by."""
+    """The validation data of a run."""
 
     people: TableFaces
     """The validation people."""
     groups: tuple[PairGroup, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the user should know: pairs that are left out, and why."""
+    """Lines for the user: pairs that are left out, and why."""
 
 
 def own_people(config: TrainConfig, run_id: str | None) -> ValidationSources:
@@ -85,10 +85,10 @@ def own_people(config: TrainConfig, run_id: str | None) -> ValidationSources:
 
 
 def read_sources(config: TrainConfig, success: dict, trained: pa.Array) -> ValidationSources:
-    """Return what the flags name, where `success` is of the training table and `trained` names the trained people.
+    """Return what the flags name. `success` is of the training table, `trained` are the names of its people.
 
     Raises:
-        UserError: a table or a file that is not there or cannot be read, or a file without a pair that can be judged.
+        UserError: a table or file does not exist or cannot be read, or a file has no pair that can be judged.
     """
     own = own_people(config, success["run_id"])
     validation = config.validation
@@ -116,7 +116,7 @@ def read_sources(config: TrainConfig, success: dict, trained: pa.Array) -> Valid
 
 
 def _read_set(name: str, url: str) -> PairGroup:
-    """Return the pairs of a set, in folds by the order of the file, as its published figures have them."""
+    """Return the pairs of a set, in folds by the order of the file, as in its published figures."""
     from lib.evaluation.metrics import check_folds
 
     info = storage.file_info(url)
@@ -145,7 +145,7 @@ def _other_settings(success: dict, other: dict) -> list[str]:
 
 
 def _other_people(config: TrainConfig, other: dict, trained: pa.Array) -> tuple[TableFaces, list[str]]:
-    """Return people of `--val-faces` whom training does not have, `--val-photos` photos at most."""
+    """Return people of `--val-faces` who are not trained on, with at most `--val-photos` photos."""
     url, limit = str(config.validation.val_faces), config.validation.val_photos
     identities = read_identities(url, table.SPLITS, run_id=other["run_id"])
     is_trained = pc.is_in(identities, value_set=trained)
@@ -204,7 +204,7 @@ def _read_group(
 
 
 def _read_rows(url: str, success: dict) -> tuple[pa.Table, Ints]:
-    """Return photo, identity and status of every row of a table, and the split of each as its place in SPLITS."""
+    """Return photo, identity and status of every row of a table, and its split as an index of SPLITS."""
     names = table.part_names(success, table.SPLITS)
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         read = list(
@@ -215,7 +215,7 @@ def _read_rows(url: str, success: dict) -> tuple[pa.Table, Ints]:
 
 
 def _without_trained(pairs: Pairs, is_trained_N: npt.NDArray[np.bool_], file: str) -> tuple[Pairs, str]:
-    """Return the pairs that show nobody who is trained on, and a note about the others."""
+    """Return the pairs without people who are trained on, and a note about the others."""
     from lib.evaluation.metrics import check_folds
 
     kept_P = ~(is_trained_N[pairs.a_P] | is_trained_N[pairs.b_P])
@@ -245,10 +245,10 @@ def _people(identities: pa.ChunkedArray) -> Ints:
 
 
 def column_names(files: Sequence[str]) -> list[str]:
-    """Return a name for the columns of each file: its own without the suffix, after its folder's where two are alike.
+    """Return a name for the columns of each file: its own without suffix, after its folder's if two are alike.
 
     Raises:
-        UserError: two files of one name in folders of one name.
+        UserError: two files have one name, in folders of one name.
     """
     paths = [PurePosixPath(file.partition("?")[0]) for file in files]
     stems = [_plain(path.stem) for path in paths]

@@ -1,4 +1,4 @@
-"""The pairs of files, such as LFW's, that each epoch is measured on beside the validation people.
+"""Watched pairs: each epoch is also measured on the pairs of files, such as LFW's.
 
 Shape suffixes: M photos in pairs, P pairs, D dimensions of an embedding.
 """
@@ -36,7 +36,7 @@ class WatchedPairs:
         """Take the groups with a cache of the faces of each.
 
         Args:
-            decide: whether the pairs of the first file decide which epoch is kept, because nobody else does.
+            decide: whether the pairs of the first file decide which epoch is kept.
         """
         self._groups = [(group, cache, _rows(group.photos, cache)) for group, cache in groups]
         self._best_by = config.validation.best_by
@@ -44,11 +44,11 @@ class WatchedPairs:
 
     @property
     def decider(self) -> str:
-        """Name of the file that decides which epoch is kept; empty where none does."""
+        """Name of the file that decides which epoch is kept; empty if none does."""
         return self._groups[0][0].sets[0].name if self._decide else ""
 
     def added(self, figures: Figures, embedding: EmbeddingPass, model: EmbeddingModel) -> Figures:
-        """Return the figures with those of the files; every worker calls this, and the first gets them."""
+        """Return the figures with those of the files. Every worker calls this; only the first gets them."""
         for group, cache, rows_M in self._groups:
             present_M = rows_M >= 0
             found = embedding.shared(rows_M[present_M], cache, model, mark_failed=True)
@@ -88,6 +88,6 @@ class WatchedPairs:
 
 
 def _rows(photos: pa.Array, cache: FaceCache) -> Ints:
-    """Return the row of the cache that holds each photo, -1 where none does."""
+    """Return the row of each photo in the cache, -1 if there is none."""
     rows: Ints = pc.fill_null(pc.index_in(photos, cache.photos.combine_chunks()), -1).to_numpy()
     return rows.astype(np.int64)

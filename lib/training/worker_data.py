@@ -1,4 +1,4 @@
-"""What a worker reads: the crops of its node's cache, and the threads or processes that decode them."""
+"""The data of a worker: the crops of its node's cache, and the threads or processes that decode them."""
 
 import contextlib
 import os
@@ -25,9 +25,9 @@ class WorkerData:
 
     train: FaceCache
     val: FaceCache | None
-    """None where no photo of a validation person is aligned."""
+    """None if no photo of a validation person is aligned."""
     watched: list[tuple[PairGroup, FaceCache]]
-    """The files of pairs, with the faces of each group of them."""
+    """The groups of files with pairs, each with its faces."""
     num_threads: int
     decoders: Decoders | None
     """Processes that decode for a GPU; a CPU's threads do it themselves."""
@@ -46,7 +46,7 @@ def open_data(
     faces_run_id: str | None = None,
     sources: ValidationSources | None = None,
 ) -> WorkerData:
-    """Copy the crops of this version of the table to this node, unless it has them, and start what decodes them.
+    """Copy the crops of this version of the table to this node, unless it has them, and start the decoders.
 
     Without `sources`, the validation people are those of the table.
 
@@ -59,7 +59,7 @@ def open_data(
     train = FaceCache(path)
     sources = sources or own_people(config, faces_run_id)
     val = None
-    # Nothing else is borne: training on would hide a damaged part, which other nodes may not see.
+    # Other errors are raised: training would hide a damaged part, which other nodes may not notice.
     with contextlib.suppress(NoFacesError):
         val = _open(sources.people, folder)
     watched = [(group, _open(group.faces, folder)) for group in sources.groups]
