@@ -1,6 +1,6 @@
 """Crops that are aligned already, such as those of InsightFace's sets: rows of the faces table without detection.
 
-A JPEG of the right size is taken byte for byte. Anything else is decoded, brought to the size, and encoded again.
+A JPEG of the right size is copied byte for byte. Other pictures are decoded, resized, and encoded again.
 """
 
 import json
@@ -31,7 +31,7 @@ _START, _END = b"\xff\xd8\xff", b"\xff\xd9"
 _FRAMES = {0xC0, 0xC1, 0xC2}
 _EXIF = 0xE1
 _LARGEST = 2**20
-"""Bytes of a crop that is taken as it is: a part's crops fit into one Arrow array."""
+"""Largest crop that is copied, in bytes, so that the crops of a part fit into one Arrow array."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class AlignedCrops:
     """How crops that are aligned already become rows.
 
     Attributes:
-        template: where a face lies in them; `none` where that is not known.
-        alignment: the size of the crops, and for `eyes` where the eyes lie.
-        verify: decode every crop, to find those that are damaged.
+        template: positions of the landmarks in the crops; `none` if unknown.
+        alignment: size of the crops, and for `eyes` the positions of the eyes.
+        verify: decode every crop, to find damaged ones.
     """
 
     template: str
@@ -57,7 +57,7 @@ class AlignedCrops:
         return fingerprint_of(self.alignment, {"aligned": self.template, "faces_policy": "prominent"})
 
     def crop(self, data: bytes, max_megapixels: float) -> tuple[bytes | None, str, str | None]:
-        """Return the crop of a picture, its status, and the reason where there is no crop."""
+        """Return the crop of a picture, its status, and the reason if there is no crop."""
         side = self.alignment.image_size
         try:
             if not self.verify and jpeg_side(data) == side:
@@ -138,7 +138,7 @@ def _constant(values: Iterable[float], is_aligned: pa.Array) -> pa.Array:
 
 
 def _fitted(pixels_HWC: np.ndarray, side: int) -> np.ndarray:
-    """Return a picture in a square of this side, with black where it is not square."""
+    """Return a picture resized into a square of this side, with black borders if it is not square."""
     height, width = pixels_HWC.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -151,7 +151,7 @@ def _fitted(pixels_HWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def jpeg_side(data: bytes) -> int | None:
-    """Return the side of a square colour JPEG that ends as it should and needs no turning; None of anything else."""
+    """Return the side of a complete, upright, square colour JPEG; None for anything else."""
     if not data.startswith(_START) or not data.endswith(_END) or len(data) > _LARGEST:
         return None
     position = 2

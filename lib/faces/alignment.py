@@ -32,7 +32,7 @@ class Alignment:
     margin: float = 0.1
     """How much longer the crop's side is than the long side of the face box, as a share of the latter."""
     template: str = EYES
-    """`eyes`: as the fields above say. `arcface-112`: all five landmarks at the positions of public models, scaled."""
+    """`eyes`: by the fields above. `arcface-112`: all five landmarks at the positions of public models, scaled."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.image_size <= 4096:
@@ -76,14 +76,14 @@ def _similarity(from_52: np.ndarray, to_52: np.ndarray) -> np.ndarray:
 def realign(
     crop_HWC: np.ndarray, box_4: np.ndarray, landmarks_52: np.ndarray, *, made: Alignment, wanted: Alignment
 ) -> np.ndarray:
-    """Return a crop that was `made` with one alignment in the alignment `wanted`, black outside of the crop.
+    """Return a crop `made` with one alignment, changed to the alignment `wanted`, black outside of the crop.
 
     Box and landmarks are in pixels of the photo. A wider alignment would show more if it were made from the photo.
     """
     matrix = alignment_matrix(box_4, landmarks_52, made)
     moved_52 = np.asarray(landmarks_52, np.float64) @ matrix[:, :2].T + matrix[:, 2]
     size = (wanted.image_size, wanted.image_size)
-    # The box fills the crop that was made, but for the margin.
+    # The box fills the crop, except for the margin.
     side = made.image_size / (1 + made.margin)
     centre = made.image_size / 2
     moved_4 = np.array([centre - side / 2, centre - side / 2, centre + side / 2, centre + side / 2])
@@ -101,12 +101,12 @@ def align(
 ) -> np.ndarray:
     """Return the aligned crop, [S, S, 3] uint8 BGR, black only where the photo ends.
 
-    The photo is read at `reduction_wanted`, so that a large face is averaged down instead of sampled with holes, or at
-    1/`reduction` of its size. Box and landmarks are pixels of the upright photo at full scale.
+    The photo is read at 1/`reduction` of its size, by default `reduction_wanted`: so a large face is averaged, not
+    sampled with gaps. Box and landmarks are pixels of the upright photo at full scale.
     """
     matrix = alignment_matrix(box_4, landmarks_52, alignment)
     reduction = max(reduction or reduction_wanted(box_4, landmarks_52, alignment), photo.finest)
-    # A point x of the photo lies at (x + 0.5) / n - 0.5 in the reduced one.
+    # The point x of the photo is at (x + 0.5) / n - 0.5 in the reduced photo.
     to_photo = np.array([[reduction, 0, (reduction - 1) / 2], [0, reduction, (reduction - 1) / 2], [0, 0, 1.0]])
     size = (alignment.image_size, alignment.image_size)
     return cv2.warpAffine(photo.pixels(reduction), matrix @ to_photo, size, flags=cv2.INTER_LINEAR)

@@ -1,4 +1,4 @@
-"""Which faces of a table are taken, by its columns of quality: `--min-quality` and `--where`."""
+"""Selects faces of a table by its columns of quality: `--min-quality` and `--where`."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ _FORM = "--where is a list of column=lowest:highest such as yaw=-30:30,sharpness
 
 @dataclass(frozen=True)
 class FaceFilter:
-    """Ranges of columns of `lib.faces.quality`, both ends among them; a face is taken if it lies in all of them."""
+    """Ranges of columns of `lib.faces.quality`, ends included. A face is taken if it is in all of them."""
 
     ranges: Mapping[str, tuple[float, float]]
 
@@ -33,11 +33,11 @@ class FaceFilter:
 
     @property
     def columns(self) -> list[str]:
-        """The columns that it looks at."""
+        """The columns of the ranges."""
         return sorted(self.ranges)
 
     def keeps(self, rows: pa.Table | pa.RecordBatch) -> pa.Array | pa.ChunkedArray:
-        """Return which rows are taken, as booleans; one whose measures are null is not."""
+        """Return which rows are taken, as booleans. A row without measures is not."""
         kept = pa.array([True] * len(rows), pa.bool_())
         for name, (low, high) in self.ranges.items():
             inside = pc.and_(pc.greater_equal(rows[name], low), pc.less_equal(rows[name], high))
@@ -45,7 +45,7 @@ class FaceFilter:
         return kept
 
     def check(self, schema: pa.Schema, shown_url: str) -> None:
-        """Raise UserError where a table does not have the columns."""
+        """Raise UserError if a table lacks the columns."""
         missing = [name for name in self.columns if name not in schema.names]
         if missing:
             raise UserError(
@@ -58,14 +58,14 @@ EVERY_FACE = FaceFilter({})
 
 
 def face_filter(min_quality: float, where: str) -> FaceFilter:
-    """Return the filter that the flags ask for.
+    """Return the filter of the flags.
 
     Args:
         min_quality: 0 to 1; 0 takes every face.
         where: ranges such as `yaw=-30:30,sharpness=50:`.
 
     Raises:
-        UserError: an unknown column, or no range of numbers.
+        UserError: a column is unknown, or a value is no range of numbers.
     """
     if not 0 <= min_quality <= 1:
         raise UserError(f"--min-quality is {min_quality}: allowed are 0 to 1")

@@ -1,4 +1,4 @@
-"""What changed between the finished version of a faces table and the photos of now."""
+"""The changes between the finished version of a faces table and the present photos."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -18,7 +18,7 @@ from lib.parts import Found, made_again, next_version
 logger = logging.getLogger(__name__)
 
 MAX_GONE_SHARE = 0.5
-"""Photos of the finished version that may be gone. More of them are taken for a wrong --photos."""
+"""Share of the photos of the finished version that may be gone. If more are gone, --photos is probably wrong."""
 
 _READERS = 16
 _COMPARED = ["photo", MADE_OF, "identity"]
@@ -39,7 +39,7 @@ class Changes:
 
 
 def changes(found: Found, plan: PartPlan, names: Collection[str], *, policy: str) -> Changes:
-    """Return how the photos of now differ from those of the finished version; only parts that differ are read.
+    """Return how the present photos differ from those of the finished version; reads only parts that differ.
 
     Raises:
         UserError, JobError: an older part cannot be read.
@@ -76,7 +76,7 @@ def changes(found: Found, plan: PartPlan, names: Collection[str], *, policy: str
 
 
 def refuse_other_photos(found: Found, changed: Changes, photos_url: str) -> None:
-    """Raise UserError where most photos of the finished version are gone: --photos may name another folder."""
+    """Raise UserError if most photos of the finished version are gone, because --photos may be wrong."""
     assert found.success is not None
     num_before = int(found.success["counts"].get("photos", 0))
     if changed.gone > MAX_GONE_SHARE * num_before:
@@ -88,9 +88,9 @@ def refuse_other_photos(found: Found, changed: Changes, photos_url: str) -> None
 
 
 def names_to_retry(found: Found, names: Sequence[str], statuses: Collection[str]) -> dict[str, str]:
-    """Return the files to make again for `--retry`: those of the finished version with a photo of these statuses.
+    """Return the files to make again for `--retry`: those of the finished version with photos of these statuses.
 
-    Each comes with the name that it gets.
+    Each has its new name beside it.
     """
     finished = [name for name in names if found.success is not None and name in found.success["parts"]]
     wanted, version = pa.array(sorted(statuses), pa.string()), next_version(found)

@@ -1,4 +1,4 @@
-"""Which photo a list means. Lists write names in other ways than the disk does."""
+"""Finds the photo of a name in a list. Lists often spell names differently from the disk."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -8,17 +8,17 @@ import pyarrow as pa
 from lib.faces.photo_database import PhotoDatabase
 
 LISTED = "number bigint, name varchar, stored varchar, identity varchar, is_bytes boolean, photo varchar"
-"""The columns of the table `lines`: of each line its number, the name as it is written and as a table would have it,
-the identity, whether it holds bytes that are no UTF-8, and the photo that it means, null where that is not there."""
+"""The columns of the table `lines`: the number of each line, the name as it is written and as in a table, the identity,
+whether there are bytes that are not UTF-8, and the photo with this name, null if there is none."""
 
 
 def find_photos(database: PhotoDatabase, folder: str) -> None:
-    """Set the column `photo` of the table `lines` to the photo of the table `scanned` that each line means.
+    """Set the column `photo` of the table `lines` to the photo of the table `scanned` that each line names.
 
     A list may differ from the disk in `./` or the folder's own name in front, in backslashes, in the form of accents
-    (NFC, NFD), and in the suffix. A name that two photos would answer to is taken for neither.
+    (NFC, NFD), and in the suffix. A name that fits two photos is used for neither.
     """
-    # A list has a name of any bytes as the disk has it, or as a table has it.
+    # A name that is not UTF-8 is written as on the disk, or as in a table.
     _match(database, "scanned m on m.photo = lines.stored")
     if database.value("select count(*) from lines where photo is null and name <> stored"):
         _match(database, "scanned m on m.photo = lines.name")
@@ -39,9 +39,9 @@ def _num_unmatched(database: PhotoDatabase) -> int:
 
 
 def _match(database: PhotoDatabase, joined: str) -> None:
-    """Set the column `photo` of the table `lines`, where it is null, to that of what is joined as `m`.
+    """Set null values of the column `photo` of the table `lines` to the photo of the joined table `m`.
 
-    One join at a time, and the table is written anew: several joins, or an update, would outgrow the memory.
+    There is one join at a time, into a new table: several joins, or an update, would need too much memory.
     """
     database.run(
         f"""create table matched as select lines.number, lines.name, lines.stored, lines.identity, lines.is_bytes,
@@ -52,7 +52,7 @@ def _match(database: PhotoDatabase, joined: str) -> None:
 
 
 def _make_keys(database: PhotoDatabase) -> None:
-    """Make the tables `keys` and `stems`: the photo that alone has a key, or a key but for its suffix."""
+    """Make the tables `keys` and `stems`: the photos that alone have a key, or a key without suffix."""
     database.run("create table of_photos (photo varchar, key varchar, stem varchar)")
     for batch in database.batches("select photo from scanned"):
         photos = batch.column(0).to_pylist()
@@ -67,7 +67,7 @@ def _make_keys(database: PhotoDatabase) -> None:
 
 
 def _make_wanted(database: PhotoDatabase, folder: str) -> None:
-    """Make the table `wanted` of the keys that lines without a photo ask for, with and without the folder's name."""
+    """Make the table `wanted` of the keys of lines without a photo, with and without the folder's name."""
     database.run(
         "create table wanted (number bigint, key varchar, key_stem varchar, below varchar, below_stem varchar)"
     )
@@ -83,7 +83,7 @@ def _table(**columns: Iterable[str]) -> pa.Table:
 
 
 def key_of(name: str) -> str:
-    """Return a name as all its spellings have it: composed accents, slashes, no `./` in front."""
+    """Return the normal spelling of a name: composed accents, slashes, no `./` in front."""
     path = (name if name.isascii() else unicodedata.normalize("NFC", name)).replace("\\", "/")
     while path.startswith("./"):
         path = path[2:]

@@ -1,8 +1,7 @@
-"""Which photos make a part, what its files are called, and which older files hold rows of the same photos.
+"""The parts of a table: their photos, the names of their files, and older files with rows of the same photos.
 
 A photo that is a file belongs to a part by a hash of its name. So a new photo changes one part, and no other photo
-moves.
-Photos in container files belong to a part by their place, because such files can only be read in runs.
+moves. Photos in container files belong to a part by their place, because such files can only be read in runs.
 """
 
 import hashlib
@@ -25,17 +24,17 @@ from lib.parts import digest_of, part_key, part_name, split_in
 MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
 
 PIECES_OF_A_GROUP = 4
-"""A Parquet row group of at most `MAX_PART` photos is cut into no more parts, for each reads it from its beginning."""
+"""Most parts of a Parquet row group of at most `MAX_PART` photos, because each reads the group from its start."""
 
 SIZE, BUCKETS = "part_size", "part_buckets"
-"""Entries of a plan: photos that a part was meant to have, and the number of parts by split."""
+"""Entries of a plan: the intended number of photos of a part, and the number of parts by split."""
 
 Run = tuple[str, int]
 """The key of a part, and the number of its photos."""
 
 
 def content_of(fingerprint: Mapping[str, Any], max_megapixels: float, image_column: str) -> str:
-    """Return a digest of the settings that decide what becomes of a photo."""
+    """Return a digest of the settings that decide the rows of a photo."""
     return digest_of([json.dumps(fingerprint, sort_keys=True), str(max_megapixels), image_column])
 
 
@@ -69,9 +68,9 @@ def plan_parts(manifest: Manifest, content: str, earlier: Mapping[str, Any] | No
 def earlier_files(
     parts: Sequence[Part], layout: Mapping[str, Any], earlier: Mapping[str, Any] | None
 ) -> list[list[str]]:
-    """Return for each part the files of the version before that may hold rows of its photos, its own split first.
+    """Return for each part the files of the version before that may have rows of its photos, its own split first.
 
-    `earlier` is what `_SUCCESS` says of that version.
+    `earlier` is the content of that version's `_SUCCESS`.
     """
     by_key: dict[str, list[str]] = defaultdict(list)
     for name in (earlier or {}).get("parts", ()):
@@ -83,7 +82,7 @@ def earlier_files(
         own = next(iter(part.names))
         keys = [_file_of(part.key)]
         if now:
-            # Both numbers are powers of two: a part of the one holds photos of these parts of the other.
+            # Both numbers are powers of two, so a part shares photos with these parts of the other version.
             keys = [_bucket_key(bucket) for bucket in _buckets_before(int(part.key), own, before, now)]
         names = [name for key in keys for name in by_key.get(key, ())]
         found.append(sorted(names, key=lambda name: (split_in(name) != own, name)))
@@ -100,12 +99,12 @@ def _buckets_before(bucket: int, split: str, before: Mapping[str, int], now: Map
 
 
 def _file_of(key: str) -> str:
-    """Return the key of the container file that a part is of; any other key as it is."""
+    """Return the key of the container file of a part; any other key as it is."""
     return key.partition(".")[0]
 
 
 def _made_of(content: str) -> str:
-    """Return, in SQL, a hash of a photo's name, place, size and mark, of what is known of it, and of the settings.
+    """Return the SQL for a hash of a photo's name, place, size, mark and known status, and of the settings.
 
     It is the first 8 bytes of MD5 as an integer.
     """
@@ -115,7 +114,7 @@ def _made_of(content: str) -> str:
 
 
 def _buckets(database: PhotoDatabase, size: int, earlier: Mapping[str, int]) -> dict[str, int]:
-    """Return the number of parts of each split: powers of two, which double where parts grow to twice their size."""
+    """Return the number of parts of each split: powers of two, which double when parts grow to twice their size."""
     counts = dict(database.rows("select split, count(*) from photos group by split"))
     buckets = {}
     for split in table.SPLITS:
@@ -130,7 +129,7 @@ def _bucket_key(bucket: int) -> str:
 
 
 def _bucket_of(buckets: Mapping[str, int]) -> str:
-    """Return, in SQL, the number of the part that a photo belongs to: MD5 of its name, modulo the number of parts."""
+    """Return the SQL for the number of a photo's part: MD5 of its name, modulo the number of parts."""
     cases = " ".join(f"when '{split}' then {num}" for split, num in buckets.items())
     return f"((md5_number_upper(photo) & 4294967295) % case split {cases} end)"
 
@@ -146,7 +145,7 @@ def _hashed_runs(database: PhotoDatabase, buckets: Mapping[str, int]) -> Iterato
 def _container_runs(database: PhotoDatabase, size: int) -> Iterator[Run]:
     """Yield parts of about so many rows; they end between files, and between groups if they can.
 
-    Each part reads the groups that it touches anew.
+    Each part reads all groups that it shares with others.
     """
     groups = database.rows('select source, count(*) from photos group by source, "group" order by min(place)')
     for source, of_file in groupby(groups, key=lambda group: group[0]):
@@ -157,7 +156,7 @@ def _container_runs(database: PhotoDatabase, size: int) -> Iterator[Run]:
 
 
 def _stops(ends: Sequence[int], size: int) -> list[int]:
-    """Return where the parts of one file end, given where its groups do."""
+    """Return the ends of the parts of one file, from the ends of its groups."""
     stops = [ends[0]]
     for start, end in pairwise(ends):
         if end - stops[-1] > size and start > stops[-1]:

@@ -1,4 +1,4 @@
-"""A database of photos on a scratch disk: it joins, sorts and counts more of them than fit into memory."""
+"""A database of photos on a scratch disk. It joins, sorts and counts more photos than fit into memory."""
 
 import tempfile
 import weakref
@@ -15,20 +15,20 @@ from lib.scratch import scratch_folder
 
 FOLDER_PREFIX = "cf-photos-"
 MEMORY = "400MB"
-"""What the database holds before it uses the disk. It does not grow with the number of photos."""
+"""Memory of the database before it uses the disk. It does not grow with the number of photos."""
 BATCH_ROWS = 65_536
 
 _CONFIG: dict[str, Any] = {
     "memory_limit": MEMORY,
     "threads": 2,  # each takes a share of the memory, and a head may have 64 cores
-    "preserve_insertion_order": False,  # whoever needs an order asks for it
+    "preserve_insertion_order": False,  # queries that need an order ask for it
     "autoinstall_known_extensions": False,  # nothing is downloaded
     "autoload_known_extensions": False,
 }
 
 
 class PhotoDatabase:
-    """DuckDB in a folder of its own, which goes when the object does.
+    """DuckDB in a folder of its own, which is removed with the object.
 
     Attributes:
         folder: for further files that belong to the data.

@@ -1,4 +1,4 @@
-"""Names of photos: how one stands in a table, where it leads, and which files are no photos of anybody."""
+"""Names of photos: their spelling in a table, safe names, and files that are no photos."""
 
 import re
 
@@ -12,7 +12,7 @@ JUNK_FOLDERS = (
 
 
 def stored_name(name: str) -> str:
-    r"""Return the name as it stands in a table: bytes that are no UTF-8 as `\xe9`; what looks so, escaped too."""
+    r"""Return the name as in a table: bytes that are not UTF-8 become `\xe9`, and text that looks so is escaped."""
     if name.isascii() and "\\x" not in name:
         return name  # as nearly all are
     escaped = _ESCAPED.sub(lambda match: "\\x5c" + match[0][1:], name)
@@ -20,7 +20,7 @@ def stored_name(name: str) -> str:
 
 
 def name_on_disk(name: str) -> str:
-    """Return the name as the disk has it, from one made by `stored_name`."""
+    """Return the name on the disk, from one made by `stored_name`."""
 
     def byte(match: re.Match[str]) -> str:
         return "\\" if match[1] == "5c" else chr(0xDC00 + int(match[1], 16))
@@ -29,12 +29,12 @@ def name_on_disk(name: str) -> str:
 
 
 def safe_name(name: str) -> bool:
-    """Return whether a name stays below the folder it is looked up in."""
+    """Return whether a name stays below its folder."""
     return bool(name) and not name.startswith(("/", "\\")) and ".." not in name.replace("\\", "/").split("/")
 
 
 def junk(name: str) -> str | None:
-    """Return what makes a file one to pass over: the name of a junk folder, or `hidden`; None for any other."""
+    """Return why a file is passed over: the name of a junk folder, or `hidden`; None for other files."""
     for part in name.split("/"):
         if part.startswith("."):
             return "hidden"

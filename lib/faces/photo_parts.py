@@ -1,4 +1,4 @@
-"""Photos of a manifest, part by part, as rows of the faces table: what preprocess writes and what embed embeds."""
+"""Turns the photos of a part into rows of the faces table. preprocess writes them, and embed embeds them."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 READ_AHEAD = 16
-"""Photos a worker asks for before it needs them, to hide the latency of a disk or a bucket."""
+"""Photos that a worker reads ahead, to hide the latency of a disk or a bucket."""
 
 BATCH_SIZE = 128
 """Photos that a worker on a GPU extracts at once."""
@@ -38,8 +38,8 @@ Extracted = tuple[Row, int, list[dict[str, Any]]]
 
 
 def part_item(plan: PartPlan, part: Part, earlier: Sequence[str] = ()) -> dict[str, Any]:
-    """Return what travels to a worker: where its planned photos are, its files, and older ones."""
-    # As text, because Ray would give all items the keys of each.
+    """Return the item for a worker: the place of its planned photos, its files, and older files."""
+    # As text, because Ray would give every item the keys of all.
     names, files = json.dumps(dict(part.names)), json.dumps(list(earlier))
     rows = {"manifest": plan.url, "shard": part.shard, "start": part.start, "stop": part.stop}
     return {**rows, "names": names, "earlier": files}
@@ -68,7 +68,7 @@ class SplitRows:
 
 @dataclass(frozen=True)
 class EarlierRows:
-    """Rows of older files, by the hash of what their photo is."""
+    """Rows of older files, by the hash of their photo."""
 
     rows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     made_on: dict[int, str] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class EarlierRows:
 def read_earlier(faces_url: str, names: Sequence[str], wanted: pa.Array, not_of: Collection[str]) -> EarlierRows:
     """Return the rows of older files whose `made_of` is wanted, except those of a status in `not_of`.
 
-    The files are read until all are found. One that is gone or damaged holds none: those photos are looked at again.
+    The files are read until all are found. If one is gone or damaged, its photos are extracted again.
     """
     found = EarlierRows()
     for name in names:
@@ -92,7 +92,7 @@ def read_earlier(faces_url: str, names: Sequence[str], wanted: pa.Array, not_of:
                 made_on = (file.schema_arrow.metadata or {}).get(table.MADE_ON_KEY, b"").decode()
                 rows = file.read().filter(is_wanted).to_pylist()
         except (UserError, JobError) as error:
-            logger.warning("%s: its photos are looked at again", error)
+            logger.warning("%s: its photos are extracted again", error)
             continue
         for row in rows:
             if row["status"] not in not_of:
@@ -111,8 +111,8 @@ class PhotoReader:
     def rows(self, item: dict[str, Any], faces_url: str = "", retry: Collection[str] = ()) -> dict[str, SplitRows]:
         """Return the rows of a part made by `part_item`, by split.
 
-        Rows of photos that have not changed come from older files below `faces_url`, with the identity of now. Those of
-        a status in `retry` are made again.
+        Rows of unchanged photos come from older files below `faces_url`, with the present identity. Those with a
+        status in `retry` are made again.
         """
         photos = photos_of(item)
         entries = photos.to_pylist()
@@ -147,7 +147,7 @@ class PhotoReader:
                 faces = [{"status": data}] if isinstance(data, str) else self._extractor.rows(data)
                 yield self._named(entry, data, faces)
             return
-        # While one batch is encoded the next is on the device.
+        # One batch is encoded while the next is on the device.
         for batch in ahead(pool, self._batch, _batched(read, BATCH_SIZE), num_ahead=BATCHES_AT_ONCE):
             yield from batch
 
@@ -168,7 +168,7 @@ class PhotoReader:
         return entry, 0 if isinstance(data, str) else len(data), faces
 
     def _read(self, entries: list[Row]) -> Iterator[Photo]:
-        """Yield each entry with the photo's bytes, or with the status that says why there are none."""
+        """Yield each entry with the photo's bytes, or with the status why there are none."""
         wanted = [entry for entry in entries if entry["status"] is None]
         read = self._source.read(wanted, num_ahead=self._num_read_ahead)
         for entry in entries:

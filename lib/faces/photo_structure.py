@@ -1,4 +1,4 @@
-"""Reads the markers and chunks of a photo's file: is it whole, and how much time and memory does decoding take?"""
+"""Reads the markers and chunks of a photo's file: whether it is complete, and what decoding it costs."""
 
 import re
 import struct
@@ -23,17 +23,17 @@ _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
 
 @dataclass(frozen=True, kw_only=True)
 class Structure:
-    """What the structure of a file says.
+    """The structure of a file.
 
     Attributes:
         is_whole: the file has its end. Data behind the end, such as the video of a motion photo, does not count.
         declares_more: a chunk of a PNG is longer than the file.
         too_many_pieces: it has more than `MAX_PIECES`; the rest was not read.
-        bytes_a_pixel: what OpenCV holds while it decodes, as measured (docs/measurements.md).
+        bytes_a_pixel: memory of OpenCV while it decodes, as measured (docs/measurements.md).
         num_scans: scans of a JPEG; 1 unless it is progressive or stores its colours separately.
         num_scanned: samples that a JPEG decoder passes in all scans together.
         num_coded: bytes that it reads for them.
-        bytes_held: what a JPEG decoder holds until the last scan, at any scale; 0 if one scan has everything.
+        bytes_held: memory of a JPEG decoder until the last scan, at any scale; 0 if there is one scan.
     """
 
     is_whole: bool

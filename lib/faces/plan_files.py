@@ -19,7 +19,7 @@ from lib.faces.manifest import MANIFEST_SCHEMA
 
 MADE_OF = "made_of"
 PLAN_SCHEMA = MANIFEST_SCHEMA.append(pa.field(MADE_OF, pa.int64()))
-"""Columns of planned photos. `made_of` is a hash of all that the rows of a photo depend on, but identity and split."""
+"""Columns of planned photos. `made_of` is a hash of all that decides a photo's rows, except identity and split."""
 
 ROWS_A_GROUP = 16_384
 ROWS_A_SHARD = 512 * 1024
@@ -61,9 +61,9 @@ class PartPlan:
 
     Attributes:
         url: of the folder with the planned photos, in the order of the parts, as in `PLAN_SCHEMA`.
-        layout: what the plan keeps, so that later parts have the same borders.
-        num_forgotten: photos that are not among them because they, or the people in them, were forgotten.
-        owner: what the folder lasts with, where it is on a scratch disk.
+        layout: entries of the plan, so that later parts have the same borders.
+        num_forgotten: photos left out because they, or the people in them, were forgotten.
+        owner: the object that removes the folder, if it is on a scratch disk.
     """
 
     url: str
@@ -80,7 +80,7 @@ class PartPlan:
         return [name for part in self.parts for name in part.file_names()]
 
     def renamed(self, names: Mapping[str, str]) -> "PartPlan":
-        """Return the plan with other names for some of its files."""
+        """Return the plan with new names for some of its files."""
         parts = [
             replace(part, names={split: names.get(name, name) for split, name in part.names.items()})
             for part in self.parts
@@ -106,7 +106,7 @@ class PartPlan:
 
 
 def stored_plan(url: str, of: str) -> PartPlan | None:
-    """Return the plan that `PartPlan.stored` wrote into a folder, None where it is not whole or of another list."""
+    """Return the plan that `PartPlan.stored` wrote into a folder; None if it is incomplete or of another list."""
     listed_url = storage.join(url, _LISTED_NAME)
     if not storage.exists(listed_url):
         return None
@@ -126,10 +126,10 @@ def copy_shard(from_url: str, to_url: str, number: int) -> None:
 
 
 def read_rows(url: str, shard: int, start: int, stop: int) -> pa.Table:
-    """Return rows of a shard of planned photos; of a remote one, only the row groups that hold them are read.
+    """Return rows of a shard of planned photos; of a remote one, only their row groups are read.
 
     Raises:
-        UserError: the shard is gone, or not as it was written.
+        UserError: the shard is gone or was changed.
     """
     shard_url = _shard_url(url, shard)
     with storage.open_parquet(shard_url, list(PLAN_SCHEMA)) as file:
@@ -150,7 +150,7 @@ def read_rows(url: str, shard: int, start: int, stop: int) -> pa.Table:
 
 
 class PlanWriter:
-    """Writes planned photos as shards on this machine; a part lies in one of them."""
+    """Writes planned photos as shards on this machine. A part is in one shard."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
