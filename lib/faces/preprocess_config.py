@@ -1,4 +1,4 @@
-"""The flags of preprocess, and what follows from them."""
+"""The configuration of preprocess: its flags, and the settings that they make."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class PreprocessConfig:
     """Only wait until another job has finished the table of these photos and settings."""
 
     def __post_init__(self) -> None:
-        self.settings()  # refuses what cannot be before anything starts
+        self.settings()  # refuses impossible settings before anything starts
         self.aligned_crops()
         Splits(shares=self.split_shares)
         if self.aligned is not None and self.faces_policy != "prominent":
@@ -123,21 +123,21 @@ class PreprocessConfig:
 
     @property
     def photos_url(self) -> str:
-        """Where the photos are."""
+        """URL of the photos."""
         return Layout(self.data).photos(self.photos)
 
     @property
     def identities_url(self) -> str:
-        """Where the identities are, if they are in a file."""
+        """URL of the identities file."""
         return Layout(self.data).identities(self.identities)
 
     @property
     def faces_url(self) -> str:
-        """Where the faces go."""
+        """URL of the faces table."""
         return Layout(self.data).faces(self.faces)
 
     def settings(self) -> ExtractionSettings:
-        """Return what decides the pixels."""
+        """Return the settings that decide the pixels of crops."""
         return ExtractionSettings(
             detector=self.detector,
             detector_weights=self.detector_weights and absolute_url(self.detector_weights, "--detector-weights"),
@@ -162,15 +162,15 @@ class PreprocessConfig:
 
     @property
     def split_from_url(self) -> str | None:
-        """The list that decides the splits, None where there is none."""
+        """The list that decides the splits; None if there is none."""
         has_list = self.split_from is not None and not self.split_from.isdigit()
         return absolute_url(self.split_from or "", "--split-from") if has_list else None
 
     def splits(self) -> Splits:
-        """Return what decides the splits.
+        """Return the settings that decide the splits.
 
         Raises:
-            UserError: shares that do not add up, or a file that cannot be read.
+            UserError: the shares do not add up, or a file cannot be read.
         """
         level, listed = None, None
         if self.split_from_url is not None:
@@ -182,26 +182,26 @@ class PreprocessConfig:
         return Splits(seed=self.split_seed, shares=self.split_shares, level=level, listed=listed)
 
     def aligned_crops(self) -> AlignedCrops | None:
-        """Return how crops that are aligned already become rows, None where faces are detected."""
+        """Return the settings for crops that are aligned already; None if faces are detected."""
         if self.aligned is None:
             return None
         return AlignedCrops(template=self.aligned, alignment=self._alignment(), verify=self.verify)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what a crop depends on."""
+        """Return the fingerprint of the crops."""
         crops = self.aligned_crops()
         return crops.fingerprint() if crops else fingerprint(self.settings())
 
     def content(self) -> str:
-        """Return a digest of the settings that decide what becomes of a photo."""
+        """Return a digest of the settings that decide the rows of a photo."""
         content = content_of(self.fingerprint(), self.max_megapixels, self.image_column)
         return digest_of([content, "verify"]) if self.verify else content
 
     def source(self) -> Source:
-        """Return the photos.
+        """Return the source of the photos.
 
         Raises:
-            UserError: nothing is there that can be read.
+            UserError: there is nothing that can be read.
         """
         has_list = storage.exists(self.identities_url)
         return open_source(

@@ -1,6 +1,6 @@
-"""Photos in, the faces table out: planned in parts, spread by Ray Data, resumable at any moment.
+"""The preprocess job: turns photos into the faces table, part by part over Ray Data, resumable at any moment.
 
-Started again over photos that have changed, it makes the parts that changed, beside the finished ones: see `lib.parts`.
+If the photos have changed, it makes the changed parts beside the finished ones: see `lib.parts`.
 """
 
 import json
@@ -43,13 +43,13 @@ from lib.storage_errors import MissingFileError
 logger = logging.getLogger(__name__)
 
 WORKERS_A_GPU = 8
-"""While one decodes headers and encodes crops on its CPUs, another has the GPU."""
+"""One worker decodes headers and encodes crops on CPUs while another uses the GPU."""
 WAIT_EVERY_S = 5.0
 WAIT_TOLD_EVERY_S = 300.0
 
 
 def preprocess(config: PreprocessConfig) -> dict[str, Any]:
-    """Make the faces table, or go on with it, or make a new version of it, and return its counts."""
+    """Make the faces table, continue it, or make a new version of it, and return its counts."""
     if config.identities is not None and not storage.exists(config.identities_url):
         raise UserError(f"--identities {config.identities_url} is not there: correct the path, or leave the flag out")
     if f"{config.faces_url}/".startswith(f"{config.photos_url.rstrip('/')}/"):
@@ -82,7 +82,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
 
 def _begun_plan(config: PreprocessConfig, found: Found) -> PartPlan | None:
-    """Return the parts of a version that was begun and not finished, so that its photos need not be listed again."""
+    """Return the parts of a version that was begun but not finished, to avoid listing the photos again."""
     if found.plan is None or found.plan.get("content") in (None, (found.success or {}).get("content")):
         return None
     plan = stored_plan(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
@@ -93,7 +93,7 @@ def _begun_plan(config: PreprocessConfig, found: Found) -> PartPlan | None:
 
 
 def _list_digest(config: PreprocessConfig) -> str:
-    """Return a digest of what the parts depend on besides the photos."""
+    """Return a digest of everything besides the photos that decides the parts."""
     names = ("photos_url", "photos_format", "identities_url", "min_listed_share", "exclude_identities", "exclude_pairs")
     columns = ("identity_column", "photo_column", "retry")
     values = {name: getattr(config, name) for name in (*names, *columns)}
@@ -107,7 +107,7 @@ def _list_digest(config: PreprocessConfig) -> str:
 
 
 def _planned(config: PreprocessConfig, source: Source, found: Found) -> PartPlan | None:
-    """Return the parts of the table, None where an old table is whole, and of these photos."""
+    """Return the parts of the table; None if an old table is complete and made of these photos."""
     manifest, num_forgotten = _manifest(config, source)
     if is_same_old_table(found, lambda: _old_plan(manifest)):
         return None
@@ -124,10 +124,10 @@ def _make(
     found: Found,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Make what of the table is not there yet beside what is, then the version of it, and return its counts."""
+    """Make the missing parts of the table, then its version, and return its counts."""
     started = time.monotonic()
     if config.aligned is None:
-        load_detector(config.detector, config.settings().detector_weights)  # told in one line here, not by each worker
+        load_detector(config.detector, config.settings().detector_weights)  # logged here once, not by each worker
     names = plan.file_names()
     missing = found.missing(names)
     todo = [part for part in plan.parts if missing & set(part.file_names())]
@@ -155,7 +155,7 @@ def _make(
 
 
 def _tell_what_changed(config: PreprocessConfig, found: Found, plan: PartPlan, num_todo: int) -> None:
-    """Say in one line what there is to do, and refuse photos that have little to do with the table's."""
+    """Log in one line what there is to do, and refuse photos that differ too much from the table's."""
     if found.success is None:
         return
     if found.success["fingerprint"] != _settings_plan(config)["fingerprint"] or "content" not in found.success:
@@ -168,7 +168,7 @@ def _tell_what_changed(config: PreprocessConfig, found: Found, plan: PartPlan, n
 
 
 def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
-    """Return what decides the table besides the photos."""
+    """Return the settings that decide the table besides the photos."""
     return {
         "fingerprint": config.fingerprint(),
         "split_seed": config.split_seed,
@@ -196,15 +196,15 @@ def _manifest(config: PreprocessConfig, source: Source) -> tuple[Manifest, int]:
 
 
 def _old_plan(manifest: Manifest) -> dict[str, Any]:
-    """Return what tables without versions say of their photos."""
+    """Return the entries about photos in the plans of tables without versions."""
     return {"photos": len(manifest), "photo_bytes": manifest.num_bytes, "manifest": manifest.old_digest()}
 
 
 def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
-    """Return the counts of the table once it is finished, and made of the photos and settings at hand.
+    """Return the counts of the table once it is finished, with the present photos and settings.
 
-    A finished table of other photos is passed over: it is from before, and about to be replaced. The photos are listed
-    only when a table is there that was not looked at yet.
+    A finished table of other photos does not count: it is about to be replaced. The photos are listed only when there
+    is a new table.
     """
     logger.info("waiting for %s", storage.redacted(storage.join(config.faces_url, SUCCESS_NAME)))
     passed_over, told = None, time.monotonic()
@@ -217,7 +217,7 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
                     return {"job": "preprocess", "faces": config.faces_url, **success["counts"], "photos_processed": 0}
                 passed_over = run_id
                 logger.info("still waiting: what is there was made otherwise (%s)", different)
-        except (JobError, MissingFileError) as error:  # Storage is away, or the table is just being replaced.
+        except (JobError, MissingFileError) as error:  # The storage does not answer, or the table is being replaced.
             logger.warning("still waiting: %s", error)
         if time.monotonic() - told > WAIT_TOLD_EVERY_S:
             told = time.monotonic()
@@ -226,7 +226,7 @@ def _wait_until_done(config: PreprocessConfig) -> dict[str, Any]:
 
 
 def _finished(config: PreprocessConfig) -> tuple[dict[str, Any] | None, str]:
-    """Return the content of `_SUCCESS` if the table is one of these photos and settings, else why it is not."""
+    """Return the content of `_SUCCESS` if the table has these photos and settings, else the difference."""
     different = differences(_settings_plan(config), read_plan(config.faces_url))
     if different:
         return None, "; ".join(different)

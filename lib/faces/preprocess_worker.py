@@ -58,7 +58,7 @@ class PartWorker:
         return num_photos, num_copied
 
     def _tables(self, part: dict[str, Any]) -> Iterator[tuple[str, pa.Table, SplitRows]]:
-        """Yield split, faces table, and what it was made from."""
+        """Yield split, faces table, and the number and size of its photos."""
         if self._crops is not None:
             aligned = aligned_tables(self._source, part, self._crops, self._config.max_megapixels)
             for split, (faces_table, num_bytes) in aligned.items():

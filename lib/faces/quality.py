@@ -1,4 +1,4 @@
-"""How good a face is for recognition: size, sharpness, brightness, contrast and pose, and one score from all of them.
+"""The quality of a face for recognition: size, sharpness, brightness, contrast and pose, and one score from all.
 
 Everything follows from a row of the faces table, that is, from its crop, landmarks and detector score. So the measures
 are the same for every way to make a crop, and can be computed for older tables.
@@ -39,13 +39,13 @@ NAMES = tuple(column.name for column in COLUMNS)
 
 _SIDE = 128
 _MIDDLE = 0.6
-"""Share of the crop's side that is looked at: the face without hair and background."""
+"""Share of the crop's side that is measured: the face without hair and background."""
 
 _FACE_53 = np.array(
     [[-31.5, 0.0, 0.0], [31.5, 0.0, 0.0], [0.0, 41.0, 27.0], [-26.0, 73.0, 6.0], [26.0, 73.0, 6.0]], np.float64
 )
 """An average adult face in millimetres: x to the right of the picture, y down, z towards the camera. The height of the
-nose is set so that the median pitch of photos of two data sets is near zero: detectors and people both lean."""
+nose makes the median pitch of the photos of two data sets nearly zero."""
 _TO_AFFINE_45 = np.linalg.pinv(np.hstack([_FACE_53, np.ones((5, 1))]))
 
 _GOOD_EYE_DISTANCE, _GOOD_SHARPNESS, _GOOD_CONTRAST = 40.0, 150.0, 25.0
@@ -53,7 +53,7 @@ _DARK, _BRIGHT = 60.0, 200.0
 
 
 def face_quality(crop: bytes, landmarks_10: np.ndarray, score: float) -> dict[str, float]:
-    """Return the measures of one aligned face, keys as in `COLUMNS`; none of a crop that cannot be decoded.
+    """Return the measures of one aligned face, keys as in `COLUMNS`; none if the crop cannot be decoded.
 
     Args:
         crop: the encoded crop.
@@ -107,7 +107,7 @@ def pose_deg(landmarks_52: np.ndarray) -> tuple[float, float, float]:
 
 
 def quality_score(measures: dict[str, float], score: float) -> float:
-    """Return how good a face is, 0 to 1: as good as the worst of its measures.
+    """Return the quality of a face, 0 to 1: the worst of its terms.
 
     The terms: eye distance / 40 px; sharpness / (sharpness + 150) x 2; contrast / 25; brightness, 1 from 60 to 200 and
     falling to 0 at 0 and 255; cos yaw x cos pitch; (score - 0.5) x 2. Each is limited to 0 to 1. The constants are
@@ -127,7 +127,7 @@ def quality_score(measures: dict[str, float], score: float) -> float:
 
 
 def with_quality(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the faces table with the measures of its face; as it is where it has them, or has no face."""
+    """Return a row of the faces table with the measures of its face, unless it has them or has no face."""
     if (
         row.get("quality") is not None
         or not row.get("crop")

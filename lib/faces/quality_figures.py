@@ -1,7 +1,7 @@
-"""How the columns of quality are spread in a faces table: histograms, and faces with low, middling and high values.
+"""The distribution of the columns of quality: histograms, and faces with low, middling and high values.
 
-A part is counted by itself, and the counts are added. So it takes the same memory for any number of rows: the
-histograms, and a few examples of each column.
+Each part is counted alone, and the counts are added. So the memory does not depend on the number of rows: it is that
+of the histograms and of a few examples.
 """
 
 import heapq
@@ -25,7 +25,7 @@ BINS: Mapping[str, np.ndarray] = {
     "roll": np.linspace(-90, 90, 37),
     "quality": np.linspace(0, 1, 41),
 }
-"""Edges of the bins; what lies outside counts in the outermost."""
+"""Edges of the bins. Values outside count in the outermost bins."""
 
 UNITS = {"eye_distance": "pixels", "yaw": "degrees", "pitch": "degrees", "roll": "degrees"}
 
@@ -35,12 +35,12 @@ _DPI, _TILE = 100, 96
 _TILE_IN, _HISTOGRAM_IN, _TEXT_IN, _GAP_IN = 0.96, 2.6, 0.34, 0.15
 
 EXAMPLES = 3
-"""Faces with the lowest, the middle and the highest values that are shown of each."""
+"""Number of faces shown for each column: lowest, middle and highest values."""
 _SAMPLED = 600
-"""Rows of a column that are kept to find those in the middle."""
+"""Rows of a column that are kept to find the middle ones."""
 
 Example = tuple[float, str, int]
-"""A value, and the part's file and row that have it."""
+"""A value, with the file and the row of its face."""
 
 
 @dataclass
@@ -60,18 +60,18 @@ class Spread:
         self.highest = heapq.nlargest(EXAMPLES, [*self.highest, *other.highest])
         self.num_parts += other.num_parts
         self.sampled += other.sampled
-        if len(self.sampled) > _SAMPLED:  # evenly over their values, so that the middle stays
+        if len(self.sampled) > _SAMPLED:  # evenly spread over their values, so that the middle stays
             self.sampled = sorted(self.sampled)[::2]
 
     def middle(self) -> list[Example]:
-        """Return examples near the median: the parts have given those at their own."""
+        """Return examples near the median, among those near the medians of the parts."""
         ordered = sorted(self.sampled)
         first = max(0, (len(ordered) - EXAMPLES) // 2)
         return ordered[first : first + EXAMPLES]
 
 
 Figures = dict[str, Spread]
-"""By column; columns that a table lacks are not there."""
+"""By column, without columns that the table lacks."""
 
 
 def of_part(name: str, rows: pa.Table) -> Figures:
@@ -122,7 +122,7 @@ def picture(figures: Figures, read_crops: Callable[[str, Sequence[int]], Mapping
     Args:
         read_crops: returns the crops of these rows of a part's file.
     """
-    from matplotlib.figure import Figure  # takes long, and only the end of preprocess needs it
+    from matplotlib.figure import Figure  # slow to import, and only needed at the end of preprocess
 
     columns = [name for name in quality.NAMES if name in figures]
     shown = {column: _examples(figures[column]) for column in columns}

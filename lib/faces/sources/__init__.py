@@ -1,1 +1,1 @@
-"""Where photos come from: folders, tables, archives and records, behind one interface (`source.py`)."""
+"""Sources of photos: folders, tables, archives and records, with one interface (`source.py`)."""

@@ -45,13 +45,13 @@ _BROKEN = (
     ValueError,
     struct.error,
 )
-"""What the readers of damaged archives raise; errors of the storage are `UserError` or `JobError`."""
+"""Errors of readers for damaged archives. Errors of the storage are `UserError` or `JobError`."""
 
 LABELS = (".cls", ".json", ".txt")
-"""What describes a sample, the surest first."""
+"""Suffixes of the labels of a sample, most reliable first."""
 
 IDENTITY_KEYS = ("identity", "label", "class", "class_id", "person", "person_id", "cls")
-"""Keys of a sample's .json that say who it is, where the one named by `--identity-column` is not there."""
+"""Keys of the identity in a sample's .json, if it lacks the one of `--identity-column`."""
 
 _MAX_LABEL_BYTES = 2**20
 _MAX_NAME = 200
@@ -79,11 +79,11 @@ class TarSource(ContainerSource):
     has_folders = True
 
     def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
-        """Yield the photos of one tar; of one that is cut off, those before the cut."""
+        """Yield the photos of a tar; if it is cut off, those before the cut."""
         yield from _scan(self, shard, self._members(shard.name))
 
     def _members(self, name: str) -> Iterator[Member]:
-        """Yield the members that are whole: each is kept back until what follows it is found to be there."""
+        """Yield the complete members: each waits until the next one, or the end, was found."""
         shown = storage.redacted(self.file_url(name))
         kept = None
         with _opened(self.file_url(name)) as file:
@@ -97,7 +97,7 @@ class TarSource(ContainerSource):
                         kept = Member(info.name, place, info.size, file) if info.isfile() else None
                     if kept is not None:
                         yield kept
-                    # `next` ends in silence at a damaged header too.
+                    # `next` also ends without an error at a damaged header.
                     file.seek(archive.offset)
                     end = file.read(tarfile.BLOCKSIZE)
                     if end.strip(b"\0") or not end:
@@ -155,7 +155,7 @@ class ZipSource(ContainerSource):
 
 
 def _opened(url: str) -> IO[bytes]:
-    """Open a tar, decompressing it where its name says so."""
+    """Open a tar, and decompress it if its name says so."""
     file = RangedFile(url)
     opener = next((each for suffix, each in _OPENERS.items() if url.lower().endswith(suffix)), None)
     opened: Any = opener(file) if opener else file
@@ -279,7 +279,7 @@ def _samples(
 
 
 def _label(source: ContainerSource, labels: Mapping[str, bytes]) -> str | None:
-    """Return who a sample is of, as its surest label says; None where none does."""
+    """Return the identity of a sample by its most reliable label; None if no label has one."""
     if source.columns.identity is None:
         return None
     for suffix in LABELS:

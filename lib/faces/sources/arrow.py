@@ -27,7 +27,7 @@ class ArrowSource(ContainerSource):
     companions = (".json", ".lock")
 
     def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of a file, a batch for each batch of it; of a file that is cut off, those before the cut."""
+        """Yield the rows of a file, batch by batch; if it is cut off, those before the cut."""
         url = self.file_url(shard.name)
         first = 0
         with _explained(url):
@@ -54,7 +54,7 @@ class ArrowSource(ContainerSource):
                 first += len(batch)
 
     def read_file(self, name: str, rows: Iterable[Row]) -> Iterator[Photo]:
-        """Yield the images of a file, with one of its record batches in memory; `missing` where one is null."""
+        """Yield the images of a file, with one record batch in memory; `missing` if an image is null."""
         url = self.file_url(name)
         with _explained(url):
             file = RangedFile(url)

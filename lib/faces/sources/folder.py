@@ -26,7 +26,7 @@ NUM_READERS = 16
 
 
 class FolderSource(Source):
-    """A folder of photos. Identities are not known here: the folders of all photos together decide."""
+    """A folder of photos. It gives no identities: the folders of all photos together decide them."""
 
     format = "folder"
     what = "pictures"
@@ -55,7 +55,7 @@ class FolderSource(Source):
             yield pa.RecordBatch.from_arrays(columns, schema=SCAN_SCHEMA)
 
     def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
-        """Yield each row with its photo, `missing` where it is gone, `corrupt` where it may not be read.
+        """Yield each row with its photo: `missing` if it is gone, `corrupt` if it may not be read.
 
         Raises:
             JobError: the whole folder is gone, such as a share that is no longer mounted.
@@ -80,7 +80,7 @@ class FolderSource(Source):
 def ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int
 ) -> Iterator[Result]:
-    """Map in threads, in order, never more than so many results ahead of the consumer."""
+    """Map in threads, in order, at most `num_ahead` results ahead of the consumer."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))

@@ -1,4 +1,4 @@
-"""Columns of tables, and what Hugging Face's datasets says of them: which are images, and the names of classes."""
+"""Columns of tables, and the features of Hugging Face's datasets: images, and the names of classes."""
 
 import json
 from dataclasses import replace
@@ -15,12 +15,12 @@ _DEFAULTS = PhotoColumns()
 
 
 def chosen_columns(url: str, schema: pa.Schema, columns: PhotoColumns, *, identities_required: bool) -> PhotoColumns:
-    """Return the columns of a table: those named, else where a default is not there, what the table's features say.
+    """Return the columns of a table. If it lacks a default column, the table's features decide.
 
-    A photo column that is not there stays as it is.
+    A photo column that does not exist stays as it is.
 
     Raises:
-        UserError: a column is not there, or the images are of a type that holds none.
+        UserError: a column does not exist, or the type of the images cannot hold any.
     """
     features = features_of(schema)
     images = [name for name, about in features.items() if about.get("_type") == "Image"]
@@ -37,7 +37,7 @@ def chosen_columns(url: str, schema: pa.Schema, columns: PhotoColumns, *, identi
 
 
 def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Return what the metadata of a table say of its columns; nothing where they say nothing that can be read."""
+    """Return the features in the metadata of a table; none if they cannot be read."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: about for name, about in features.items() if isinstance(about, dict)}
@@ -46,7 +46,7 @@ def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def texts_of(url: str, content: pa.Table, column: str | None, schema: pa.Schema) -> list[str | None]:
-    """Return the values of a column as text, classes by their names; nothing if the column is not there.
+    """Return the values of a column as text, classes by their names; only None if there is no column.
 
     Raises:
         UserError: they cannot be text.
@@ -62,7 +62,7 @@ def texts_of(url: str, content: pa.Table, column: str | None, schema: pa.Schema)
         ) from error
     names = features_of(schema).get(column, {}).get("names")
     if isinstance(names, list):
-        # -1 is how datasets write that there is no class.
+        # datasets write -1 for no class.
         return [
             None if text is None or text == "-1" else str(names[int(text)]) if _is_index(text, names) else text
             for text in texts

@@ -29,7 +29,7 @@ class ListSource(Source):
         return [Shard(info.path, 0, info.num_bytes, info.mark) for info in self.files()]
 
     def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
-        """Yield the photos of a list; those that are not there are found `missing` when they are read."""
+        """Yield the photos of a list. Absent ones become `missing` when they are read."""
         url = self.file_url(shard.name)
         shown = storage.redacted(url)
         try:

@@ -1,4 +1,4 @@
-"""Which format the photos at a URL are in."""
+"""Opens the photos at a URL, in the format that they have."""
 
 import logging
 from collections import Counter
@@ -28,7 +28,7 @@ FORMATS: dict[str, type[Source]] = {
 AUTO = "auto"
 
 _SAMPLE = 1000
-"""Files of a folder that are looked at first."""
+"""Number of files in a folder that decide the format."""
 
 _NOT_READ = (".tar.zst", ".7z", ".rar")
 
@@ -40,12 +40,12 @@ def open_source(
     columns: PhotoColumns | None = None,
     identities_required: bool = False,
 ) -> Source:
-    """Return the photos at a URL: a folder of any format, one file that holds many photos, or a pattern of such files.
+    """Return the photos at a URL: a folder of any format, one file with many photos, or a pattern of such files.
 
     With the format `auto` the first files of the folder decide, and a later file of another format ends the scan.
 
     Raises:
-        UserError: nothing is there, or nothing that can be read.
+        UserError: there is nothing, or nothing that can be read.
     """
     check_format(photos_format)
     folder, patterns = (url, ()) if storage.exists(url) else split_pattern(url)
@@ -94,7 +94,7 @@ def _format_of_file(url: str) -> str | None:
 
 
 def _format_of_folder(url: str, patterns: Sequence[str]) -> str:
-    """Return the format of the first files in a folder that have one, `folder` where none has."""
+    """Return the format of the first files in a folder that have one, `folder` if none has."""
     formats = [each for each in FORMATS.values() if each is not ListSource]
     named = frozenset(patterns)
     for limit in (None,) if patterns else (_SAMPLE, None):

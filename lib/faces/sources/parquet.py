@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 8
 """Photos of Parquet in memory at once: as many of the largest size fill the 2 GiB that Arrow's `binary` can address."""
 
 COLUMN_BUFFER_BYTES = 4 * 2**20
-"""Of a Parquet column that is read bit by bit: large enough that a bucket's latency does not count."""
+"""Bytes of a Parquet column that are read at once: enough to hide the latency of a bucket."""
 
 
 class ParquetSource(ContainerSource):
@@ -61,7 +61,7 @@ class ParquetSource(ContainerSource):
             )
 
     def read_file(self, name: str, rows: Iterable[Row]) -> Iterator[Photo]:
-        """Yield the images of a file, a few of which are in memory at a time; `missing` where one is null."""
+        """Yield the images of a file, with a few in memory at a time; `missing` if an image is null."""
         url = self.file_url(name)
         schema = storage.parquet_schema(url)
         columns = chosen_columns(url, schema, replace(self.columns, identity=None), identities_required=False)

@@ -12,7 +12,7 @@ _MOST = 1_000_000
 
 
 def split_pattern(url: str) -> tuple[str, tuple[str, ...]]:
-    """Return the folder of a URL with a pattern, and the patterns below it without braces; no pattern gives none."""
+    """Return the folder of a URL with a pattern, and the patterns below it without braces; none for a plain URL."""
     names = url.split("/")
     first = next((n for n, name in enumerate(names) if _is_pattern(name)), None)
     if first is None:
@@ -21,10 +21,10 @@ def split_pattern(url: str) -> tuple[str, tuple[str, ...]]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Return the patterns that the braces of one stand for.
+    """Return the patterns that the braces expand to.
 
     Raises:
-        UserError: more than a million.
+        UserError: they are more than a million.
     """
     pieces = _BRACES.split(pattern)
     choices = [[piece] if n % 2 == 0 else _choices(piece) for n, piece in enumerate(pieces)]
@@ -37,7 +37,7 @@ def expanded(pattern: str) -> list[str]:
 
 
 def matches(path: str, patterns: frozenset[str]) -> str | None:
-    """Return the pattern that a path is named by, None for none."""
+    """Return the first pattern that matches a path; None if none does."""
     if path in patterns:
         return path
     return next((each for each in patterns if _has_wildcard(each) and fnmatch.fnmatchcase(path, each)), None)

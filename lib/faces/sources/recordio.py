@@ -37,16 +37,16 @@ _LABEL = struct.Struct("<f")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 
 SHARD_BYTES = 256 * 2**20
-"""Of a file that one task scans."""
+"""Bytes of a file that one task scans."""
 
 _CHECKED = 64
-"""Offsets of an index that are looked up in its file."""
+"""Number of offsets of an index that are checked in its file."""
 
 _SEARCH_BYTES = 2**20
 
 
 class Record(NamedTuple):
-    """Where a record lies.
+    """The place of a record.
 
     Attributes:
         start: of its first frame.
@@ -77,7 +77,7 @@ class RecordioSource(ContainerSource):
     companions = (".idx", ".lst")
 
     def shards(self) -> list[Shard]:
-        """Return ranges of the files, once their indexes are found to be theirs."""
+        """Return ranges of the files, after checking that their indexes belong to them."""
         shards = []
         for info in self.files():
             self._check_index(info.path, info.num_bytes)
@@ -88,7 +88,7 @@ class RecordioSource(ContainerSource):
     def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
         """Yield the photos whose records begin in the range of a shard.
 
-        What is damaged, cut off, or holds no image is counted, and the scan goes on with the next whole record.
+        Records that are damaged, cut off or without an image are counted, and the scan continues with the next one.
         """
         file = RangedFile(self.file_url(shard.name))
         rows: list[tuple[str | None, int, int]] = []
@@ -106,7 +106,7 @@ class RecordioSource(ContainerSource):
             logger.warning("%s: %d damaged stretches are passed over", storage.redacted(file.url), num)
 
     def read_file(self, name: str, rows: Iterable[Row]) -> Iterator[Photo]:
-        """Yield the photos of rows, with one block of the file in memory; `corrupt` where the record is gone."""
+        """Yield the photos of rows, with one block of the file in memory; `corrupt` if the record is gone."""
         file = RangedFile(self.file_url(name))
         for row in rows:
             try:
@@ -147,7 +147,7 @@ class RecordioSource(ContainerSource):
                 continue
             if not _is_followed(file, record):
                 within = _next_start(file, position + 4, record.stop)
-                if within < record.stop:  # its length is wrong, since another record begins within it
+                if within < record.stop:  # its length is wrong, because another record begins within it
                     self.passed_over["damaged records"] += 1
                     position = within
                     continue
@@ -155,7 +155,7 @@ class RecordioSource(ContainerSource):
             position = record.stop
 
     def _label_and_size(self, file: RangedFile, record: Record) -> tuple[str | None, int] | None:
-        """Return a photo's label as text and its size, None for a record without an image."""
+        """Return a photo's label as text, and its size; None for a record without an image."""
         head = content(file, record, 0, _HEADER.size + _LABEL.size)
         if len(head) < _HEADER.size:
             self.passed_over["damaged records"] += 1
@@ -181,7 +181,7 @@ class RecordioSource(ContainerSource):
         """Count the records that an index names beyond the end of its file.
 
         Raises:
-            UserError: it is no index, or that of another file.
+            UserError: it is no index, or the index of another file.
         """
         url = self.file_url(name)[: -len(".rec")] + ".idx"
         if not storage.exists(url):
@@ -253,7 +253,7 @@ def content(file: RangedFile, record: Record, start: int, length: int) -> bytes:
 
 
 def _next_start(file: RangedFile, position: int, stop: int) -> int:
-    """Return where the next whole record begins at or after a place, `stop` where none does before it."""
+    """Return the start of the next complete record at or after a place, `stop` if there is none before it."""
     position += -position % 4
     while position < stop:
         data = file.at(position, _SEARCH_BYTES)
@@ -262,7 +262,7 @@ def _next_start(file: RangedFile, position: int, stop: int) -> int:
             if found % 4 == 0 and position + found < stop and _is_start(file, position + found):
                 return position + found
             found = data.find(MAGIC, found + 1)
-        # The magic stands at multiples of four bytes, so no two stretches share one.
+        # The magic is at multiples of four bytes, so no two blocks share one.
         position += _SEARCH_BYTES
     return stop
 

@@ -1,4 +1,4 @@
-"""What a source of photos is: it lists its photos shard by shard, and reads them.
+"""The interface of a source: it lists its photos shard by shard, and reads them.
 
 A format is one file in this folder with one class: see `ContainerSource` for files that hold many photos.
 """
@@ -22,22 +22,22 @@ from lib.listing import FileInfo
 SCAN_SCHEMA = pa.schema(
     [
         pa.field("photo", pa.string(), nullable=False),  # a unique name that does not change
-        pa.field("identity", pa.string()),  # as the source says it; null where it does not
-        pa.field("source", pa.string()),  # the file that holds the photo, below the URL; null where it is the photo
-        pa.field("group", pa.int64()),  # the part of that file that can only be read from its beginning
+        pa.field("identity", pa.string()),  # by the source; null if it has none
+        pa.field("source", pa.string()),  # the file with the photo, below the URL; null if the file is the photo
+        pa.field("group", pa.int64()),  # the part of that file that is only readable from its start
         pa.field("row", pa.int64()),  # the place in that part, ascending
-        pa.field("num_bytes", pa.int64(), nullable=False),  # the size of the photo; of Parquet, what its group says
-        pa.field("mark", pa.string(), nullable=False),  # of the file: changes when the file does, "" if not known
+        pa.field("num_bytes", pa.int64(), nullable=False),  # the size of the photo; for Parquet, by its row group
+        pa.field("mark", pa.string(), nullable=False),  # changes when the file changes; "" if unknown
     ]
 )
-"""What a scan says of each photo."""
+"""The columns of a scan."""
 
 BATCH_ROWS = 65_536
 
 Row = Mapping[str, Any]
 """A row of a manifest: at least `photo`, `source`, `group` and `row`."""
 Photo = tuple[Row, bytes | str]
-"""A row with the photo's bytes, or with the status that says why there are none."""
+"""A row with the photo's bytes, or with the status why there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class PhotoColumns:
 
 
 class Shard(NamedTuple):
-    """What one task can scan alone: a folder ("" for all), a file, or the range of its bytes from `start` to `stop`."""
+    """The unit of a scan: a folder ("" for all), a file, or the bytes of a file from `start` to `stop`."""
 
     name: str
     start: int = 0
@@ -64,7 +64,7 @@ class Source(ABC):
     """Photos below a URL, all in one format. It can be pickled, and a copy of it works on another machine.
 
     Attributes:
-        passed_over: files, or what lies in them, that `shards` and `scan` have found to be no photos, by kind.
+        passed_over: number of files or records that are no photos, by kind, found by `shards` and `scan`.
     """
 
     format: ClassVar[str]
@@ -72,9 +72,9 @@ class Source(ABC):
     what: ClassVar[str]
     """Its files in words, for messages."""
     suffixes: ClassVar[tuple[str, ...]]
-    """What the names of its files end in, in lower case."""
+    """Suffixes of its files, in lower case."""
     companions: ClassVar[tuple[str, ...]] = ()
-    """Suffixes of files that may lie beside them, and hold no photos."""
+    """Suffixes of files without photos that may be beside them."""
 
     def __init__(
         self,
@@ -90,9 +90,9 @@ class Source(ABC):
         Args:
             url: of a folder of its files, or of one.
             columns: where images, identities and names are, if the format has columns.
-            foreign: suffixes of other formats with what they are; such a file ends a scan.
+            foreign: suffixes of other formats, with their names; such a file ends a scan.
             identities_required: a file without identities is refused.
-            patterns: only files below the URL that one of these names are taken.
+            patterns: only files below the URL that match one of these are read.
         """
         self.url = url
         self.columns = columns
@@ -136,7 +136,7 @@ class Source(ABC):
         """Yield the source's files in a folder below the URL, or the URL itself if that is one of them.
 
         Raises:
-            UserError: files of another format lie among them.
+            UserError: there are files of another format among them.
         """
         if self.url.lower().endswith(self.suffixes) and not self._patterns:
             yield FileInfo("", *storage.file_info(self.url)[1:])
@@ -177,17 +177,17 @@ class Source(ABC):
 
 
 class ContainerSource(Source):
-    """Files that each hold many photos. A format adds how one is scanned and read."""
+    """Files with many photos each. A format adds how to scan and read one."""
 
     has_folders: ClassVar[bool] = False
-    """Whether photos lie in folders there, which are identities where no photo has another."""
+    """Whether its photos are in folders, which are the identities if no photo has another one."""
 
     def shards(self) -> list[Shard]:
         """Return one shard per file."""
         return [Shard(info.path, 0, info.num_bytes, info.mark) for info in self.files()]
 
     def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:  # noqa: ARG002
-        """Yield each row with its photo; files say themselves how much of them is in memory at a time."""
+        """Yield each row with its photo; the format decides how much is in memory at a time."""
         for name, mine in groupby(rows, key=lambda row: row["source"]):
             yield from self.read_file(name, mine)
 
@@ -196,7 +196,7 @@ class ContainerSource(Source):
         """Yield the photos of rows of one file, in order."""
 
     def stem(self, name: str) -> str:
-        """Return what the names of a file's photos begin with."""
+        """Return the beginning of the names of a file's photos."""
         return name or self.url.rstrip("/").rpartition("/")[2]
 
 
@@ -230,5 +230,5 @@ def suffix_of(path: str) -> str:
 
 
 def is_photo(path: str) -> bool:
-    """Return whether a name ends as those of photos do."""
+    """Return whether a name has the suffix of a photo."""
     return path.lower().endswith(PHOTO_SUFFIXES)
