@@ -3,6 +3,7 @@
 Shapes: N photos, P pairs, F folds, I identities, T thresholds (points of the curve), R resamples.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,7 @@ def bootstrap_intervals(
     runs = runs_of(same_P, curve_cuts(distances_P[order_P], same_P))
     codes_N = np.unique(np.asarray(identity_N), return_inverse=True)[1]
     num_people, person_2P = _renumbered(codes_N[np.stack([pairs.a_P[order_P], pairs.b_P[order_P]])])
-    # The second factor of a same pair is a column of ones.
-    person_2P[1] = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])
+    person_2P[1] = np.where(person_2P[0] == person_2P[1], num_people, person_2P[1])  # this factor is always one
     # Folds have equal weight, as in the mean over folds.
     _, index_P, size_F = np.unique(pairs.fold_P[order_P], return_inverse=True, return_counts=True)
     share_P = 1 / size_F[index_P]
@@ -76,15 +76,22 @@ def bootstrap_intervals(
         right_R, all_R = np.inner(share_2P, weights_RP)
         with np.errstate(invalid="ignore"):  # a resample without any of the pairs gives NaN
             accuracy_R = right_R / all_R
-        chunk = {"accuracy": accuracy_R, "auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
-        chunk |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
-        if point is not None:
-            chunk |= {"point_far": far_RT[:, point], "point_tar": tar_RT[:, point]}
-        for name, values_R in chunk.items():
+        for name, values_R in {"accuracy": accuracy_R, **_curve_figures(far_RT, tar_RT, fars, point)}.items():
             figures.setdefault(name, []).append(values_R)
     intervals = {name: _percentiles(np.concatenate(parts)) for name, parts in figures.items()}
     tars = {far_key(far): intervals.pop(far_key(far), None) for far in FARS}
     return {"level": CONFIDENCE, "num_resamples": num_resamples, **intervals, "tar_at_far": tars}
+
+
+def _curve_figures(
+    far_RT: FloatArray, tar_RT: FloatArray, fars: Sequence[float], point: int | None
+) -> dict[str, FloatArray]:
+    """Return the figures of the curve of each resample, by name."""
+    figures = {"auc": auc(far_RT, tar_RT), "eer": eer(far_RT, tar_RT)}
+    figures |= {far_key(far): tar_at_far(far_RT, tar_RT, far) for far in fars}
+    if point is not None:
+        figures |= {"point_far": far_RT[:, point], "point_tar": tar_RT[:, point]}
+    return figures
 
 
 def _resampled_weights(

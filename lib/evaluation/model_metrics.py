@@ -17,11 +17,11 @@ from lib.errors import UserError
 from lib.evaluation.metrics import (
     best_threshold,
     failed_as_errors,
-    original_table,
     pair_distances,
     verification_figures,
     verification_report,
 )
+from lib.evaluation.original_table import original_table
 from lib.evaluation.pairs import Pairs, original_pairs
 from lib.recognition.embedder import Embedder
 from lib.recognition.embeddings_table import Embeddings

@@ -1,4 +1,4 @@
-"""Which photo is compared with which: pairs that are drawn by a seed; `pair_files` reads others.
+"""Pairs of photos to compare, drawn by a seed; `pair_files` reads pairs from files.
 
 A pair holds two indices into the caller's list of photos, so that a million pairs take 19 MB.
 
@@ -24,10 +24,10 @@ MAX_FOLDS = 32_767
 """Folds are numbered in 16 bits."""
 
 NUM_NAMED = 5
-"""So many of the photos or lines that are wrong are named in a message."""
+"""A message names at most so many wrong photos or lines."""
 
 SMALL_FOLD = 8
-"""Where a fold has fewer cross pairs than this many times what is asked, all are listed instead of drawn at random."""
+"""If a fold has fewer different pairs than so many times the wanted number, all are listed instead of drawn."""
 
 
 Strings: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
@@ -44,10 +44,10 @@ class Pairs:
     """Whether both photos show the same person."""
     fold_P: NDArray[np.int16]
     missing_photos: tuple[str, ...] = ()
-    """Photos that the file names and the caller does not have; their pairs are not among the arrays."""
+    """Photos that are in the file but not in the caller's list; the arrays do not have their pairs."""
     num_missing_pairs: int = 0
     note: str = ""
-    """What the user should be told about these pairs; empty where all is as asked."""
+    """A line for the user about these pairs; empty if they are as asked."""
 
     def __len__(self) -> int:
         return len(self.a_P)
@@ -61,11 +61,11 @@ def made_pairs(
     num_folds: int = DEFAULT_FOLDS,
     seed: int,
 ) -> Pairs:
-    """Draw pairs as LFW has them: half of one person, half of two, in folds that share no person, no pair twice.
+    """Draw pairs as in LFW: half of one person, half of two, no pair twice, in folds that share no person.
 
-    Within a fold every person serves as evenly as the photos allow. The draw depends on the names and the seed, not on
-    the order of the photos (length N, as `identities`). Where there is too little for `num_pairs`, each fold gets as
-    many as it has, still half of each kind, and `note` says so.
+    In a fold all people are in equally many pairs, as far as their photos allow. The draw depends on the names and the
+    seed, not on the order of the photos (length N, as `identities`). If there are too few for `num_pairs`, each fold
+    gets as many as it has, still half of each kind, and `note` says so.
 
     Raises:
         UserError: not enough people for two folds, or too few pairs asked for the folds.
@@ -81,7 +81,7 @@ def made_pairs(
             "two folds need four people, two of them with two photos"
         )
     rng = np.random.default_rng(seed)
-    # Dealt in order of their number of photos, so that the folds are alike in size.
+    # People are dealt in order of their number of photos, so that the folds have similar sizes.
     fold_I = np.empty(len(count_I), np.int64)
     fold_I[np.lexsort((rng.random(len(count_I)), -count_I))] = np.arange(len(count_I)) % folds
     start_I = np.cumsum(count_I) - count_I
@@ -89,14 +89,8 @@ def made_pairs(
     parts = []
     for fold in range(folds):
         people = rng.permutation(np.flatnonzero(fold_I == fold))
-        count_J = count_I[people]
         wanted = num_pairs // 2 // folds + (fold < num_pairs // 2 % folds)
-        num_each = min(wanted, int(_num_same(count_J).sum()), _num_different(count_J))
-        same = _draw_same(count_J, num_each, rng)
-        different = _draw_different(count_J, num_each, rng)
-        # Positions within the fold's photos, laid out person by person -> positions in photo_N.
-        place_M = np.arange(count_J.sum()) + np.repeat(start_I[people] - (np.cumsum(count_J) - count_J), count_J)
-        parts.append(photo_N[place_M[np.concatenate([same, different])]])
+        parts.append(photo_N[_fold_pairs(count_I[people], start_I[people], wanted, rng)])
     a_P, b_P = np.concatenate(parts).T
     size_F = np.array([len(part) for part in parts])
     fold_P = np.repeat(np.arange(folds, dtype=np.int16), size_F)
@@ -109,11 +103,26 @@ def made_pairs(
     return Pairs(a_P=a_P.copy(), b_P=b_P.copy(), same_P=same_P, fold_P=fold_P, note=note if short else "")
 
 
+def _fold_pairs(
+    count_J: NDArray[np.int64], start_J: NDArray[np.int64], wanted: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Draw the pairs of a fold, [2 * num, 2], up to `wanted` of each kind: first the same pairs, then the different.
+
+    Person j of the fold has the `count_J[j]` photos at the positions from `start_J[j]` on, which the pairs hold.
+    """
+    num_each = min(wanted, int(_num_same(count_J).sum()), _num_different(count_J))
+    same = _draw_same(count_J, num_each, rng)
+    different = _draw_different(count_J, num_each, rng)
+    # Both are positions within the fold's photos, laid out person by person.
+    place_M = np.arange(count_J.sum()) + np.repeat(start_J - (np.cumsum(count_J) - count_J), count_J)
+    return place_M[np.concatenate([same, different])]
+
+
 def original_pairs(photos: Sequence[str], identities: Sequence[str], *, seed: int) -> Pairs:
     """Return the original project's pairs: every two photos of a person, and for each a random photo of someone else.
 
-    Each same pair and its different pair stand in the fold of that person (10 folds, fewer where fewer people have two
-    photos), so folds share no person among same pairs, but the random others may come from any fold.
+    Each same pair and its different pair are in the fold of that person (10 folds, or as many as people with two
+    photos). So folds share no person among same pairs, but the random others may come from any fold.
 
     Raises:
         UserError: nobody has two photos, or there is only one person.
@@ -172,7 +181,7 @@ def _draw_same(count_J: NDArray[np.int64], num: int, rng: np.random.Generator) -
     capacity_J = np.sort(_num_same(count_J))
     num_people = len(count_J)
     before_J = np.cumsum(capacity_J) - capacity_J
-    # Everyone gives the same number of pairs, save those who have not as many and give all.
+    # Everyone gives the same number of pairs, except people with fewer pairs, who give all.
     num_spent = int(np.searchsorted(before_J + capacity_J * np.arange(num_people, 0, -1), num, side="right"))
     level = (num - before_J[num_spent]) // (num_people - num_spent) if num_spent < num_people else capacity_J[-1]
     quota_J = np.minimum(_num_same(count_J), level)
@@ -206,13 +215,13 @@ def _draw_different(count_J: NDArray[np.int64], num: int, rng: np.random.Generat
             candidates = np.stack(np.divmod(np.unique(photo[:, 0] * num_photos + photo[:, 1]), num_photos), axis=1)
             num_rounds *= 2
     candidates = rng.permutation(candidates)
-    # Whoever has served most often already waits longest.
+    # People who are in many pairs already come last.
     turn = _occurrence(person_M[candidates].ravel()).reshape(-1, 2).max(axis=1)
     return candidates[np.argsort(turn, kind="stable")[:num]]
 
 
 def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each value how many equal ones stand before it."""
+    """Return for each value how many equal values come before it."""
     order = np.argsort(values, kind="stable")
     count = np.bincount(values)
     occurrence = np.empty(len(values), np.int64)

@@ -12,6 +12,7 @@ from lib.errors import UserError
 from lib.evaluation import metrics
 from lib.evaluation.curves import point_at, roc_curve
 from lib.evaluation.metrics import verification_report
+from lib.evaluation.original_table import original_table
 from lib.evaluation.pairs import made_pairs
 from tests.evaluation.drawn_pairs import LABELLED, random_pairs, split, unhurried
 
@@ -105,7 +106,7 @@ def test_the_original_table_agrees_with_scikit_learn():
     rng = np.random.default_rng(2)
     same_P = rng.random(500) < 0.4
     distances_P = rng.normal(np.where(same_P, 1.0, 1.5), 0.3)
-    table = metrics.original_table(distances_P, same_P, 1.2, beta=0.5)
+    table = original_table(distances_P, same_P, 1.2, beta=0.5)
     called_P = distances_P <= 1.2
     precision, recall, f_beta, _ = reference.precision_recall_fscore_support(
         same_P, called_P, beta=0.5, average="binary"
@@ -128,7 +129,7 @@ def test_the_original_table_agrees_with_scikit_learn():
 
 
 def test_precision_is_none_where_nothing_is_called_the_same():
-    table = metrics.original_table(np.array([1.0, 2.0]), np.array([True, False]), 0.5)
+    table = original_table(np.array([1.0, 2.0]), np.array([True, False]), 0.5)
     assert (table["precision"], table["recall"], table["f_beta"]) == (None, 0, 0)
 
 

@@ -46,7 +46,7 @@ def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def texts_of(url: str, content: pa.Table, column: str | None, schema: pa.Schema) -> list[str | None]:
-    """Return the values of a column as text, classes by their names; only None if there is no column.
+    """Return the values of a column as text, classes by their names; an empty list without the column.
 
     Raises:
         UserError: they cannot be text.
