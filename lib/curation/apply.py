@@ -1,4 +1,4 @@
-"""Accepted proposals become a new list of identities. The list before it is kept, so a change can be taken back."""
+"""Writes accepted proposals into a new list of identities. The old list is kept, so a change can be undone."""
 
 import csv
 import io

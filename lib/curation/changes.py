@@ -1,4 +1,4 @@
-"""What the curate job leaves: proposals as a table, and which faces table they are about."""
+"""The output of the curate job: proposals as a table, and the version of the faces table that they belong to."""
 
 import hashlib
 import json
@@ -94,11 +94,11 @@ def _to_name(proposal: Proposal, identity: str | None, names: Sequence[str], fre
 
 
 def digest_of_table(success: Mapping[str, Any]) -> str:
-    """Return a short hash of what a finished faces table says of itself: another version has another."""
+    """Return a short hash of a faces table's `_SUCCESS`, which differs between versions."""
     return hashlib.sha256(json.dumps(success, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_about(output: str, faces_url: str, faces_digest: str, **settings: Any) -> None:
-    """Write which faces the proposals are about."""
+    """Write the version of the faces that the proposals belong to."""
     about = {"faces": storage.redacted(faces_url), "faces_digest": faces_digest, **settings}
     storage.write_json(storage.join(output, ABOUT_NAME), about)

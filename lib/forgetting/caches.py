@@ -1,4 +1,4 @@
-"""Copies of crops that training keeps on this node: one that shows a target goes as a whole."""
+"""Caches of crops that training keeps on this node. One with a target is removed as a whole."""
 
 import fcntl
 import logging
@@ -18,8 +18,8 @@ _FIELDS = [CACHE_SCHEMA.get_field_index(name) for name in (PHOTO, IDENTITY)]
 def caches_with(targets: Targets, cache_dir: str | None) -> dict[str, int]:
     """Return the caches of this node that name the targets, and how many rows of each do.
 
-    They lie in the user's own folder, and in `cache_dir`. One that was never finished, or cannot be read, counts as one
-    row: nobody can tell whom it shows.
+    They are in the user's own folder and in `cache_dir`. One that is unfinished or cannot be read counts as one row,
+    because nobody knows whom it shows.
     """
     found: dict[str, int] = {}
     for folder in dict.fromkeys(filter(None, [default_folder(), cache_dir])):
@@ -31,7 +31,7 @@ def caches_with(targets: Targets, cache_dir: str | None) -> dict[str, int]:
 
 
 def remove_cache(path: str) -> None:
-    """Remove a cache. A training that has it open goes on with its own view of it."""
+    """Remove a cache. A training that has it open can still read it."""
     Path(path).unlink(missing_ok=True)
 
 

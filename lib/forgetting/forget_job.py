@@ -1,8 +1,8 @@
-"""The forget job: takes people and photos out of all that the jobs have made, and keeps them out.
+"""The forget job: takes people and photos out of all outputs of jobs, and keeps them out.
 
-First a journal of the names, readable by its user alone, then the keyed hashes that keep them out, then the tables,
-files and copies. What it finds it takes out, and searches again until nothing is found. So the same command goes on
-after a kill, and ends with the proof. The receipt comes after that, and the journal goes last.
+It first writes a journal of the names, which only the user can read. Then it writes the keyed hashes that keep them
+out, and changes tables, files and copies. It searches again until it finds nothing, so the same command continues
+after a kill, and ends with the proof. Then it writes the receipt, and removes the journal last.
 """
 
 import logging
@@ -24,7 +24,7 @@ from lib.layout import Layout
 logger = logging.getLogger(__name__)
 
 ROUNDS = 3
-"""Searches that may find something. More of them mean that another job keeps writing the names."""
+"""Searches that may find something. If more do, another job keeps writing the names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ def forget(config: ForgetConfig) -> dict[str, Any]:
     """Take the people and photos out of everything below the data URL, and return what was done.
 
     Raises:
-        UserError: nobody is named, or somebody who is nowhere; a file that cannot be searched.
-        JobError: the storage fails, or another job keeps writing what is taken out.
+        UserError: nobody is named, or a name is found nowhere, or a file cannot be searched.
+        JobError: the storage fails, or another job keeps writing the names.
     """
     started = time.monotonic()
     data_url = Layout(config.data).url
@@ -121,10 +121,10 @@ def _lines(url: str) -> list[str]:
 def _resolved(
     config: ForgetConfig, where: search.Places, given: Targets, tombstones: Tombstones | None, journal: Journal
 ) -> tuple[Targets, bool]:
-    """Return all that is to be forgotten, and whether anything names it.
+    """Return all photos and people to forget, and whether anything names them.
 
     Raises:
-        UserError: a name stands nowhere, and was not forgotten before.
+        UserError: a name is found nowhere, and was not forgotten before.
     """
     known = journal.targets()
     targets, there = search.resolved(where, of_names(given.photos | known.photos, given.identities | known.identities))
@@ -177,7 +177,7 @@ def _plan(config: ForgetConfig, where: search.Places, given: Targets, tombstones
 
 
 def _take_out(config: ForgetConfig, where: search.Places, targets: Targets, journal: Journal) -> int:
-    """Take the targets out of all places once, and return out of how many; each is in the journal before it changes."""
+    """Take the targets out of all places once; return how many. The journal names a place before it changes."""
     hits = search.tables_with(where, targets)
     files = search.files_with(where, targets, hits)
     caches = caches_with(targets, config.cache_dir)

@@ -1,4 +1,4 @@
-"""What can hold a face or a name: one kind of file each, and how it is left without them. Add a new output to `KINDS`.
+"""The kinds of files that can contain a face or a name, and how to take it out. Add a new output to `KINDS`.
 
 Tables of faces and of embeddings, which have versions, are in `tables.py`, copies on a node in `caches.py`.
 """
@@ -23,13 +23,13 @@ from lib.faces.photo_names import stored_name
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets, role_of
 
 MANY = 1000
-"""Photos up to which each is looked for in a page."""
+"""Up to so many photos, each is looked for in a page."""
 
 _SAMPLED = 500
-"""Lines that tell the dialect of a list."""
+"""Number of lines that decide the dialect of a list."""
 
 Without = Callable[[bytes, Targets], tuple[bytes, int]]
-"""Returns the content of a file without the targets, and how often they were in it: 0 leaves it as it is."""
+"""Returns the content of a file without the targets, and how often they were in it; 0 leaves the file as it is."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        what: said in the receipt.
+        what: its name in the receipt.
         names: patterns of the names of such files.
-        without: how it is left without the targets, and how often it named them.
-        is_removed: a page or picture cannot be left without them, so it is removed.
+        without: takes the targets out, and counts them.
+        is_removed: the file is removed, because nothing can be taken out of a page or picture.
         again: the job that makes it again.
     """
 
@@ -127,7 +127,7 @@ _GONE = object()
 
 
 def json_without(data: bytes, targets: Targets) -> tuple[bytes, int]:
-    """Return a JSON file without the entries that are such a name, and with "(forgotten)" for one within a text."""
+    """Return a JSON file without entries that are such a name, and with "(forgotten)" for a name within a text."""
     num = 0
 
     def kept(value: Any, role: str | None) -> Any:
@@ -152,9 +152,9 @@ def json_without(data: bytes, targets: Targets) -> tuple[bytes, int]:
 
 
 def names_on_page(data: bytes, targets: Targets) -> tuple[bytes, int]:
-    """Return how many of the photos a page names, as they are or as HTML and JSON write them.
+    """Return how many of the photos a page names, as they are or as in HTML and JSON.
 
-    With more than `MANY` photos that would take hours, and every page counts as one that names them.
+    For more than `MANY` photos that would take hours, so every page counts as one that names them.
     """
     if len(targets.photos) > MANY:
         return data, 1
@@ -177,10 +177,10 @@ KINDS = (
     Kind("picture", ("matches.jpg",), names_on_page, is_removed=True, again="jobs/identify.py"),
     Kind("picture", ("contact_sheet.jpg", "quality.jpg"), names_on_page, is_removed=True, again="jobs/preprocess.py"),
 )
-"""The first kind that has a file counts. A page or picture goes, too, when a file beside or below it names one of
-the targets: it may show them without their name."""
+"""The first kind that matches a file counts. A page or picture is also removed if a file beside or below it names a
+target, because it may show them without their name."""
 
 
 def kind_of(path: str) -> Kind | None:
-    """Return the kind of a file, None where it is no output that can hold a face or a name."""
+    """Return the kind of a file; None if it is no output that can contain a face or a name."""
     return next((kind for kind in KINDS if kind.has(path)), None)

@@ -1,4 +1,4 @@
-"""Models that were trained on forgotten photos: which they are, and the mark that says so."""
+"""Models that were trained on forgotten photos: finds them, and marks them."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -24,13 +24,13 @@ def models_with(
     kept_runs: Iterable[str],
     named: Iterable[str],
 ) -> dict[str, str]:
-    """Return the runs whose models saw forgotten photos, or may have, and in words why that is known.
+    """Return the runs whose models saw forgotten photos, or may have, with the reason in words.
 
     Args:
         run_urls: folders of runs.
-        versions: forgotten rows by split of the versions of faces tables that held any, by the run_id of the version.
-        kept_runs: run_ids of all versions that are there: what is in those is known.
-        named: URLs of files that named a forgotten photo; usage and suspects of a run do if it was trained on it.
+        versions: forgotten rows by split, of each version of a faces table with any, by its run_id.
+        kept_runs: run_ids of all existing versions, whose rows are known.
+        named: URLs of files that named a forgotten photo, such as usage and suspects of a run trained on it.
     """
     known, own_files = set(kept_runs), list(named)
     found: dict[str, str] = {}
@@ -45,7 +45,7 @@ def models_with(
             found[url] = TRAINED
         elif run_id is not None and run_id not in known and run_id not in versions and not storage.exists(usage_url):
             found[url] = UNKNOWN
-    # A model that began from such a model holds what that one learnt.
+    # A model that started from such a model has what that one learnt.
     shown = {storage.redacted(url): url for url in begun_from}
     while more := [url for url, first in begun_from.items() if url not in found and shown.get(first) in found]:
         found |= {url: f"{BEGAN_FROM} {begun_from[url]}" for url in more}
@@ -53,19 +53,19 @@ def models_with(
 
 
 def checkpoints_and_exports(run_url: str) -> list[str]:
-    """Return the files of a run that hold weights."""
+    """Return the files of a run that contain weights."""
     suffixes = (".safetensors", ".onnx", ".pth", ".pt")
     return [info.path for info in storage.list_files(run_url, suffix=suffixes)]
 
 
 def mark(run_url: str, why: str, receipt: str, counts: Mapping[str, int]) -> None:
-    """Say in a run, and in the card of its model, that photos it was trained on were forgotten; once a receipt."""
+    """Write into a run and its model's card that it was trained on forgotten photos; once for each receipt."""
     url = storage.join(run_url, MARK_NAME)
     marks = storage.read_json(url, {"marks": list})["marks"] if storage.exists(url) else []
     if all(each.get("receipt") != receipt for each in marks):
         storage.write_json(url, {"marks": [*marks, {"receipt": receipt, "why": why, **counts}]})
     spec_url = storage.join(run_url, "model", "model.json")
-    if storage.exists(spec_url):  # a card that is written anew tells it from there
+    if storage.exists(spec_url):  # a card that is written again takes it from there
         spec = storage.read_json(spec_url, {"training": dict})
         if receipt not in str(told := spec["training"].get("forgotten later", "")):
             spec["training"]["forgotten later"] = ", ".join(filter(None, [told, receipt]))
@@ -80,7 +80,7 @@ def mark(run_url: str, why: str, receipt: str, counts: Mapping[str, int]) -> Non
 
 
 def is_run(config_url: str) -> bool:
-    """Return whether a `config.json` is that of a run."""
+    """Return whether a `config.json` belongs to a run."""
     return "faces_run_id" in _read(config_url)
 
 

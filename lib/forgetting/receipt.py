@@ -1,4 +1,4 @@
-"""The journal of a forgetting that is under way, and the receipt that it becomes."""
+"""The journal of an unfinished forgetting, and the receipt that it becomes."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ JOURNALS, RECEIPTS = "pending", "receipts"
 
 
 class Journal:
-    """What a forgetting has done so far; it holds names, and is gone when the receipt stands.
+    """The progress of a forgetting. It contains names, and is removed after the receipt is written.
 
     Attributes:
-        content: what the file holds. Its entries have keys, so that what is done twice after a kill counts once.
+        content: of the file. Its entries have keys, so that work repeated after a kill counts once.
     """
 
     def __init__(self, data_url: str, name: str, content: dict[str, Any], key: bytes = b"") -> None:
@@ -34,12 +34,12 @@ class Journal:
 
     @property
     def is_begun(self) -> bool:
-        """Whether a job has begun it, this one or one that was killed."""
+        """Whether this job or a killed one has begun it."""
         return bool(self.content)
 
     @property
     def op(self) -> str:
-        """What tells this forgetting from all others."""
+        """The id of this forgetting."""
         return str(self.content["op"])
 
     @property
@@ -49,15 +49,15 @@ class Journal:
 
     @property
     def receipt_url(self) -> str:
-        """Where the receipt goes."""
+        """URL of the receipt."""
         return storage.join(folder_url(self._data_url), RECEIPTS, self.receipt_name)
 
     def targets(self) -> Targets:
-        """Return whom a killed job has found to forget; nobody where none has begun."""
+        """Return the targets that a killed job has found; nobody if none has begun."""
         return of_names(self.content.get("photos", ()), self.content.get("identities", ()))
 
     def begin(self, targets: Targets) -> None:
-        """Write who is forgotten, before anything is changed."""
+        """Write the targets, before anything is changed."""
         if not self.content:
             began = datetime.now(UTC).isoformat(timespec="seconds").removesuffix("+00:00") + "Z"
             self.content = {"op": secrets.token_hex(6), "began": began}
@@ -67,7 +67,7 @@ class Journal:
         self._write()
 
     def note_versions(self, hits: Sequence[TableHits], kept: Sequence[str], runs: Sequence[str]) -> None:
-        """Note which versions of tables held them, all versions that are there, and the runs."""
+        """Add the versions of tables with targets, all existing versions, and the runs."""
         for table in hits:
             self.content["versions"] |= table.runs
         self.content["kept_versions"] = sorted({*self.content["kept_versions"], *kept})
@@ -75,15 +75,15 @@ class Journal:
         self._write()
 
     def note_table(self, hits: TableHits, rewritten: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note the parts of a table that have a successor, and those that go with an older version."""
+        """Add the parts of a table that have a successor, and those that are removed with an older version."""
         entries = self.content["tables"].setdefault(hits.url, {})
         entries.update(rewritten)
-        for name, num in hits.rows.items():  # one that a killed job has rewritten keeps its entry
+        for name, num in hits.rows.items():  # a part that a killed job has rewritten keeps its entry
             entries.setdefault(name, {"rows": num, "removed": True})
         self._write()
 
     def note_files(self, files: Sequence[FileHits], caches: Mapping[str, int]) -> None:
-        """Note the files and copies that are about to be changed or removed."""
+        """Add the files and copies that are about to be changed or removed."""
         for file in files:
             entry = {"kind": file.kind.what, "entries": file.num, "sha256": file.sha256}
             more = {"removed": True, "made_again_by": file.kind.again} if file.kind.is_removed else {}
@@ -92,15 +92,15 @@ class Journal:
         self._write()
 
     def note_written(self, url: str, content: bytes) -> None:
-        """Note the digest of a file that was just rewritten."""
+        """Add the digest of a file that was just rewritten."""
         self.content["files"][url]["new_sha256"] = hashlib.sha256(content).hexdigest()
 
     def note_model(self, run_url: str, why: str, files: Sequence[str]) -> None:
-        """Note a run whose model was trained on them."""
+        """Add a run whose model was trained on them."""
         self.content["models"][run_url] = {"why": why, "weights": list(files)}
 
     def counts(self) -> dict[str, int]:
-        """Return what was done, in numbers. Rows are those of the versions that readers saw."""
+        """Return the numbers of what was done. Rows are those of the versions that readers saw."""
         tables = [part for table in self.content["tables"].values() for part in table.values()]
         files = self.content["files"].values()
         return {
@@ -118,7 +118,7 @@ class Journal:
         """Write the receipt, remove the journal, and return the URL of the receipt."""
         content = self.content
         for url, entry in content["files"].items():
-            if "removed" not in entry and "new_sha256" not in entry and storage.exists(url):  # a kill came between
+            if "removed" not in entry and "new_sha256" not in entry and storage.exists(url):  # after a kill in between
                 self.note_written(url, storage.read_bytes(url))
         who: dict[str, Any] = targets.to_json()
         if not with_names:
@@ -151,7 +151,7 @@ class Journal:
 
 
 def open_journal(data_url: str, key: bytes, given: Targets) -> Journal:
-    """Return the journal of the forgetting of these names, that of a killed job where there is one."""
+    """Return the journal of the forgetting of these names; that of a killed job, if there is one."""
     names = [f"photo\0{name}" for name in sorted(given.photos)]
     names += [f"identity\0{name}" for name in sorted(given.identities)]
     journal = Journal(data_url, keyed(key, "names", "\0".join(names))[:16], {}, key)

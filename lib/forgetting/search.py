@@ -1,4 +1,4 @@
-"""Looks below the data URL, and in named places, for all that names the targets. Nothing is changed."""
+"""Searches the data URL and other given places for everything that names the targets. It changes nothing."""
 
 import hashlib
 import logging
@@ -23,20 +23,20 @@ PHOTOS_FOLDER = "photos"
 
 TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".md", ".html", ".log", ".yaml", ".yml")
 MAX_TEXT_BYTES = 64_000_000
-"""Texts of nobody's making here are searched for the photos up to this size, to tell the user where they stand."""
+"""Texts that no job has made are searched up to this size, to tell the user where the photos are named."""
 
 
 @dataclass
 class Places:
-    """What there is to search.
+    """The places to search.
 
     Attributes:
         tables: folders of tables of faces and of embeddings.
-        files: URL and kind of each file that can hold a name or a face.
+        files: URL and kind of each file that can contain a name or a face.
         runs: folders of runs.
         texts: URLs of texts that no job has made.
-        origins: folders of photos that were embedded or identified, by the folder of the output. Names in it are those
-            below that folder.
+        origins: folders of photos that were embedded or identified, by the folder of the output, whose names are
+            relative to them.
     """
 
     tables: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Places:
     origins: dict[str, str] = field(default_factory=dict)
 
     def targets_in(self, url: str, targets: Targets) -> Targets:
-        """Return the targets by the names that they have in a table or file."""
+        """Return the targets with the names that they have in a table or file."""
         more: set[str] = set()
         for folder, origin in self.origins.items():
             if f"{url}/".startswith(f"{folder}/"):
@@ -65,10 +65,10 @@ class FileHits:
 
 
 def places(data_url: str, others: Sequence[str]) -> Places:
-    """Return what to search: all below the data URL but for the photos, and all below other folders, or other files.
+    """Return the places to search: the data URL without the photos, and the other folders or files.
 
     Raises:
-        UserError: another place is not there, or the storage refuses.
+        UserError: another place does not exist, or the storage refuses.
     """
     found = Places()
     files, folders = storage.children(data_url)
@@ -90,21 +90,21 @@ def places(data_url: str, others: Sequence[str]) -> Places:
 
 
 def _below_origin(origin: str, photos: Iterable[str]) -> set[str]:
-    """Return the photos that lie in a folder, by their names below it. Its end tells: the data may have been moved."""
+    """Return the photos in a folder, with names relative to it. Only its end is compared: the data may have moved."""
     folders = origin.rstrip("/").split("/")
     ends = [f"{'/'.join(folders[place:])}/" for place in range(len(folders))]
     return {name.removeprefix(end) for name in photos for end in ends if name.startswith(end)}
 
 
 def _origins(found: Places) -> dict[str, str]:
-    """Return for each output of a folder of photos which folder that was."""
+    """Return for each output of a folder of photos that folder."""
     origins = {}
     files = {url for url, _ in found.files}
     for url in found.tables:
         success_url = storage.join(url, parts.SUCCESS_NAME)
         origin = storage.read_json(success_url).get("photos") if storage.exists(success_url) else None
         if isinstance(origin, str):
-            # identify and evaluate keep their embeddings below what they made of them.
+            # identify and evaluate keep their embeddings below their output.
             above = url.rpartition("/embeddings")[0]
             is_above = bool(files & {storage.join(above, name) for name in ("matches.parquet", "metrics.json")})
             origins[above if above and is_above else url] = origin
@@ -136,9 +136,9 @@ def _add(found: Places, root: str, paths: Sequence[str], sizes: Sequence[int]) -
 
 
 def resolved(where: Places, given: Targets) -> tuple[Targets, Targets]:
-    """Return the targets with all photos of their identities, and those of the given names that stand anywhere.
+    """Return the targets with all photos of their identities, and the given names that are found anywhere.
 
-    Looked at are tables and lists of identities.
+    Searches tables and lists of identities.
     """
     rows: set[tuple[str, str | None]] = set()
     for url in where.tables:
@@ -161,7 +161,7 @@ def tables_with(where: Places, targets: Targets) -> list[TableHits]:
 
 
 def files_with(where: Places, targets: Targets, tables: Sequence[TableHits]) -> list[FileHits]:
-    """Return the files that name the targets, and the pages and pictures beside or above what does."""
+    """Return the files that name the targets, and pages and pictures beside or above them."""
     looked = list(_looked_at(where, targets))
     named = [each.url for each in looked if each.num and not each.kind.is_removed] + [each.url for each in tables]
     return [each for each in looked if each.num or (each.kind.is_removed and _is_beside(each.url, named))]
@@ -202,9 +202,9 @@ def _counted(without: Callable[[bytes, Targets], tuple[bytes, int]], url: str, d
 
 
 def texts_with(where: Places, targets: Targets) -> list[str]:
-    """Return the texts that no job has made and that name a photo: they are the user's, and told to the user.
+    """Return the texts that name a photo and that no job has made. They belong to the user, who is told of them.
 
-    The first `MANY` photos are looked for.
+    Looks for the first `MANY` photos.
     """
     names = [name.encode("utf-8", "surrogateescape") for name in sorted(targets.photos)[:MANY]]
 

@@ -1,7 +1,7 @@
-"""Tables of faces and of embeddings: a new version without some rows, and no version before it.
+"""Tables of faces and of embeddings: makes a new version without some rows, and removes all older versions.
 
-A file is never changed. Parts with such rows are written anew under other names, then plan and card, then `_SUCCESS`.
-The names follow from the old ones and the run_id of the new version, so a killed job finds what it has done.
+Files are never changed. Parts with such rows are written again under new names, then plan and card, then `_SUCCESS`.
+The new names depend on the old ones and the run_id of the new version, so a killed job finds its own files.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ TRAINED_ON = ("train", "val")
 
 @dataclass
 class TableHits:
-    """Where a table names the targets.
+    """The rows of a table that name the targets.
 
     Attributes:
-        rows: number of such rows, by the part's file.
-        runs: by the run_id of a version, such rows by split.
+        rows: their number, by the part's file.
+        runs: their number by split, by the run_id of a version.
     """
 
     url: str
@@ -44,9 +44,9 @@ class TableHits:
 
 
 def named_in(url: str, targets: Targets) -> set[tuple[str, str | None]]:
-    """Return photo and identity of the rows that name the targets, in all files of a table, of any version.
+    """Return photo and identity of the rows that name the targets, in all files of all versions of a table.
 
-    Where a table holds all faces of a photo, it is the photo.
+    If a table has all faces of a photo, the name is that of the photo.
     """
     found = parts.found_at(url)
 
@@ -67,7 +67,7 @@ def _photo_of(row: str, found: parts.Found) -> str:
 
 
 def look_for(url: str, targets: Targets) -> TableHits:
-    """Return where a table names the targets; only columns with names are read."""
+    """Return the rows of a table that name the targets; reads only columns with names."""
     found = parts.found_at(url)
 
     def in_part(name: str) -> int:
@@ -75,7 +75,7 @@ def look_for(url: str, targets: Targets) -> TableHits:
             rows = file.read(columns=named_columns(file.schema_arrow))
         return int(targets.rows(rows).true_count)
 
-    # The list of photos of a version that is not finished names them, too.
+    # The list of photos of an unfinished version names them too.
     planned = storage.list_files(storage.join(url, parts.MANIFEST_FOLDER), suffix=".parquet")
     names = [*_part_names(found), *(f"{parts.MANIFEST_FOLDER}/{info.path}" for info in planned)]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -91,12 +91,12 @@ def look_for(url: str, targets: Targets) -> TableHits:
 
 
 def take_out(hits: TableHits, targets: Targets, op: str) -> dict[str, dict[str, Any]]:
-    """Write the parts that name the targets anew without them; return for each the new name, and digests of both.
+    """Write the parts that name the targets again without them; return the new name of each, and digests of both.
 
     Nothing is removed, and readers do not see the new files yet.
 
     Raises:
-        UserError, JobError: a part is damaged, or cannot be written.
+        UserError, JobError: a part is damaged or cannot be written.
     """
     found = parts.found_at(hits.url)
     names = [name for name in hits.rows if found.success and name in found.success["parts"]]
@@ -122,10 +122,10 @@ def take_out(hits: TableHits, targets: Targets, op: str) -> dict[str, dict[str, 
 
 
 def swap(url: str, rewritten: Mapping[str, Mapping[str, Any]], unwanted: Sequence[str], op: str) -> None:
-    """Make the version without the targets the one that readers see; remove all others, and the files `unwanted`.
+    """Let readers see the version without the targets; remove all other versions, and the files `unwanted`.
 
-    Done again after a kill, it goes on. A table without a finished version loses those files alone, and one with
-    nobody else in it goes as a whole.
+    After a kill it continues. A table without a finished version only loses those files. A table with nobody else in it
+    is removed.
 
     Raises:
         JobError: new files are gone, or another job began a version meanwhile.
@@ -133,7 +133,7 @@ def swap(url: str, rewritten: Mapping[str, Mapping[str, Any]], unwanted: Sequenc
     found = parts.found_at(url)
     success = found.success
     if success is not None and not any(_successor(name, rewritten) for name in success["parts"]):
-        # _SUCCESS first: readers see a whole table or none.
+        # _SUCCESS first: readers see a complete table or none.
         storage.remove(storage.join(url, parts.SUCCESS_NAME))
         storage.remove_tree(url)
         return
@@ -141,7 +141,7 @@ def swap(url: str, rewritten: Mapping[str, Mapping[str, Any]], unwanted: Sequenc
         run_id = parts.digest_of([op, url])[:12]
         if any(name in success["parts"] for name in rewritten):
             success = _new_version(found, rewritten, run_id)
-        # Jobs that read an older version would miss files that they began with: it goes as a whole.
+        # Jobs that read an older version would miss some of its files, so it is removed as a whole.
         parts.remove_unused(url, success, found.present, keep_versions=1)
     if any(name.startswith(parts.MANIFEST_FOLDER) for name in unwanted):
         storage.remove(storage.join(url, parts.MANIFEST_FOLDER, "listed.json"))  # without it, the list does not count
@@ -187,7 +187,7 @@ def _part_names(found: parts.Found) -> list[str]:
 
 
 def _new_name(name: str, op: str) -> str:
-    """Return the name of a part without the targets. That of a table without versions does not look like one with."""
+    """Return the name of a part without the targets. A table without versions has other names than one with."""
     digest = parts.digest_of([name, op])
     key = parts.part_key(name)
     if key is not None:

@@ -1,4 +1,4 @@
-"""Whom to forget, and which rows and texts name them."""
+"""The targets: people and photos to forget, and the rows and texts that name them."""
 
 import re
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ from lib.faces.photo_names import stored_name
 PHOTO, IDENTITY = "photo", "identity"
 
 FACE_OF = re.compile(r"#\d+$")
-"""What follows the name of a photo in a row of one of its faces, where a table holds all faces of a photo."""
+"""Suffix of a photo's name in the row of one of its faces, if a table has all faces of a photo."""
 
 
 def role_of(column: str) -> str | None:
-    """Return whether a column holds names of photos or of identities, by its own name; None where it holds neither."""
+    """Return whether a column has names of photos or of identities, by its own name; None if neither."""
     if PHOTO in column or column == "evidence":
         return PHOTO
     return IDENTITY if IDENTITY in column or column == "decision" else None
@@ -38,7 +38,7 @@ def _is_text(kind: pa.DataType) -> bool:
 class Targets:
     """Names of photos and of identities to forget.
 
-    A photo `a.jpg` stands for its faces `a.jpg#0`, `a.jpg#1` too.
+    A photo `a.jpg` includes its faces `a.jpg#0`, `a.jpg#1`.
     """
 
     photos: frozenset[str]
@@ -51,12 +51,12 @@ class Targets:
 
     @cached_property
     def _by_key(self) -> dict[str, str]:
-        """The photos by their names as lists may write them, see `lib.faces.listed_names`."""
+        """The photos by the spellings of their names in lists, see `lib.faces.listed_names`."""
         stems = {stem_of(key_of(name)): name for name in self.photos}
         return stems | {key_of(name): name for name in self.photos}
 
     def listed(self, name: str) -> str | None:
-        """Return the photo to forget that a name in a list means, None where it means none."""
+        """Return the photo to forget with this name in a list; None if there is none."""
         if stored_name(name) in self.photos:
             return stored_name(name)
         key = key_of(name)
@@ -72,7 +72,7 @@ class Targets:
         return re.compile(rf"(?<![\w/.-])(?:{'|'.join(names)})(?:#\d+)?(?![\w/-])") if names else re.compile(r"(?!)")
 
     def holds(self, role: str | None, name: str | None) -> bool:
-        """Return whether a text in a place of this role names one of them."""
+        """Return whether a text with this role names one of them."""
         if name is None or role is None:
             return False
         if role == IDENTITY:

@@ -1,4 +1,4 @@
-"""What of a model is compiled."""
+"""Finds the parts of a model that are compiled."""
 
 from torch import nn
 

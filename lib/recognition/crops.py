@@ -15,11 +15,11 @@ from lib.recognition.face_source import PhotosSource, Source
 
 
 def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
-    """Return the aligned faces, JPEG, of these rows' photos (`photo`, or `photo#n`), as far as they have one."""
+    """Return the aligned faces, JPEG, of these photos (`photo`, or `photo#n`) that have one."""
     wanted = pa.array(sorted(set(names)), pa.string())
     crops: dict[str, bytes] = {}
     if isinstance(source, PhotosSource):
-        # A row `photo#n` is face n of the photo; one whose own name ends so is among them too.
+        # A row `photo#n` is face n of the photo; a photo's own name may end so too.
         of_files = pa.array(
             sorted({form for name in set(names) for form in (name, name.rpartition("#")[0])}), pa.string()
         )

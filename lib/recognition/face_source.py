@@ -1,4 +1,4 @@
-"""What embed takes faces from: the parts of a faces table, or those that preprocess would make of photos."""
+"""The faces to embed: the parts of a faces table, or the parts that preprocess would make of photos."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class FacesSource:
         run_id: of the version of the table.
         file_names: of the parts below `url`.
         num_rows: of each of them.
-        rows: those to embed of each file, rising; None for all rows of all files.
+        rows: rows to embed of each file, ascending; None for all rows of all files.
     """
 
     url: str
@@ -54,7 +54,7 @@ class FacesSource:
     rows: list[list[int]] | None = None
 
     def only(self, rows: Mapping[str, Sequence[int]]) -> "FacesSource":
-        """Return these rows of these files alone."""
+        """Return a source of only these rows of these files."""
         names = [name for name in self.file_names if rows.get(name)]
         taken = [[int(row) for row in rows[name]] for name in names]
         return replace(self, file_names=names, num_rows=[len(each) for each in taken], rows=taken)
@@ -90,12 +90,12 @@ class PhotosSource:
 
     @property
     def url(self) -> str:
-        """Where the photos are."""
+        """URL of the photos."""
         return self.files.url
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """That of the faces."""
+        """The fingerprint of the faces."""
         return fingerprint(self.settings)
 
     def origin(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def shared_items(items: Sequence[dict[str, Any]], output: str) -> list[dict[str,
 
 
 def _output_name(name: str, made_of: str, model: str) -> str:
-    """Return the file that the faces of a part become by a model of this digest."""
+    """Return the file of a part's embeddings by a model with this digest."""
     key = part_key(name) or name.rpartition("/part-")[2].removesuffix(".parquet")
     return part_name(split_in(name), key, digest_of([made_of, model]))
 
@@ -182,8 +182,8 @@ def photos_source(
 ) -> PhotosSource:
     """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
 
-    Those that were forgotten are left out. With `unnamed_too` the file says who is in a photo and not which photos
-    count: those that it does not list are looked at, and those that it lists and that are not there are left out.
+    Forgotten photos are left out. With `unnamed_too` the file gives identities but does not choose photos: photos that
+    it does not list are used too, and listed ones that do not exist are left out.
 
     Raises:
         UserError: as `read_manifest` does; or no photo is in these splits.
@@ -212,7 +212,7 @@ def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[st
     """Return how the faces of a source differ from the model's training faces, see `check_fingerprint`.
 
     Raises:
-        UserError: the faces must be aligned anew for the model, and have no landmarks; or as `check_fingerprint` does.
+        UserError: the model needs another alignment and the faces have no landmarks; or as `check_fingerprint`.
     """
     made = settings_from_fingerprint(source.fingerprint).alignment.template
     aligned = source.fingerprint.get("aligned")

@@ -1,6 +1,6 @@
 """The model in use on single photos: faces with their embeddings, and whether two photos show one person.
 
-A photo goes the way it goes in `jobs/preprocess.py`, so its crop is bit for bit the one that stands in the faces table.
+A photo is processed as in `jobs/preprocess.py`, so its crop is bit for bit that in the faces table.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Face:
     landmarks_52: np.ndarray
     """x y of left eye, right eye, nose, mouth left, mouth right (as seen when the face is upright), float32."""
     score: float
-    """How sure the detector is, 0 to 1."""
+    """Score of the detector, 0 to 1."""
     crop_HWC: np.ndarray
     """The aligned face, uint8 RGB."""
     embedding_D: np.ndarray
