@@ -92,7 +92,7 @@ def worker_of(
     assert isinstance(embedder, TorchEmbedder)
     about = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
     how = Computing(use_gpu=is_gpu, num_threads=options.threads, num_faces=COMPILING_PAYS)
-    worker = EmbedWorker((url, None), str(folder / "embeddings"), None, fingerprint, about, how)
+    worker = EmbedWorker((url, None, False), str(folder / "embeddings"), None, fingerprint, about, how)
     pool = ThreadPoolExecutor(GPU_PARTS if is_gpu else CPU_PARTS)
 
     def run(items: list[Item]) -> None:

@@ -109,6 +109,26 @@ def test_embeddings_go_to_the_folder_of_the_run_and_only_the_splits_asked_for(
     assert {path.parent.name for path in output.glob("*/*.parquet")} == {"split=val"}
 
 
+def test_mirror_images_are_asked_for_and_written_down(
+    connected_head: RayHead, undisturbed: tuple[Path, dict], model_url: str, faces_url: str, tmp_path: Path
+) -> None:
+    flags = ["--model", model_url, "--faces", faces_url, "--splits", "val"]
+    done = run_here("embed.py", *flags, "--output", str(tmp_path / "e"), "--flip")
+    assert done.status == 0, done.errors
+    made, plain = read_embeddings(str(tmp_path / "e")), read_embeddings(str(undisturbed[0]))
+    assert (made.model["flip"], plain.model["flip"]) == (True, False)
+    model = load_model(model_url)
+    model.spec = dataclasses.replace(model.spec, flip=True)
+    crops = {row["photo"]: row["crop"] for row in pq.read_table(faces_url).to_pylist()}
+    has_face_N = ~made.failed_N
+    shown = [photo for photo, has_face in zip(made.photos, has_face_N, strict=True) if has_face]
+    expected_ND = embed(model, np.stack([decoded_crop(crops[photo]) for photo in shown]))
+    np.testing.assert_allclose(made.embeddings_ND[has_face_N], expected_ND, atol=1e-5)
+    mixed = run_here("embed.py", *flags, "--output", str(tmp_path / "e"))
+    assert mixed.status == 2
+    assert "--output" in mixed.last_error
+
+
 def test_a_bucket_holds_model_faces_and_embeddings(
     connected_head: RayHead, s3_bucket: str, undisturbed: tuple[Path, dict], model_url: str, faces_url: str
 ) -> None:

@@ -160,6 +160,35 @@ def test_an_operating_point_is_kept_in_the_model_with_its_figures(
     assert "Threshold chosen by --at-far" in (run / "report" / "report.html").read_text()
 
 
+def test_mirror_images_go_into_the_model_with_their_threshold_only_where_that_is_asked(
+    evaluated: tuple[Path, EvaluateConfig, Finished], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "runs" / "first é"
+    made_run(str(evaluated[0] / "model"), run)
+    before = (run / "model" / "model.json").read_bytes()
+    config = dataclasses.replace(evaluated[1], data=str(tmp_path), flip=True)
+    left = evaluate(config)
+    assert not left["threshold_kept"]
+    assert "without mirror images: --keep-threshold keeps --flip and its threshold" in caplog.text
+    assert (run / "model" / "model.json").read_bytes() == before
+    (flipped,) = storage.read_json(str(run / "report" / "metrics.json"))["models"]
+    (plain,) = storage.read_json(str(evaluated[0] / "report" / "metrics.json"))["models"]
+    assert (flipped["flip"], plain["flip"]) == (True, False)
+    assert flipped["digest"] != plain["digest"]
+    assert flipped["original_table"] != plain["original_table"]
+
+    kept = evaluate(dataclasses.replace(config, keep_threshold=True))
+    spec = load_model(str(run / "model")).spec
+    assert kept["threshold_kept"]
+    assert (spec.flip, spec.threshold) == (True, kept["threshold"])
+    assert read_embeddings(str(run / "report" / "embeddings" / "first é")).model["flip"]
+    again = evaluate(dataclasses.replace(config, flip=False))  # the model says so now
+    assert (again["threshold"], again["accuracy"]) == (kept["threshold"], kept["accuracy"])
+    off = evaluate(dataclasses.replace(config, flip=False, no_flip=True, keep_threshold=True))
+    assert off["threshold_kept"]
+    assert not load_model(str(run / "model")).spec.flip
+
+
 def test_a_model_that_cannot_be_written_to_is_measured_all_the_same(
     evaluated: tuple[Path, EvaluateConfig, Finished], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,7 +70,7 @@ def test_two_sets_give_the_table_of_papers(arcface_run: Path, sets: list[str], t
 
 
 def test_our_protocol_has_intervals_and_two_models_stand_side_by_side(
-    arcface_run: Path, model_url: str, sets: list[str], s3_bucket: str, caplog: pytest.LogCaptureFixture
+    arcface_run: Path, model_url: str, sets: list[str], s3_bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = f"{s3_bucket}/sets/lfw.bin"
     storage.write_bytes(url, Path(sets[0]).read_bytes())
@@ -87,9 +87,17 @@ def test_our_protocol_has_intervals_and_two_models_stand_side_by_side(
     assert caplog.text.count("was trained on faces aligned to 'eyes'") == 1
     assert storage.read_bytes(f"{s3_bucket}/out ü/report.html").count(b"a run") >= 3
 
-    evaluate(dataclasses.replace(config, flip=True))
+    mirrored = tmp_path / "mirrored" / "model"
+    of_run = load_model(str(arcface_run / "model"))
+    save_model(of_run, str(mirrored), dataclasses.replace(of_run.spec, flip=True))
+    evaluate(dataclasses.replace(config, model=(str(arcface_run),), flip=True))
     flipped = storage.read_json(f"{s3_bucket}/out ü/metrics.json")
+    evaluate(dataclasses.replace(config, model=(str(mirrored), str(arcface_run))))
+    mixed = storage.read_json(f"{s3_bucket}/out ü/metrics.json")
     assert flipped["flip"]
+    assert (mixed["flip"], [model["flip"] for model in mixed["models"]]) == (False, [True, False])
+    assert mixed["models"][0]["sets"] == flipped["models"][0]["sets"]
+    assert "left out" in storage.read_bytes(f"{s3_bucket}/out ü/report.html").decode()
     of_fold, of_fold_flipped = (each["models"][0]["sets"][0]["fold_thresholds"] for each in (metrics, flipped))
     assert of_fold != of_fold_flipped
 
@@ -116,7 +124,7 @@ def test_bad_input_is_refused_in_one_line(model_url: str, sets: list[str], tmp_p
     assert "gone.bin" in refused(**use, pairs=(str(tmp_path / "gone.bin"),))
     assert "one list of pairs, or verification sets" in refused(**use, pairs=(sets[0], "pairs.txt"))
     assert "two sets that are called 'lfw'" in refused(**use, pairs=(sets[0], "/other/lfw.bin"))
-    assert "--flip is for verification sets" in refused(**use, flip=True)
+    assert "--flip and --no-flip are both given" in refused(**use, pairs=sets, flip=True, no_flip=True)
     assert "--protocol insightface is for" in refused(**use, protocol="insightface", pairs=("pairs.txt",))
     for flag, value in (
         ("photos", "/p"),

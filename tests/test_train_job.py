@@ -1,5 +1,6 @@
 """`jobs/train.py` as users run it: what it makes, what it refuses, and that it learns."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, 
 from lib.training.cache_building import build_cache
 from lib.training.checkpoints import newest_progress
 from lib.training.face_cache import FaceCache
+from lib.training.settings import TrainConfig
+from lib.training.validation import Validation
 from tests.job_runner import JOB_LIMIT_S, ROOT, RayHead, environment, run_here, run_job
 from tests.training.learnable_faces import write_faces
 
@@ -310,6 +313,28 @@ def test_embeddings_of_512_numbers_are_learnt_mined_and_kept(connected_head: Ray
     model = load_model(done.result["model"])
     assert model.spec.embedding_dim == 512
     assert embed(model, np.zeros((1, 40, 40, 3), np.uint8)).shape == (1, 512)
+
+
+def test_mirror_images_are_part_of_the_model_and_of_its_validation(connected_head: RayHead, data: Path) -> None:
+    brief = ["--epochs", "2", "--batch-size", "24", "--triplets-per-epoch", "96"]
+    done = run_here("train.py", *flags(data, "mirrored", *brief, "--flip"))
+    assert done.status == 0, done.errors
+    model = load_model(done.result["model"])
+    assert model.spec.flip
+    assert model.spec.threshold is not None
+    cache = FaceCache(build_cache(str(data / "faces"), ["val"], str(data / "the cache")))
+    validation = Validation(cache, TrainConfig.of(val_pairs=400))
+    crops = cache.decode(validation.rows_V)[0]
+    row = history(data, "mirrored")[done.result["best_epoch"] - 1]
+    figures = validation.figures(embed(model, crops), "random").metrics
+    assert figures["auc"] == pytest.approx(row["auc"], abs=1e-6)
+    assert model.spec.threshold == pytest.approx(figures["threshold"], abs=1e-4)
+    model.spec = dataclasses.replace(model.spec, flip=False)
+    plain = validation.figures(embed(model, crops), "random").metrics
+    assert plain["auc"] != pytest.approx(row["auc"], abs=1e-9)
+    refused = run_here("train.py", *flags(data, "raw", "--flip", "--no-normalize"))
+    assert refused.status == 2
+    assert "leave out --no-normalize" in refused.last_error
 
 
 def test_more_workers_than_the_cluster_has_are_refused_saying_what_it_has(connected_head: RayHead, data: Path) -> None:

@@ -13,6 +13,7 @@ from lib.evaluation.set_figures import Protocol
 from lib.evaluation.verification_sets import is_verification_set, set_name
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter, face_filter
+from lib.recognition.embedder import FlipFlag, chosen_flip
 from lib.recognition.onnx_model import OnnxInput
 
 
@@ -36,8 +37,11 @@ class EvaluateConfig:
     verification sets (lfw.bin cfp_fp.bin), which hold their own faces. Default: made from --split."""
     protocol: Protocol = "ours"
     """With verification sets: ours, with intervals, or insightface, as published figures are made (implies --flip)."""
-    flip: bool = False
-    """With verification sets: add the embedding of the mirror image to that of the image."""
+    flip: FlipFlag = False
+    """Add the embedding of the mirror image, although the model does not say so. --keep-threshold keeps that in the
+    model, too."""
+    no_flip: FlipFlag = False
+    """Leave mirror images out, although the model adds them."""
     split: str = "test"
     """Without --pairs: split whose photos make the pairs: train, val, test, or all."""
     num_pairs: int = 6_000
@@ -91,6 +95,7 @@ class EvaluateConfig:
         if self.whole_split and self.pairs:
             raise UserError("--whole-split is for pairs that are made of a split: leave it or --pairs out")
         cluster.check_gpus(self.gpus)
+        _ = self.chosen_flip
         for flag, value in (("--seed", self.seed), ("--split-seed", self.split_seed)):
             if value < 0:
                 raise UserError(f"{flag} is {value}: 0 or more")
@@ -100,9 +105,8 @@ class EvaluateConfig:
         sets = [is_verification_set(url) for url in self.pairs]
         if len(sets) > 1 and not all(sets):
             raise UserError(f"--pairs names {len(sets)} files: one list of pairs, or verification sets (.bin) only")
-        for flag, given in (("--protocol insightface", self.protocol != "ours"), ("--flip", self.flip)):
-            if given and not any(sets):
-                raise UserError(f"{flag} is for verification sets: --pairs lfw.bin, or leave the flag out")
+        if self.protocol != "ours" and not any(sets):
+            raise UserError("--protocol insightface is for verification sets: --pairs lfw.bin, or leave the flag out")
         for flag, given in (
             ("--photos", self.photos is not None),
             ("--slices", self.slices is not None),
@@ -118,6 +122,11 @@ class EvaluateConfig:
             raise UserError(
                 f"--pairs names two sets that are called {max(names, key=names.count)!r}: rename one of them"
             )
+
+    @property
+    def chosen_flip(self) -> bool | None:
+        """Whether to add mirror images; None as each model says."""
+        return chosen_flip(self.flip or (self.protocol == "insightface" and not self.no_flip), self.no_flip)
 
     @property
     def has_sets(self) -> bool:

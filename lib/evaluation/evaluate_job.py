@@ -24,7 +24,13 @@ from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME, SetsPlan, evaluat
 from lib.layout import Layout
 from lib.recognition.embed_job import embed_source
 from lib.recognition.embed_job import model_name as name_of
-from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
+from lib.recognition.embedder import (
+    Embedder,
+    TorchEmbedder,
+    extraction_settings,
+    find_model,
+    load_embedder,
+)
 from lib.recognition.embeddings_table import read_embeddings
 from lib.recognition.face_source import Source, check_source, faces_source, photos_source
 from lib.recognition.model import keep_threshold, was_evaluated
@@ -44,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     urls = [find_model(layout, given) for given in config.model or (None,)]
     if config.has_sets:
         return evaluate_sets(_sets_plan(config, layout, urls))
-    embedders = [load_embedder(url, config.onnx) for url in urls]
+    embedders = [load_embedder(url, config.onnx, flip=config.chosen_flip) for url in urls]
     sources = [_source(config, layout, embedder) for embedder in embedders]
     pairs_url = absolute_url(config.pairs[0], "--pairs") if config.pairs else None
     photos, pairs, sources = photos_and_pairs(
@@ -132,7 +138,7 @@ def _sets_plan(config: EvaluateConfig, layout: Layout, urls: Sequence[str]) -> S
         # The report of the other evaluation stays beside it.
         output=storage.join(report, "sets") if config.output is None else report,
         protocol=config.protocol,
-        flip=config.flip or config.protocol == "insightface",
+        flip=config.chosen_flip,
         gpus=config.gpus,
         seed=config.seed,
         strict=config.strict,
@@ -168,20 +174,29 @@ def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bo
     """Write the threshold into each model without one, or into all; return whether the first model got it."""
     kept = False
     for n, each in enumerate(measured):
-        is_folder = not each.embedder.url.endswith(".onnx")
-        if is_folder and (config.keep_threshold or not was_evaluated(each.embedder.url)):
+        if not isinstance(each.embedder, TorchEmbedder):
+            continue  # an ONNX file stays as it is
+        is_own_flip = each.embedder.flip == each.embedder.own_flip
+        if config.keep_threshold or (is_own_flip and not was_evaluated(each.embedder.url)):
             figures = {name: each.figures[name] for name in KEPT_FIGURES}
             if each.figures["operating_point"]:
                 figures["operating_point"] = each.figures["operating_point"]
             threshold = chosen_threshold(each.figures)
             try:
-                keep_threshold(each.embedder.url, threshold, figures)
+                keep_threshold(each.embedder.url, threshold, figures, flip=each.embedder.flip)
             except (UserError, JobError) as error:  # a shared model may be read-only; the report is what matters
                 logger.warning("could not write threshold %.4f into the model: %s", threshold, error)
                 continue
             logger.info("wrote threshold %.4f into %s", threshold, each.embedder.url)
             each.figures["model_threshold"] = threshold
             kept = kept or n == 0
-        elif is_folder and config.at_far is not None:
+        elif not is_own_flip:
+            logger.warning(
+                "%s stays as it is, %s mirror images: --keep-threshold keeps --%sflip and its threshold",
+                each.embedder.url,
+                "with" if each.embedder.own_flip else "without",
+                "no-" if each.embedder.own_flip else "",
+            )
+        elif config.at_far is not None:
             logger.warning("%s keeps the threshold that it has: --keep-threshold replaces it", each.embedder.url)
     return kept

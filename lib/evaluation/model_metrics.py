@@ -118,6 +118,7 @@ def measure(
         "name": name,
         "model": storage.redacted(embedder.url),
         "digest": embedder.digest,
+        "flip": embedder.flip,
         "model_threshold": embedder.threshold,
         "fingerprint": made.fingerprint,
         "failed_photos": dict(Counter(statuses[n] for n in failed)),

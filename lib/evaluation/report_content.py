@@ -171,6 +171,7 @@ def _about(measured: Sequence[Measured], photos: Photos, metrics: Mapping[str, A
     rows = [
         row("Model", [each.figures["model"] for each in measured]),
         row("Digest of its weights and input", [each.figures["digest"] for each in measured]),
+        row("Mirror images", ["added" if each.embedder.flip else "left out" for each in measured]),
         row("Numbers in an embedding", [each.embedder.embedding_dim for each in measured]),
         row(sources[0][0], [storage.redacted(url) for _, url in sources]),
         row("Detector", [content.get("detector") for content in made]),

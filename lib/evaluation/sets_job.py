@@ -36,7 +36,7 @@ class SetsPlan:
     Attributes:
         sets: URLs of the `.bin` files.
         models: URLs of the models, and `names` what they are called.
-        flip: add the embedding of the mirror image.
+        flip: whether to add the embedding of the mirror image; None as each model says.
         output: folder of the report.
     """
 
@@ -46,7 +46,7 @@ class SetsPlan:
     onnx: OnnxInput
     output: str
     protocol: Protocol
-    flip: bool
+    flip: bool | None
     gpus: cluster.Gpus = "auto"
     seed: int = 0
     strict: bool = False
@@ -86,7 +86,7 @@ def evaluate_sets(plan: SetsPlan) -> dict[str, Any]:
     metrics = {
         **_means(models[0]),
         "protocol": plan.protocol,
-        "flip": plan.flip,
+        "flip": all(model["flip"] for model in models),
         "pairs": [storage.redacted(url) for url in plan.sets],
         "seed": plan.seed,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -115,6 +115,7 @@ def _measured(
             "model": storage.redacted(embedder.url),
             "digest": embedder.digest,
             "template": embedder.template,
+            "flip": embedder.flip,
             "sets": [],
         }
         for name, embedder in zip(plan.names, embedders, strict=True)
@@ -125,7 +126,7 @@ def _measured(
         pairs = set_pairs(one, seed=plan.seed)
         for model, embedder in zip(models, embedders, strict=True):
             label = f"embedding {one.name}" + (f" by {model['name']}" if len(models) > 1 else "")
-            vectors_ND, failed_N = embed_images(embedder, one.images, flip=plan.flip, label=label)
+            vectors_ND, failed_N = embed_images(embedder, one.images, label=label)
             if failed_N.all():
                 raise UserError(f"{one.name}: not one of its {len(failed_N)} images is a square picture")
             model["sets"].append(set_figures(vectors_ND, failed_N, one, plan.protocol, seed=plan.seed))
@@ -138,7 +139,7 @@ def _loaded(plan: SetsPlan, url: str) -> Embedder:
     on_gpu = plan.gpus != 0 and torch.cuda.is_available() and (not url.endswith(".onnx") or runtime_knows_gpus())
     if plan.gpus not in ("auto", 0) and not on_gpu:
         raise UserError(f"--gpus is {plan.gpus}: verification sets are embedded by this process, which sees no GPU")
-    return load_embedder(url, plan.onnx, device="cuda" if on_gpu else "cpu")
+    return load_embedder(url, plan.onnx, device="cuda" if on_gpu else "cpu", flip=plan.flip)
 
 
 def _other_template(embedder: Embedder, *, strict: bool) -> list[str]:

@@ -11,7 +11,7 @@ from lib.evaluation.report import DASH, Plot, Table, percent, render
 PROTOCOLS = {
     "ours": "the exact best threshold of the other folds; \N{PLUS-MINUS SIGN} one standard error; in brackets 95 % "
     "intervals by resampling people, as far as the set tells who is who",
-    "insightface": "10 folds in file order, mirror images added, thresholds on squared distances in steps of 0.01; "
+    "insightface": "10 folds in file order, thresholds on squared distances in steps of 0.01; "
     "\N{PLUS-MINUS SIGN} the standard deviation over the folds",
 }
 
@@ -58,8 +58,7 @@ def text_table(models: Sequence[Mapping[str, Any]]) -> list[str]:
 def sets_page(metrics: Mapping[str, Any], curves: Mapping[str, Mapping[str, RocCurve]]) -> bytes:
     """Return the report as HTML; `curves` holds for each set the curve of each model."""
     models = metrics["models"]
-    flip = "with mirror images" if metrics["flip"] else "without mirror images"
-    text = f"Protocol {metrics['protocol']} ({flip}): {PROTOCOLS[metrics['protocol']]}. A dash: too few pairs to tell."
+    text = f"Protocol {metrics['protocol']}: {PROTOCOLS[metrics['protocol']]}. A dash: too few pairs to tell."
     folds = [
         Table(
             title=f"Folds: {model['name']}",
@@ -90,6 +89,7 @@ def sets_page(metrics: Mapping[str, Any], curves: Mapping[str, Mapping[str, RocC
             ["Model", *(model["model"] for model in models)],
             ["Digest of its weights and input", *(model["digest"] for model in models)],
             ["Alignment of its training faces", *(model["template"] for model in models)],
+            ["Mirror images", *("added" if model["flip"] else "left out" for model in models)],
             ["Sets", *[", ".join(metrics["pairs"])] * len(models)],
             ["Measured", *[metrics["measured_at"]] * len(models)],
         ],

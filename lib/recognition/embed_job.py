@@ -30,6 +30,8 @@ from lib.parts import (
 from lib.recognition.embed_worker import Computing, EmbedWorker
 from lib.recognition.embedder import (
     Embedder,
+    FlipFlag,
+    chosen_flip,
     chosen_gpus,
     extraction_settings,
     find_model,
@@ -80,6 +82,10 @@ class EmbedConfig:
     """GPUs to embed on. auto: all of the cluster. 0: none."""
     precision: cluster.Precision = "auto"
     """Arithmetic of a model folder. auto: bf16 on GPUs that support it, fp32 elsewhere. An ONNX file has its own."""
+    flip: FlipFlag = False
+    """Add the embedding of the mirror image, although the model does not say so. It costs a second pass."""
+    no_flip: FlipFlag = False
+    """Leave mirror images out, although the model adds them."""
     strict: bool = False
     """Stop if the faces were made with other settings than the model's training faces. Without it the job warns."""
     keep_versions: int = KEEP_VERSIONS
@@ -99,13 +105,14 @@ class EmbedConfig:
         if self.keep_versions < 1:
             raise UserError(f"--keep-versions is {self.keep_versions}: 1 or more")
         cluster.check_gpus(self.gpus)
+        _ = chosen_flip(self.flip, self.no_flip)
 
 
 def embed_job(config: EmbedConfig) -> dict[str, Any]:
     """Make or complete the embeddings table, and return its counts."""
     layout = Layout(config.data)
     model_url = find_model(layout, config.model)
-    embedder = load_embedder(model_url, config.onnx)
+    embedder = load_embedder(model_url, config.onnx, flip=chosen_flip(config.flip, config.no_flip))
     name = model_name(model_url)
     output = layout.embeddings(name, config.output)
     source: Source
@@ -227,7 +234,7 @@ def _embed_parts(
             num_threads=share.num_cpus,
             num_faces=num_all // max(1, share.num_workers),
         )
-        model = (embedder.url, onnx)
+        model = (embedder.url, onnx, embedder.flip)
         return run_parts(
             shared_items([item for item, _ in todo], output),
             EmbedWorker,
@@ -240,7 +247,8 @@ def _embed_parts(
 
 
 def _model(embedder: Embedder) -> dict[str, Any]:
-    return {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
+    about = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim}
+    return {**about, "template": embedder.template, "flip": embedder.flip}
 
 
 def model_name(model_url: str) -> str:

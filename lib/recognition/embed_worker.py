@@ -49,7 +49,7 @@ class EmbedWorker:
 
     def __init__(
         self,
-        model_source: tuple[str, OnnxInput | None],
+        model_source: tuple[str, OnnxInput | None, bool],
         output: str,
         photos: tuple[PhotoFiles, ExtractionSettings] | None,
         fingerprint: dict[str, Any],
@@ -59,7 +59,8 @@ class EmbedWorker:
         torch.set_num_threads(1)  # a worker has one CPU, and the number of threads changes the last digits
         device = devices.worker_device(use_gpu=how.use_gpu)
         devices.prepare(device, by_trial=False)
-        embedder = load_embedder(*model_source, device=str(device), precision=how.precision)
+        url, onnx, flip = model_source
+        embedder = load_embedder(url, onnx, device=str(device), precision=how.precision, flip=flip)
         if embedder.digest != model["digest"]:
             raise UserError(
                 f"the model {storage.redacted(embedder.url)} changed since this job began: run it again when the "

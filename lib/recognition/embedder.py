@@ -8,10 +8,11 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+import tyro
 
 from lib import cluster
 from lib import device as devices
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 COMPILING_PAYS = 1_000_000
 """Faces a GPU from which compiling pays: it takes up to a minute, and saves some hundredths of a millisecond a face."""
 
+FlipFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""--flip and --no-flip: two flags, because neither means as the model says."""
+
 Pending = Callable[[], np.ndarray]
 """Waits for the embeddings_ND of faces that a device computes, and returns them."""
 
@@ -45,6 +49,7 @@ class Embedder(Protocol):
         threshold: Euclidean distance up to which two faces count as one person, None if none was chosen.
         fingerprint: how its training faces were made; empty if unknown.
         template: the template of `lib.faces.alignment` for its crops.
+        flip: whether an embedding adds that of the mirror image.
     """
 
     url: str
@@ -53,6 +58,7 @@ class Embedder(Protocol):
     threshold: float | None
     fingerprint: Mapping[str, Any]
     template: str
+    flip: bool
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops."""
@@ -65,14 +71,18 @@ class Embedder(Protocol):
 
 
 class TorchEmbedder:
-    """A model folder of this project as an `Embedder`.
+    """A model folder of this project as an `Embedder`; `flip` overrules the model's own.
 
     Raises:
         UserError: as `load_model` does; or `device` does not exist.
     """
 
-    def __init__(self, url: str, *, device: str = "cpu", precision: cluster.Precision = "fp32") -> None:
+    def __init__(
+        self, url: str, *, device: str = "cpu", precision: cluster.Precision = "fp32", flip: bool | None = None
+    ) -> None:
         spec, weights = read_model(url)
+        self.own_flip = spec.flip
+        spec = with_flip(spec, flip)
         self._model = built_model(spec, weights, url)
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"the model cannot run on {device!r}: torch finds no GPU here; leave --gpus out")
@@ -83,6 +93,7 @@ class TorchEmbedder:
         self.url, self.digest = url, _digest(spec, weights)
         self.embedding_dim, self.threshold, self.fingerprint = spec.embedding_dim, spec.threshold, spec.fingerprint
         self.template = self.fingerprint.get("template", EYES)
+        self.flip = spec.flip
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops of any size."""
@@ -97,7 +108,7 @@ class TorchEmbedder:
         uploaded = self._upload(crops_NHWC)
         with torch.inference_mode(), devices.autocast(self._device, self._precision):
             images_NCHW = normalized_images(uploaded.tensor(), self._model.spec)
-            return devices.Fetched(self._model(images_NCHW)).numpy
+            return devices.Fetched(self._model.embedded(images_NCHW)).numpy
 
     def compile(self, asked: cluster.Compile, *, size: int, pays: bool) -> bool:
         """Compile the model for so many crops at once, if that pays and works; return whether it did."""
@@ -117,19 +128,48 @@ class TorchEmbedder:
 
 
 def load_embedder(
-    url: str, onnx: OnnxInput | None = None, *, device: str = "cpu", precision: cluster.Precision = "fp32"
+    url: str,
+    onnx: OnnxInput | None = None,
+    *,
+    device: str = "cpu",
+    precision: cluster.Precision = "fp32",
+    flip: bool | None = None,
 ) -> Embedder:
     """Return the model of a model folder, of a run folder that holds one, or of an .onnx file.
 
     `onnx` describes the input of an ONNX file from elsewhere. Files of this project describe their own. An ONNX file
-    computes in its own arithmetic.
+    computes in its own arithmetic. `flip` says whether to add mirror images, None as the model says.
 
     Raises:
-        UserError: it does not exist, or it is damaged.
+        UserError: it does not exist, it is damaged, or `flip` cannot be had.
     """
     if url.endswith(".onnx"):
-        return OnnxModel(url, onnx or OnnxInput(), device=device)
-    return TorchEmbedder(model_folder(url), device=device, precision=precision)
+        return OnnxModel(url, onnx or OnnxInput(), device=device, flip=flip)
+    return TorchEmbedder(model_folder(url), device=device, precision=precision, flip=flip)
+
+
+def chosen_flip(flip: bool, no_flip: bool) -> bool | None:
+    """Return what --flip and --no-flip ask for; None for what the model says.
+
+    Raises:
+        UserError: both are given.
+    """
+    if flip and no_flip:
+        raise UserError("--flip and --no-flip are both given: choose one")
+    return True if flip else False if no_flip else None
+
+
+def with_flip(spec: ModelSpec, flip: bool | None) -> ModelSpec:
+    """Return the model with another mirror averaging, for which its threshold was not chosen; None leaves it as it is.
+
+    Raises:
+        UserError: the model gives raw vectors.
+    """
+    if flip is None or flip == spec.flip:
+        return spec
+    if flip and not spec.normalize:
+        raise UserError("--flip gives vectors of length 1, and this model raw ones (--no-normalize): leave --flip out")
+    return replace(spec, flip=flip, threshold=None, metrics={})
 
 
 def chosen_gpus(url: str, asked: cluster.Gpus) -> int:

@@ -23,7 +23,7 @@ from lib.parts import read_success, split_in
 _READERS = 16
 
 MODEL_KEY = b"conv-facenet.model"
-"""Key in the Parquet metadata for the model as JSON: digest, embedding_dim, template."""
+"""Key in the Parquet metadata for the model as JSON: digest, embedding_dim, template, flip (older tables lack it)."""
 
 
 def schema(embedding_dim: int, fingerprint_json: str, model_json: str) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""Embeddings of aligned faces that are encoded pictures in memory: decoded ahead in threads, mirrored if asked.
+"""Embeddings of aligned faces that are encoded pictures in memory: decoded ahead in threads.
 
 Shape suffixes: N images, H and W pixels, D embedding dimension.
 """
@@ -26,13 +26,9 @@ _MAX_PIXELS = 16_000_000
 
 
 def embed_images(
-    embedder: Embedder, images: Sequence[bytes], *, flip: bool, label: str = "embedding"
+    embedder: Embedder, images: Sequence[bytes], *, label: str = "embedding"
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the embedding of each image, [N, D], and which images are no square picture; these have zeros.
-
-    With `flip` an embedding is the sum of that of the image and of its mirror image, scaled to length 1 afterwards, as
-    InsightFace does. A model whose embeddings have length 1 gives both the same weight.
-    """
+    """Return the embedding of each image, [N, D], and which images are no square picture; these have zeros."""
     vectors_ND = np.zeros((len(images), embedder.embedding_dim), np.float32)
     failed_N = np.ones(len(images), bool)
     with ProgressLine(label, unit="image", total=len(images)) as progress:
@@ -40,16 +36,9 @@ def embed_images(
             rows_N = start + places_N
             failed_N[rows_N] = False
             if len(rows_N):
-                vectors_ND[rows_N] = _embedded(embedder, crops_NHWC, flip=flip)
+                vectors_ND[rows_N] = embedder.embed(crops_NHWC)
             progress.update(min(start + BATCH_SIZE, len(images)))
     return vectors_ND, failed_N
-
-
-def _embedded(embedder: Embedder, crops_NHWC: np.ndarray, *, flip: bool) -> np.ndarray:
-    if not flip:
-        return embedder.embed(crops_NHWC)
-    mirrored_NHWC = np.ascontiguousarray(crops_NHWC[:, :, ::-1])
-    return unit_vectors(embedder.embed(crops_NHWC) + embedder.embed(mirrored_NHWC))
 
 
 def unit_vectors(vectors_ND: np.ndarray) -> np.ndarray:

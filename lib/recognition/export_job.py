@@ -18,13 +18,14 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lib import storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.layout import Layout
-from lib.recognition.embedder import find_model, load_embedder
+from lib.recognition.embedder import FlipFlag, chosen_flip, find_model, load_embedder, with_flip
 from lib.recognition.face_source import faces_source
 from lib.recognition.model import EmbeddingModel, embed, load_model, resized_crops, standardized
 from lib.recognition.onnx_model import METADATA_KEY, OnnxInput, OnnxModel
@@ -54,12 +55,17 @@ class ExportConfig:
     """Faces table whose crops check the file. Default: faces/ below --data."""
     output: str | None = None
     """File to write. Default: model.onnx in the run of the model."""
+    flip: FlipFlag = False
+    """Add mirror images in the file, although the model does not."""
+    no_flip: FlipFlag = False
+    """Leave mirror images out of the file, although the model adds them."""
     dry_run: bool = False
     """Check the input, then stop."""
 
     def __post_init__(self) -> None:
         if self.output is not None and not self.output.endswith(".onnx"):
             raise UserError(f"--output is {self.output!r}: the file name must end in .onnx")
+        _ = chosen_flip(self.flip, self.no_flip)
 
 
 class _WholeModel(nn.Module):
@@ -75,7 +81,12 @@ class _WholeModel(nn.Module):
         self.register_buffer("std_C", torch.tensor(model.spec.std))
 
     def forward(self, faces: torch.Tensor) -> torch.Tensor:
-        return self.model(standardized(faces, self.mean_C, self.std_C))
+        images_NCHW = standardized(faces, self.mean_C, self.std_C)
+        if not self.model.spec.flip:
+            return self.model(images_NCHW)
+        # One batch of both, so that the backbone stands in the file once.
+        both_ND = self.model(torch.cat([images_NCHW, images_NCHW.flip(3)]), raw=True)
+        return functional.normalize(both_ND[: len(faces)] + both_ND[len(faces) :], dim=1)
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
@@ -84,7 +95,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
     model_url = find_model(layout, config.model)
     if model_url.endswith(".onnx"):
         raise UserError(f"--model {model_url} is an ONNX file already: name a model folder of this project")
+    flip = chosen_flip(config.flip, config.no_flip)
     model = load_model(model_url)
+    model.spec = with_flip(model.spec, flip)
     folder, _, _ = model_url.rstrip("/").rpartition("/")
     output = storage.join(folder, "model.onnx")
     if config.output is not None:
@@ -96,7 +109,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     storage.check_writable(output.rpartition("/")[0])
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it logs every tensor that it merges
-    content = onnx_bytes(model, load_embedder(model_url).digest)
+    content = onnx_bytes(model, load_embedder(model_url, flip=flip).digest)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.onnx"
         path.write_bytes(content)
@@ -119,8 +132,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
 def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
     """Return the model as an ONNX file: input `faces`, uint8 [N, S, S, 3] RGB; output `embeddings`, float32 [N, D].
 
-    N is any number. Normalisation is inside. The metadata hold the threshold (a Euclidean distance), the fingerprint of
-    the faces, and `digest`, which makes a gallery of the model a gallery of the file too.
+    N is any number. Normalisation is inside, and so are mirror images where `spec.flip` adds them. The metadata hold
+    the threshold (a Euclidean distance), the fingerprint of the faces, and `digest`, which makes a gallery of the model
+    a gallery of the file too.
 
     Raises:
         JobError: torch cannot export this backbone.
@@ -151,6 +165,7 @@ def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
         "embedding_dim": spec.embedding_dim,
         "threshold": spec.threshold,
         "normalize": spec.normalize,
+        "flip": spec.flip,
         "backbone": spec.backbone,
         "digest": digest,
         "fingerprint": dict(spec.fingerprint),

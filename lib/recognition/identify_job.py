@@ -20,7 +20,14 @@ from lib.faces.extraction import POLICIES
 from lib.layout import Layout
 from lib.recognition.crops import read_crops
 from lib.recognition.embed_job import embed_source, model_name
-from lib.recognition.embedder import Embedder, extraction_settings, find_model, load_embedder
+from lib.recognition.embedder import (
+    Embedder,
+    FlipFlag,
+    chosen_flip,
+    extraction_settings,
+    find_model,
+    load_embedder,
+)
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
 from lib.recognition.face_source import PhotosSource, check_source, faces_source, photos_source
 from lib.recognition.gallery import Search, nearest
@@ -67,6 +74,10 @@ class IdentifyConfig:
     """Weights file of the detector, if the model's faces were made with one."""
     gpus: cluster.Gpus = "auto"
     """GPUs to embed on. auto: all of the cluster. 0: none."""
+    flip: FlipFlag = False
+    """Add the embedding of the mirror image, although the model does not say so, as for --gallery."""
+    no_flip: FlipFlag = False
+    """Leave mirror images out, although the model adds them, as for --gallery."""
     strict: bool = False
     """Stop if the photos cannot be aligned as the model's training faces were. Without it the job warns."""
     dry_run: bool = False
@@ -81,6 +92,7 @@ class IdentifyConfig:
         if self.threshold is not None and not 0 <= self.threshold < np.inf:
             raise UserError(f"--threshold is {self.threshold}: a Euclidean distance, 0 or more")
         cluster.check_gpus(self.gpus)
+        _ = chosen_flip(self.flip, self.no_flip)
 
 
 def identify(config: IdentifyConfig) -> dict[str, Any]:
@@ -88,10 +100,13 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     started = time.monotonic()
     layout = Layout(config.data)
     model_url = find_model(layout, config.model)
-    embedder = load_embedder(model_url, config.onnx)
+    embedder = load_embedder(model_url, config.onnx, flip=chosen_flip(config.flip, config.no_flip))
     threshold = embedder.threshold if config.threshold is None else config.threshold
     if threshold is None:
-        raise UserError(f"{model_url} has no threshold yet: choose one with jobs/evaluate.py, or give --threshold")
+        mirrored = f" {'with' if embedder.flip else 'without'} mirror images" if config.flip or config.no_flip else ""
+        raise UserError(
+            f"{model_url} has no threshold{mirrored} yet: choose one with jobs/evaluate.py, or give --threshold"
+        )
     gallery = known_faces(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
     source = _probes(config, embedder)
     output = layout.output("matches", config.output)
@@ -151,6 +166,12 @@ def known_faces(url: str, embedder: Embedder) -> Embeddings:
         UserError: the table does not exist, another model made it, or none of its faces has an identity.
     """
     made = read_embeddings(url)
+    if bool(made.model.get("flip")) != embedder.flip:
+        one, other = ("without", "with") if embedder.flip else ("with", "without")
+        raise UserError(
+            f"the gallery {url} was embedded {one} mirror images, and {embedder.url} embeds {other} them: embed it "
+            f"again with jobs/embed.py, or give --{'no-' if embedder.flip else ''}flip"
+        )
     if made.model["digest"] != embedder.digest:
         raise UserError(
             f"the gallery {url} was made by another model than {embedder.url}: embed it again with jobs/embed.py "

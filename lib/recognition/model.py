@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from lib.errors import UserError
 from lib.imports import quick_imports
+from lib.recognition.model_card import model_card
 from lib.recognition.spec import INIT_NAMES, SPEC_NAME, WEIGHTS_KEY, WEIGHTS_SUFFIXES, ModelSpec
 from lib.recognition.weights import (
     load_pretrained,
@@ -73,6 +74,17 @@ class EmbeddingModel(nn.Module):
         """Return float32 embeddings_ND of images from `normalized_images`; `raw` ones keep their own length."""
         embeddings_ND = self.head(self.backbone(images_NCHW)).float()
         return functional.normalize(embeddings_ND, dim=1) if self.spec.normalize and not raw else embeddings_ND
+
+    def embedded(self, images_NCHW: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings_ND that users of the model get; those of a step of training are `forward`'s.
+
+        With `spec.flip` they are the sum of the raw vectors of each image and of its mirror image, scaled to length 1,
+        as InsightFace's `eval/verification.py` has it.
+        """
+        if not self.spec.flip:
+            embeddings_ND: torch.Tensor = self(images_NCHW)
+            return embeddings_ND
+        return functional.normalize(self(images_NCHW, raw=True) + self(images_NCHW.flip(3), raw=True), dim=1)
 
 
 def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
@@ -232,7 +244,7 @@ def embed(
                 # A copy, because the crops may be a read-only view into Arrow memory, which torch warns of.
                 crops = np.array(resized_crops(crops_NHWC[batch], model.spec.image_size), order="C")
                 images_NCHW = normalized_images(torch.from_numpy(crops).to(device), model.spec)
-                embeddings_ND[batch] = model(images_NCHW).cpu().numpy()
+                embeddings_ND[batch] = model.embedded(images_NCHW).cpu().numpy()
     finally:
         model.train(was_training)
     return embeddings_ND
@@ -303,85 +315,19 @@ def was_evaluated(url: str) -> bool:
     return spec.threshold is not None and spec.metrics.get("split") != VALIDATION_SPLIT
 
 
-def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any]) -> None:
+def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any], *, flip: bool | None = None) -> None:
     """Write a threshold, and the figures it was chosen by, into the description and the card of the model folder `url`.
+
+    `flip` is that of the embeddings it was chosen on, and becomes the model's; None leaves it as it is.
 
     Raises:
         UserError, JobError: the folder is no model, or cannot be written to.
     """
     content = read_json(join(url, SPEC_NAME))
     spec = ModelSpec.from_json(content, join(url, SPEC_NAME))
-    spec = dataclasses.replace(spec, threshold=threshold, metrics=dict(metrics))
+    spec = dataclasses.replace(
+        spec, threshold=threshold, metrics=dict(metrics), flip=spec.flip if flip is None else flip
+    )
     write_bytes(join(url, CARD_NAME), model_card(spec).encode())
+    content.pop("flip", None)  # left out where it is off
     write_json(join(url, SPEC_NAME), {**content, **spec.to_json()})
-
-
-def _chosen_for(spec: ModelSpec) -> str:
-    point = spec.metrics.get("operating_point")
-    if not point:
-        return ""
-    low, high = point["tar_interval"] or (point["tar"], point["tar"])
-    return (
-        f", chosen for a FAR of {point['at_far']:g}: {100 * point['tar']:.2f} % of the pairs of one person are then "
-        f"recognised (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
-    )
-
-
-def model_card(spec: ModelSpec) -> str:
-    """Return the Markdown text that tells people what a model is for, what it was made from, and its limits."""
-    side = spec.image_size
-    kind = "unit-length" if spec.normalize else "raw"
-    threshold = (
-        f"Two faces count as one person at a Euclidean distance of {spec.threshold:.4g} or less{_chosen_for(spec)}."
-        if spec.threshold is not None
-        else "No threshold has been chosen yet: run jobs/evaluate.py."
-    )
-    return f"""# Face embedding model: {spec.backbone}
-
-Turns an aligned face ({side}x{side} pixels, RGB) into a {kind} vector of {spec.embedding_dim} numbers.
-{threshold}
-
-## Use
-
-On aligned faces:
-
-```python
-from lib.recognition.model import embed, load_model
-model = load_model("URL of this folder")
-embeddings_ND = embed(model, crops_NHWC)  # uint8 RGB faces, aligned as below
-```
-
-On photos:
-
-```python
-from lib.recognition.recognizer import FaceRecognizer
-recognizer = FaceRecognizer.load("URL of this folder")
-embedding_D = recognizer.faces("one.jpg")[0].embedding_D
-verification = recognizer.verify("one.jpg", "other.jpg")  # same or not, distance, threshold
-```
-
-## Verification
-{_listed(spec.metrics, "Not measured yet.")}
-
-## Trained on
-{_listed(spec.training, "Not trained: these are the initial weights.")}
-
-## Faces it expects
-{_listed(spec.fingerprint, "Unknown: the faces carried no fingerprint.")}
-
-Faces that were detected or aligned in another way give embeddings that the threshold does not fit.
-
-## Intended use and limits
-
-It verifies whether two photos show the same person, and finds likely matches for a person to confirm.
-Face embeddings are biometric data: in many places they may be made and kept only with consent or another legal ground,
-and they must be protected and deleted like the photos they come from.
-
-Do not let it decide alone about anyone's access, work, benefits or liberty. Error rates differ between groups of
-people, ages and cameras, the more so where the training photos leave some out: measure them on photos of the people it
-will meet, and choose the threshold there. It does not tell a live face from a picture of one.
-"""
-
-
-def _listed(values: Mapping[str, Any], otherwise: str) -> str:
-    return "\n" + ("\n".join(f"- {name}: {value}" for name, value in values.items()) or otherwise)

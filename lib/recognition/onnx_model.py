@@ -64,13 +64,17 @@ class OnnxInput:
 
 
 class OnnxModel:
-    """An ONNX file in use, see `Embedder`.
+    """An ONNX file in use, see `Embedder`; `flip` overrules whether mirror images are added.
+
+    A file of jobs/export.py that was made with mirror images has them in its graph. For others they are added here, to
+    the vectors as the file gives them.
 
     Raises:
-        UserError: the file is no ONNX model, keeps data elsewhere, or its input or output does not fit.
+        UserError: the file is no ONNX model, keeps data elsewhere, or its input or output does not fit; mirror images
+            that cannot be left out, or for which vectors would have to stay raw.
     """
 
-    def __init__(self, url: str, wanted: OnnxInput, *, device: str = "cpu") -> None:
+    def __init__(self, url: str, wanted: OnnxInput, *, device: str = "cpu", flip: bool | None = None) -> None:
         content = read_bytes(url)
         self.url = url
         self._session = open_session(url, content, device)
@@ -80,6 +84,11 @@ class OnnxModel:
         self.fingerprint: Mapping[str, Any] = self._about.get("fingerprint", {})
         taken = "" if self._about else json.dumps(asdict(wanted), sort_keys=True)
         self.digest = self._about.get("digest") or hashlib.sha256(content + taken.encode()).hexdigest()[:16]
+        self._adds_mirror = self._must_add_mirror(flip)
+        self.flip = self._adds_mirror or bool(self._about.get("flip"))
+        if self._adds_mirror:
+            self.digest = hashlib.sha256(f"{self.digest} with mirror images".encode()).hexdigest()[:16]
+            self.threshold = None
         if self._about or wanted.alignment == "faces":
             self.template = self.fingerprint.get("template", EYES)
         else:
@@ -98,14 +107,33 @@ class OnnxModel:
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops of any size."""
-        images = self._images(resized_crops(crops_NHWC, self._size))
+        crops_NHWC = resized_crops(crops_NHWC, self._size)
+        vectors_ND = self._vectors(crops_NHWC)
+        if self._adds_mirror:
+            vectors_ND += self._vectors(np.ascontiguousarray(crops_NHWC[:, :, ::-1]))
+        elif self._about or not self._wanted.normalize:
+            return vectors_ND
+        # A zero vector stays zero: NaN would look like an error of the model.
+        return vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
+
+    def _vectors(self, crops_NHWC: np.ndarray) -> np.ndarray:
+        """Return what the file gives for crops of its size, float32 [N, D]."""
+        images = self._images(crops_NHWC)
         at_once = self._batch_size or self._at_once
         vectors = [self._run(images[n : n + at_once]) for n in range(0, len(images), at_once)] or [self._run(images)]
-        embeddings_ND = np.concatenate(vectors).reshape(len(images), -1).astype(np.float32)
-        if self._about or not self._wanted.normalize:
-            return embeddings_ND
-        # A zero vector stays zero: NaN would look like an error of the model.
-        return embeddings_ND / np.maximum(np.linalg.norm(embeddings_ND, axis=1, keepdims=True), 1e-12)
+        return np.concatenate(vectors).reshape(len(images), -1).astype(np.float32)
+
+    def _must_add_mirror(self, flip: bool | None) -> bool:
+        if self._about.get("flip"):
+            if flip is False:
+                raise UserError(
+                    f"{self.url!r} adds mirror images in its graph: leave --no-flip out, or make a file without them "
+                    "by jobs/export.py --no-flip"
+                )
+            return False
+        if flip and not self._about.get("normalize", self._wanted.normalize):
+            raise UserError(f"--flip gives vectors of length 1, and {self.url!r} raw ones (--no-normalize): drop one")
+        return bool(flip)
 
     def buffer(self, num: int) -> np.ndarray:
         """Return an empty array for so many crops of the size that the model takes."""

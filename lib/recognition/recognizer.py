@@ -86,6 +86,7 @@ class FaceRecognizer:
         detector_weights: str | None = None,
         onnx: OnnxInput | None = None,
         device: str = "cpu",
+        flip: bool | None = None,
         strict: bool = False,
     ) -> "FaceRecognizer":
         """Return the recognizer of a model.
@@ -96,12 +97,13 @@ class FaceRecognizer:
             detector_weights: of the detector that the model's faces were made with, where they are no package's.
             onnx: what an ONNX file of someone else wants.
             device: `cpu` or `cuda`.
+            flip: whether to add the embedding of the mirror image; None as the model says.
             strict: refuse a model whose faces were made in another way than they are here, instead of warning.
 
         Raises:
             UserError: no such model, or a damaged one; with `strict`, one whose fingerprint differs.
         """
-        embedder = load_embedder(str(url), onnx, device=device)
+        embedder = load_embedder(str(url), onnx, device=device, flip=flip)
         return cls(embedder, threshold=threshold, detector_weights=detector_weights, strict=strict)
 
     def faces(self, picture: Picture) -> list[Face]:

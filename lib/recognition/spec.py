@@ -44,6 +44,8 @@ class ModelSpec:
     """Widths of the layers after the pooled features; `embedding_dim` is appended unless it stands last already."""
     normalize: bool = True
     """Whether embeddings have length 1; off gives the head's raw vectors."""
+    flip: bool = False
+    """Whether an embedding is the sum of the vectors of a face and of its mirror image, scaled to length 1."""
     image_size: int = 240
     """Side of the square input in pixels; crops of another size are resized to it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -64,6 +66,8 @@ class ModelSpec:
             raise UserError(
                 f"embedding_dim={self.embedding_dim}, head={self.head}: layers are 1 wide or more, such as 256,128"
             )
+        if self.flip and not self.normalize:
+            raise UserError("flip=True, normalize=False: the sum with the mirror image always has length 1; drop one")
         if self.image_size < MIN_IMAGE_SIZE:
             raise UserError(f"image_size={self.image_size} pixels is too small: {MIN_IMAGE_SIZE} or more")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -77,8 +81,9 @@ class ModelSpec:
         return self.head if self.head[-1:] == (self.embedding_dim,) else (*self.head, self.embedding_dim)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as a dictionary for `model.json`."""
-        return {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        """Return the spec as a dictionary for `model.json`, without newer fields that mean nothing here."""
+        content = {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return {name: value for name, value in content.items() if name not in _NEWER or value != _NEWER[name]}
 
     @classmethod
     def from_json(cls, content: Any, source: str = SPEC_NAME) -> "ModelSpec":
@@ -92,7 +97,7 @@ class ModelSpec:
             raise UserError(f"{source!r} has version {version!r}; this code reads version {FORMAT_VERSION}")
         names = {spec_field.name for spec_field in dataclasses.fields(cls)}
         values: dict[str, Any] = {
-            name: value for name, value in content.items() if name not in ("version", WEIGHTS_KEY)
+            name: value for name, value in {**_NEWER, **content}.items() if name not in ("version", WEIGHTS_KEY)
         }
         if values.keys() != names:
             unknown, missing = sorted(values.keys() - names), sorted(names - values.keys())
@@ -108,11 +113,15 @@ class ModelSpec:
             raise UserError(f"{source!r} has a list with values of the wrong type: {error}") from error
 
 
+_NEWER: dict[str, Any] = {"flip": False}
+"""Fields that models of older versions lack, and what that means."""
+
 _JSON_TYPES: dict[str, Any] = {
     "backbone": str,
     "embedding_dim": int,
     "head": list,
     "normalize": bool,
+    "flip": bool,
     "image_size": int,
     "mean": list,
     "std": list,

@@ -5,7 +5,7 @@ The workers share the rows of a pass: worker r of W takes rows r, r + W, r + 2 W
 Shape suffixes: M rows of this worker, D dimensions of an embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -15,6 +15,7 @@ import torch
 
 from lib.device import Fetched, Upload, autocast, eager
 from lib.recognition.model import EmbeddingModel, Precision, normalized_images
+from lib.recognition.spec import ModelSpec
 from lib.training import collective
 from lib.training.control import WorkerJob
 from lib.training.decoders import Decoders
@@ -49,8 +50,13 @@ class EmbeddingPass:
     decoders: Decoders | None = None
     """Processes that decode instead of the threads."""
 
-    def over(self, rows_M: Ints, cache: FaceCache, model: EmbeddingModel) -> Iterator[EmbeddedRows]:
-        """Yield the embeddings of the rows, in batches, in order; the model is in evaluation mode until the end."""
+    def over(
+        self, rows_M: Ints, cache: FaceCache, model: EmbeddingModel, *, as_used: bool = False
+    ) -> Iterator[EmbeddedRows]:
+        """Yield the embeddings of the rows, in batches, in order; the model is in evaluation mode until the end.
+
+        With `as_used` they are those that the model's users get: with mirror images, where it adds them.
+        """
         size = GPU_BATCH_SIZE if self.device.type == "cuda" else BATCH_SIZE
         loader = BatchLoader(
             cache=cache,
@@ -69,7 +75,7 @@ class EmbeddingPass:
             with Prefetcher(loader, tasks, num_threads=num_threads, num_ahead=LOAD_AHEAD) as loaded:
                 before: tuple[LoadedBatch, Fetched] | None = None
                 for batch in loaded:
-                    fetched = self._embedded(model, batch, size)
+                    fetched = self._embedded(model.embedded if as_used else model, model.spec, batch, size)
                     if before is not None:
                         yield _rows(*before)  # the device works on the next batch meanwhile
                     before = batch, fetched
@@ -78,7 +84,9 @@ class EmbeddingPass:
         finally:
             model.train(was_training)
 
-    def _embedded(self, model: EmbeddingModel, batch: LoadedBatch, size: int) -> Fetched:
+    def _embedded(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], spec: ModelSpec, batch: LoadedBatch, size: int
+    ) -> Fetched:
         assert batch.uploaded is not None
         crops_NHWC = batch.uploaded.tensor()
         if self.device.type == "cuda" and len(crops_NHWC) < size:
@@ -86,16 +94,16 @@ class EmbeddingPass:
             rest = size - len(crops_NHWC)
             crops_NHWC = torch.cat([crops_NHWC, crops_NHWC.new_zeros(rest, *crops_NHWC.shape[1:])])
         with torch.inference_mode(), autocast(self.device, self.precision), eager():
-            return Fetched(model(normalized_images(crops_NHWC, model.spec))[: len(batch.images)])
+            return Fetched(forward(normalized_images(crops_NHWC, spec))[: len(batch.images)])
 
     def shared(self, rows_N: Ints, cache: FaceCache, model: EmbeddingModel, *, mark_failed: bool = False) -> Floats:
-        """Return the embeddings of all rows [N, D] on every worker; each computes its share.
+        """Return the embeddings of all rows [N, D], as users get them, on every worker; each computes its share.
 
         With `mark_failed`, crops that could not be decoded have NaN.
         """
         mine = rows_N[collective.rank() :: collective.num_workers()]
         parts = [np.empty((0, model.spec.embedding_dim), np.float32)]
-        for batch in self.over(mine, cache, model):
+        for batch in self.over(mine, cache, model, as_used=True):
             is_lost_M = batch.failed_M & mark_failed
             parts.append(np.where(is_lost_M[:, None], np.float32(np.nan), batch.embeddings_MD))
         return collective.interleaved(np.concatenate(parts), len(rows_N))

@@ -109,6 +109,7 @@ def _new_spec(config: TrainConfig, success: dict[str, Any], *, num_faces: int) -
         embedding_dim=config.model.embedding_dim,
         head=config.model.head_widths,
         normalize=config.model.normalize,
+        flip=config.model.flip,
         image_size=config.model.image_size or crop_size(success),
         fingerprint=success["fingerprint"],
         training=training,

@@ -1,4 +1,4 @@
-"""Encoded crops to embeddings: order, mirror images, and pictures that cannot be read."""
+"""Encoded crops to embeddings: order, and pictures that cannot be read."""
 
 import cv2
 import numpy as np
@@ -21,21 +21,10 @@ def test_embeddings_are_those_of_the_pixels_in_order(model_url: str, crops: np.n
     embedder = load_embedder(model_url)
     images = [encoded(crop) for crop in crops]
     images[3], images[-1] = b"no picture", b""
-    vectors_ND, failed_N = embed_images(embedder, images, flip=False)
+    vectors_ND, failed_N = embed_images(embedder, images)
     assert np.flatnonzero(failed_N).tolist() == [3, len(images) - 1]
     assert not vectors_ND[failed_N].any()
     np.testing.assert_allclose(vectors_ND[~failed_N], embedder.embed(crops[~failed_N]), atol=1e-5)
-
-
-def test_a_flipped_embedding_is_the_sum_of_both_at_length_1(model_url: str, crops: np.ndarray) -> None:
-    embedder = load_embedder(model_url)
-    crops = crops[:5]
-    vectors_ND, _ = embed_images(embedder, [encoded(crop) for crop in crops], flip=True)
-    mirrored_NHWC = np.stack([cv2.flip(crop, 1) for crop in crops])
-    sum_ND = embedder.embed(crops) + embedder.embed(mirrored_NHWC)
-    np.testing.assert_allclose(vectors_ND, sum_ND / np.linalg.norm(sum_ND, axis=1, keepdims=True), atol=1e-5)
-    mirrored_ND, _ = embed_images(embedder, [encoded(crop) for crop in mirrored_NHWC], flip=True)
-    np.testing.assert_allclose(vectors_ND, mirrored_ND, atol=1e-5)
 
 
 def test_only_square_pictures_are_read(crops: np.ndarray) -> None:
