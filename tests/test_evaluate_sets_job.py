@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lib import storage
 from lib.errors import UserError
 from lib.evaluation.evaluate_job import EvaluateConfig, evaluate
+from lib.recognition import iresnet
 from lib.recognition.embedder import load_embedder
 from lib.recognition.encoded_crops import decoded_square
 from lib.recognition.model import load_model, save_model
 from tests.evaluation.drawn_sets import drawn_set, write_set
 from tests.evaluation.test_insightface_protocol import reference
 from tests.job_runner import run_here
+from tests.recognition.test_face_weights import random_like
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,23 @@ def test_two_sets_give_the_table_of_papers(arcface_run: Path, sets: list[str], t
         assert shown in done.errors
     assert "aligned to" not in done.errors
     assert (arcface_run / "model" / "model.json").read_bytes() == before
+
+
+def test_published_weights_are_measured_as_they_are(sets: list[str], tmp_path: Path) -> None:
+    network = iresnet.iresnet18()
+    network.load_state_dict(random_like(network.state_dict(), 3))
+    torch.save(network.eval().state_dict(), tmp_path / "backbone é.pth")
+    flags = ["--model", str(tmp_path / "backbone é.pth"), "--data", str(tmp_path), "--gpus", "0", "--pairs", sets[0]]
+    done = run_here("evaluate.py", *flags, "--protocol", "insightface")
+    assert done.status == 0, done.errors
+    assert "aligned to" not in done.errors
+    images, same = drawn_set(120, noise=100)
+    crops_NHWC = np.stack([decoded_square(image) for image in images])  # type: ignore[misc]
+    images_NCHW = torch.from_numpy(crops_NHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        sum_ND = (network(images_NCHW) + network(images_NCHW.flip(3))).double().numpy()
+    (lfw,) = storage.read_json(done.result["report"].replace("report.html", "metrics.json"))["models"][0]["sets"]
+    assert (lfw["accuracy"], lfw["accuracy_std"]) == pytest.approx(reference(sum_ND, same), abs=0.02)
 
 
 def test_our_protocol_has_intervals_and_two_models_stand_side_by_side(

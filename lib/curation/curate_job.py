@@ -47,7 +47,7 @@ class CurateConfig:
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder, run folder or .onnx file. Default: the only run with a model below --data."""
+    """Model folder, run folder, .onnx file or weights of iResNet. Default: the only run with a model below --data."""
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     embeddings: str | None = None

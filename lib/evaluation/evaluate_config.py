@@ -24,7 +24,8 @@ class EvaluateConfig:
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Model folder, run folder or .onnx file. Give it twice to compare two. Default: the only run below --data."""
+    """Model folder, run folder, .onnx file or weights of iResNet. Give it twice to compare two. Default: the only run
+    below --data."""
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     photos: str | None = None

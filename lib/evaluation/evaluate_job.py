@@ -174,8 +174,8 @@ def _keep_thresholds(config: EvaluateConfig, measured: Sequence[Measured]) -> bo
     """Write the threshold into each model without one, or into all; return whether the first model got it."""
     kept = False
     for n, each in enumerate(measured):
-        if not isinstance(each.embedder, TorchEmbedder):
-            continue  # an ONNX file stays as it is
+        if not isinstance(each.embedder, TorchEmbedder) or not each.embedder.is_folder:
+            continue  # a file stays as it is
         is_own_flip = each.embedder.flip == each.embedder.own_flip
         if config.keep_threshold or (is_own_flip and not was_evaluated(each.embedder.url)):
             figures = {name: each.figures[name] for name in KEPT_FIGURES}

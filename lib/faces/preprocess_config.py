@@ -8,7 +8,7 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.aligned import ARCFACE_SIDE, AlignedCrops
-from lib.faces.alignment import ARCFACE, EYES, Alignment
+from lib.faces.alignment import ARCFACE, EYES, TEMPLATES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.faces.manifest import MIN_LISTED_SHARE
 from lib.faces.part_plan import content_of
@@ -48,7 +48,10 @@ class PreprocessConfig:
     verify: bool = False
     """With --aligned: decode every crop, to find those that are damaged."""
     image_size: int | None = None
-    """Side of a crop, in pixels. Default: 240, with --aligned arcface-112 112."""
+    """Side of a crop, in pixels. Default: 240, for arcface-112 112."""
+    template: str = EYES
+    """Where a face lies in its crop: eyes (level, at --eye-height), or arcface-112 (five points where published models
+    want them, which is what --backbone iresnet50 and its like train on)."""
     eye_height: float = 0.4
     """Height of the eyes in a crop: distance from the top as a share of the side."""
     margin: float = 0.1
@@ -105,6 +108,10 @@ class PreprocessConfig:
         Splits(shares=self.split_shares)
         if self.aligned is not None and self.faces_policy != "prominent":
             raise UserError("--aligned has one face per photo: leave --faces-policy out")
+        if self.template not in TEMPLATES:
+            raise UserError(f"--template is {self.template!r}: allowed are {', '.join(TEMPLATES)}")
+        if self.aligned is not None and self.template != EYES:
+            raise UserError(f"--aligned {self.aligned} says where the faces lie: leave --template out")
         if self.verify and self.aligned is None:
             raise UserError("--verify is for --aligned: other photos are always decoded")
         if not 0.0 <= self.min_listed_share <= 1.0:
@@ -150,7 +157,7 @@ class PreprocessConfig:
         )
 
     def _alignment(self) -> Alignment:
-        is_arcface = self.aligned == ARCFACE
+        is_arcface = ARCFACE in (self.aligned, self.template)
         size = self.image_size if self.image_size is not None else ARCFACE_SIDE if is_arcface else 240
         template = ARCFACE if is_arcface else EYES
         return Alignment(image_size=size, eye_height=self.eye_height, margin=self.margin, template=template)

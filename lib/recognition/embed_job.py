@@ -48,6 +48,7 @@ from lib.recognition.face_source import (
     source_settings,
 )
 from lib.recognition.onnx_model import OnnxInput
+from lib.recognition.spec import WEIGHTS_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class EmbedConfig:
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder, run folder or .onnx file. Default: the only run with a model below --data."""
+    """Model folder, run folder, .onnx file or weights of iResNet. Default: the only run with a model below --data."""
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     photos: str | None = None
@@ -254,4 +255,7 @@ def _model(embedder: Embedder) -> dict[str, Any]:
 def model_name(model_url: str) -> str:
     """Return the name of a model: that of its run, else of its own folder or file."""
     names = model_url.rstrip("/").split("/")
-    return names[-2] if names[-1] in ("model", "model.onnx") and len(names) > 1 else names[-1].removesuffix(".onnx")
+    if names[-1] in ("model", "model.onnx") and len(names) > 1:
+        return names[-2]
+    suffix = next((suffix for suffix in (".onnx", *WEIGHTS_SUFFIXES) if names[-1].endswith(suffix)), "")
+    return names[-1].removesuffix(suffix)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol
 
 import numpy as np
@@ -18,13 +18,15 @@ from lib import cluster
 from lib import device as devices
 from lib.config import absolute_url
 from lib.errors import UserError
-from lib.faces.alignment import EYES, Alignment
+from lib.faces.alignment import ARCFACE, EYES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint_differences, settings_from_fingerprint
 from lib.layout import Layout
 from lib.recognition.compiling import repeated_blocks
-from lib.recognition.model import SPEC_NAME, ModelSpec, built_model, embed, normalized_images, read_model
+from lib.recognition.face_weights import read_face_weights
+from lib.recognition.model import EmbeddingModel, built_model, embed, normalized_images, read_model
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput, OnnxModel
 from lib.recognition.onnx_session import runtime_knows_gpus
+from lib.recognition.spec import SPEC_NAME, WEIGHTS_SUFFIXES, ModelSpec
 from lib.storage import exists, join, list_files, redacted
 
 logger = logging.getLogger(__name__)
@@ -71,28 +73,39 @@ class Embedder(Protocol):
 
 
 class TorchEmbedder:
-    """A model folder of this project as an `Embedder`; `flip` overrules the model's own.
+    """A model folder of this project, or a file of published weights, as an `Embedder`.
+
+    Args:
+        url: of the folder or the file.
+        onnx: what the weights of a file were trained on.
+        device: `cpu` or `cuda`.
+        precision: its arithmetic.
+        flip: overrules the model's own; None leaves it.
 
     Raises:
-        UserError: as `load_model` does; or `device` does not exist.
+        UserError: as `load_model` and `read_face_weights` do; or `device` does not exist.
     """
 
     def __init__(
-        self, url: str, *, device: str = "cpu", precision: cluster.Precision = "fp32", flip: bool | None = None
+        self,
+        url: str,
+        onnx: OnnxInput | None = None,
+        *,
+        device: str = "cpu",
+        precision: cluster.Precision = "fp32",
+        flip: bool | None = None,
     ) -> None:
-        spec, weights = read_model(url)
-        self.own_flip = spec.flip
-        spec = with_flip(spec, flip)
-        self._model = built_model(spec, weights, url)
+        opened = open_model(url, onnx or OnnxInput(), flip)
+        self._model, spec = opened.model, opened.model.spec
+        self.is_folder, self.own_flip = opened.is_folder, opened.own_flip
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"the model cannot run on {device!r}: torch finds no GPU here; leave --gpus out")
         self._device = torch.device(device)
         self._model.to(self._device).to(memory_format=torch.channels_last)
         self._precision = devices.chosen_precision(precision, self._device)
         self._upload = devices.Upload(self._device)
-        self.url, self.digest = url, _digest(spec, weights)
+        self.url, self.digest, self.template = url, opened.digest, opened.template
         self.embedding_dim, self.threshold, self.fingerprint = spec.embedding_dim, spec.threshold, spec.fingerprint
-        self.template = self.fingerprint.get("template", EYES)
         self.flip = spec.flip
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
@@ -135,9 +148,9 @@ def load_embedder(
     precision: cluster.Precision = "fp32",
     flip: bool | None = None,
 ) -> Embedder:
-    """Return the model of a model folder, of a run folder that holds one, or of an .onnx file.
+    """Return the model of a model folder, of a run folder that holds one, of published weights, or of an .onnx file.
 
-    `onnx` describes the input of an ONNX file from elsewhere. Files of this project describe their own. An ONNX file
+    `onnx` describes the input of a file from elsewhere. Files of this project describe their own. An ONNX file
     computes in its own arithmetic. `flip` says whether to add mirror images, None as the model says.
 
     Raises:
@@ -145,7 +158,42 @@ def load_embedder(
     """
     if url.endswith(".onnx"):
         return OnnxModel(url, onnx or OnnxInput(), device=device, flip=flip)
-    return TorchEmbedder(model_folder(url), device=device, precision=precision, flip=flip)
+    return TorchEmbedder(model_folder(url), onnx, device=device, precision=precision, flip=flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model folder or a file of published weights, ready for use.
+
+    Attributes:
+        model: in eval mode, on the CPU, with the mirror averaging that was asked for.
+        digest: see `Embedder`.
+        template: of the crops that it wants.
+        own_flip: the mirror averaging that it came with.
+        is_folder: whether it is a folder, which can keep a threshold.
+    """
+
+    model: EmbeddingModel
+    digest: str
+    template: str
+    own_flip: bool
+    is_folder: bool
+
+
+def open_model(url: str, onnx: OnnxInput, flip: bool | None) -> OpenedModel:
+    """Return the model of a folder or of a file of weights, see `TorchEmbedder`."""
+    is_folder = not url.endswith(WEIGHTS_SUFFIXES)
+    if is_folder:
+        spec, content = read_model(url)
+        model = built_model(spec, content, url)
+        template = spec.fingerprint.get("template", EYES)
+    else:
+        model, content = read_face_weights(url, onnx)
+        template = ARCFACE if onnx.alignment == ARCFACE else EYES
+    own_flip = model.spec.flip
+    model.spec = with_flip(model.spec, flip)
+    digest = _digest(model.spec, content)
+    return OpenedModel(model=model, digest=digest, template=template, own_flip=own_flip, is_folder=is_folder)
 
 
 def chosen_flip(flip: bool, no_flip: bool) -> bool | None:
@@ -182,6 +230,8 @@ def chosen_gpus(url: str, asked: cluster.Gpus) -> int:
 
 def model_folder(url: str) -> str:
     """Return `url`, or its folder `model` if that holds the model."""
+    if url.endswith(WEIGHTS_SUFFIXES):
+        return url
     within = join(url, "model")
     return within if not exists(join(url, SPEC_NAME)) and exists(join(within, SPEC_NAME)) else url
 

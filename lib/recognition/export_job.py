@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
 import torch
+import tyro
 from torch import nn
 from torch.nn import functional
 
@@ -25,9 +26,9 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.layout import Layout
-from lib.recognition.embedder import FlipFlag, chosen_flip, find_model, load_embedder, with_flip
+from lib.recognition.embedder import FlipFlag, chosen_flip, find_model, open_model
 from lib.recognition.face_source import faces_source
-from lib.recognition.model import EmbeddingModel, embed, load_model, resized_crops, standardized
+from lib.recognition.model import EmbeddingModel, embed, resized_crops, standardized
 from lib.recognition.onnx_model import METADATA_KEY, OnnxInput, OnnxModel
 from lib.recognition.recognizer import decoded_crop
 
@@ -50,17 +51,18 @@ class ExportConfig:
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder or run folder. Default: the only run with a model below --data."""
+    """Model folder, run folder or weights of iResNet. Default: the only run with a model below --data."""
     faces: str | None = None
     """Faces table whose crops check the file. Default: faces/ below --data."""
     output: str | None = None
-    """File to write. Default: model.onnx in the run of the model."""
+    """File to write. Default: model.onnx in the run of the model, or beside a file of weights by its name."""
     flip: FlipFlag = False
     """Add mirror images in the file, although the model does not."""
     no_flip: FlipFlag = False
     """Leave mirror images out of the file, although the model adds them."""
     dry_run: bool = False
     """Check the input, then stop."""
+    onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:
         if self.output is not None and not self.output.endswith(".onnx"):
@@ -95,11 +97,10 @@ def export(config: ExportConfig) -> dict[str, Any]:
     model_url = find_model(layout, config.model)
     if model_url.endswith(".onnx"):
         raise UserError(f"--model {model_url} is an ONNX file already: name a model folder of this project")
-    flip = chosen_flip(config.flip, config.no_flip)
-    model = load_model(model_url)
-    model.spec = with_flip(model.spec, flip)
-    folder, _, _ = model_url.rstrip("/").rpartition("/")
-    output = storage.join(folder, "model.onnx")
+    opened = open_model(model_url, config.onnx, chosen_flip(config.flip, config.no_flip))
+    model = opened.model
+    folder, _, name = model_url.rstrip("/").rpartition("/")
+    output = storage.join(folder, "model.onnx" if opened.is_folder else f"{name.rpartition('.')[0]}.onnx")
     if config.output is not None:
         output = absolute_url(config.output, "--output")
     crops_NHWC = resized_crops(real_crops(layout.faces(config.faces), NUM_CROPS), model.spec.image_size)
@@ -109,7 +110,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     storage.check_writable(output.rpartition("/")[0])
     logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it logs every tensor that it merges
-    content = onnx_bytes(model, load_embedder(model_url, flip=flip).digest)
+    content = onnx_bytes(model, opened.digest, opened.template)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "model.onnx"
         path.write_bytes(content)
@@ -129,12 +130,12 @@ def export(config: ExportConfig) -> dict[str, Any]:
     return {**result, "bytes": len(content), "max_difference": difference, **rates, "threads": torch.get_num_threads()}
 
 
-def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
+def onnx_bytes(model: EmbeddingModel, digest: str, template: str) -> bytes:
     """Return the model as an ONNX file: input `faces`, uint8 [N, S, S, 3] RGB; output `embeddings`, float32 [N, D].
 
     N is any number. Normalisation is inside, and so are mirror images where `spec.flip` adds them. The metadata hold
-    the threshold (a Euclidean distance), the fingerprint of the faces, and `digest`, which makes a gallery of the model
-    a gallery of the file too.
+    the threshold (a Euclidean distance), the fingerprint and the template of the faces, and `digest`, which makes a
+    gallery of the model a gallery of the file too.
 
     Raises:
         JobError: torch cannot export this backbone.
@@ -168,6 +169,7 @@ def onnx_bytes(model: EmbeddingModel, digest: str) -> bytes:
         "flip": spec.flip,
         "backbone": spec.backbone,
         "digest": digest,
+        "template": template,
         "fingerprint": dict(spec.fingerprint),
         "metrics": dict(spec.metrics),
     }

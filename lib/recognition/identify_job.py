@@ -50,7 +50,7 @@ class IdentifyConfig:
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
-    """Model folder, run folder or .onnx file. Default: the only run with a model below --data."""
+    """Model folder, run folder, .onnx file or weights of iResNet. Default: the only run with a model below --data."""
     gallery: str | None = None
     """Embeddings of known people, made by jobs/embed.py with the same model. Default: embeddings/NAME OF THE RUN/ below
     --data."""

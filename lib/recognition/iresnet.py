@@ -2,7 +2,8 @@
 
 A residual block is BN, convolution, BN, PReLU, convolution, BN (Han et al. 2017, Deep Pyramidal Residual Networks; Deng
 et al. 2019, ArcFace, section 3.1). The last map of 7x7 goes through BN, one linear layer and BN, and is the embedding.
-Importing this module makes `iresnet18`, `iresnet34`, `iresnet50` and `iresnet100` models of timm.
+Importing this module makes `iresnet18`, `iresnet34`, `iresnet50` and `iresnet100` models of timm, and `ir18`, `ir34`,
+`ir50` and `ir101`: the same as CVLface and AdaFace have them, whose first block takes every second pixel of its input.
 
 Shape suffixes: N images, C channels, H height, W width, D embedding dimension.
 """
@@ -13,6 +14,8 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from lib.recognition.iresnet_names import DEPTHS, LAYERS
+
 IMAGE_SIZE = 112
 NUM_FEATURES = 512
 _WIDTHS = (64, 128, 256, 512)
@@ -20,9 +23,12 @@ _LAST_SIDE = IMAGE_SIZE // 16
 
 
 class Block(nn.Module):
-    """A residual block; its second convolution has the stride."""
+    """A residual block; its second convolution has the stride.
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    With `may_skip` the shortcut of a block of one width has no weights.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int, *, may_skip: bool = False) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
@@ -31,7 +37,9 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(width)
         self.downsample: nn.Module | None = None
-        if stride != 1 or width_in != width:
+        if may_skip and stride != 1 and width_in == width:
+            self.downsample = nn.MaxPool2d(1, stride)
+        elif stride != 1 or width_in != width:
             self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
@@ -41,8 +49,10 @@ class Block(nn.Module):
         return made_NCHW + (x_NCHW if self.downsample is None else self.downsample(x_NCHW))
 
 
-def _stage(width_in: int, width: int, depth: int) -> nn.Sequential:
-    return nn.Sequential(*(Block(width if n else width_in, width, 1 if n else 2) for n in range(depth)))
+def _stage(width_in: int, width: int, depth: int, *, may_skip: bool) -> nn.Sequential:
+    return nn.Sequential(
+        *(Block(width if n else width_in, width, 1 if n else 2, may_skip=may_skip) for n in range(depth))
+    )
 
 
 class IResNet(nn.Module):
@@ -62,6 +72,7 @@ class IResNet(nn.Module):
         img_size: int | tuple[int, int] = IMAGE_SIZE,
         num_classes: int = 0,
         in_chans: int = 3,
+        may_skip: bool = False,
     ) -> None:
         super().__init__()
         if img_size not in (IMAGE_SIZE, (IMAGE_SIZE, IMAGE_SIZE)):
@@ -71,10 +82,10 @@ class IResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, _WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
         self.prelu = nn.PReLU(_WIDTHS[0])
-        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], depths[0])
-        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], depths[1])
-        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], depths[2])
-        self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], depths[3])
+        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], depths[0], may_skip=may_skip)
+        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], depths[1], may_skip=may_skip)
+        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], depths[2], may_skip=may_skip)
+        self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], depths[3], may_skip=may_skip)
         self.bn2 = nn.BatchNorm2d(_WIDTHS[3])
         self.fc = nn.Linear(_WIDTHS[3] * _LAST_SIDE**2, NUM_FEATURES)
         self.features = nn.BatchNorm1d(NUM_FEATURES)
@@ -108,33 +119,58 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"iresnet{layers}": _cfg() for layers in (18, 34, 50, 100)})
+default_cfgs = generate_default_cfgs({name: _cfg() for name in LAYERS})
 
 
-def _iresnet(name: str, depths: tuple[int, ...], pretrained: bool, **kwargs: Any) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(IResNet, name, pretrained, depths=depths, **kwargs)
+def _iresnet(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    depths, may_skip = DEPTHS[LAYERS[name]], not name.startswith("iresnet")
+    model: nn.Module = build_model_with_cfg(IResNet, name, pretrained, depths=depths, may_skip=may_skip, **kwargs)
     return model
 
 
 @register_model
 def iresnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return the network of 18 layers."""
-    return _iresnet("iresnet18", (2, 2, 2, 2), pretrained, **kwargs)
+    """Return InsightFace's network of 18 layers."""
+    return _iresnet("iresnet18", pretrained, **kwargs)
 
 
 @register_model
 def iresnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return the network of 34 layers."""
-    return _iresnet("iresnet34", (3, 4, 6, 3), pretrained, **kwargs)
+    """Return InsightFace's network of 34 layers."""
+    return _iresnet("iresnet34", pretrained, **kwargs)
 
 
 @register_model
 def iresnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return the network of 50 layers."""
-    return _iresnet("iresnet50", (3, 4, 14, 3), pretrained, **kwargs)
+    """Return InsightFace's network of 50 layers."""
+    return _iresnet("iresnet50", pretrained, **kwargs)
 
 
 @register_model
 def iresnet100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Return the network of 100 layers."""
-    return _iresnet("iresnet100", (3, 13, 30, 3), pretrained, **kwargs)
+    """Return InsightFace's network of 100 layers."""
+    return _iresnet("iresnet100", pretrained, **kwargs)
+
+
+@register_model
+def ir18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return CVLface's network of 18 layers."""
+    return _iresnet("ir18", pretrained, **kwargs)
+
+
+@register_model
+def ir34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return CVLface's network of 34 layers."""
+    return _iresnet("ir34", pretrained, **kwargs)
+
+
+@register_model
+def ir50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return CVLface's network of 50 layers."""
+    return _iresnet("ir50", pretrained, **kwargs)
+
+
+@register_model
+def ir101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Return CVLface's network of 101 layers, which InsightFace calls 100."""
+    return _iresnet("ir101", pretrained, **kwargs)

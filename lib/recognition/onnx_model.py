@@ -38,23 +38,23 @@ _DTYPES = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxInput:
-    """Input of an ONNX file from elsewhere. Files of jobs/export.py describe their own."""
+    """Input of a model from elsewhere, ONNX or weights. Files of jobs/export.py describe their own."""
 
     alignment: Literal["arcface-112", "faces"] = "arcface-112"
-    """ONNX model: arcface-112 aligns to the five points of most public models; faces uses the crops of the faces
-    table."""
+    """Model from elsewhere: arcface-112 aligns to the five points of most public models; faces uses the crops of the
+    faces table."""
     layout: Literal["nchw", "nhwc"] = "nchw"
     """ONNX model: order of the input's axes."""
     color: Literal["rgb", "bgr"] = "rgb"
-    """ONNX model: order of the color channels."""
+    """Model from elsewhere: order of the color channels."""
     input_size: int | None = None
     """ONNX model: side of the input, in pixels. Default: what the file says, else 112."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
-    """ONNX model: value subtracted from pixels of 0 to 255, per channel."""
+    """Model from elsewhere: value subtracted from pixels of 0 to 255, per channel."""
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
-    """ONNX model: value by which the result is divided, per channel."""
+    """Model from elsewhere: value by which the result is divided, per channel."""
     normalize: bool = True
-    """ONNX model: scale its vectors to length 1, as cosine similarity does."""
+    """Model from elsewhere: scale its vectors to length 1, as cosine similarity does."""
 
     def __post_init__(self) -> None:
         if min(self.std) <= 0:
@@ -90,7 +90,7 @@ class OnnxModel:
             self.digest = hashlib.sha256(f"{self.digest} with mirror images".encode()).hexdigest()[:16]
             self.threshold = None
         if self._about or wanted.alignment == "faces":
-            self.template = self.fingerprint.get("template", EYES)
+            self.template = self._about.get("template") or self.fingerprint.get("template", EYES)
         else:
             self.template = ARCFACE
         if not (self._session.get_inputs() and self._session.get_outputs()):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lib.errors import JobError, UserError
+from lib.recognition.iresnet_names import backbone_of, under_our_names
 from lib.recognition.spec import AUTO, HUB, IMAGENET_MEAN, IMAGENET_STD, LITE0, NONE, SAFETENSORS_SUFFIX
 from lib.storage import exists, read_bytes
 
@@ -144,10 +145,10 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source:
             advice = "it was made for images of another size: name that by --image-size, such as 224"
         else:
             advice = f"{named} of {len(expected)} names are the model's: choose the backbone and head it was made for"
-        raise UserError(f"{source!r} does not fit the model: {_first_few(misfits)}; {advice}")
+        raise UserError(f"{source!r} does not fit the model: {first_few(misfits)}; {advice}")
     broken = [f"{name} holds NaN or infinity" for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
-        raise UserError(f"{source!r} is broken: {_first_few(broken)}; take an earlier or another copy")
+        raise UserError(f"{source!r} is broken: {first_few(broken)}; take an earlier or another copy")
     module.load_state_dict(tensors)
 
 
@@ -178,17 +179,18 @@ def _named_tensors(loaded: Any, url: str) -> Tensors:
         raise UserError(f"{url!r} holds a {type(loaded).__name__}, not named tensors: save a state_dict() there")
     strangers = [f"{name!r} is {type(value).__name__}" for name, value in loaded.items() if not torch.is_tensor(value)]
     if strangers or not loaded:
-        raise UserError(f"{url!r} is not a state_dict of tensors: {_first_few(strangers) or 'it is empty'}")
+        raise UserError(f"{url!r} is not a state_dict of tensors: {first_few(strangers) or 'it is empty'}")
     return dict(loaded)
 
 
-def _first_few(problems: list[str]) -> str:
+def first_few(problems: list[str]) -> str:
+    """Return the first few of a list in one line, and how many more there are."""
     rest = len(problems) - _NUM_NAMED
     return "; ".join(problems[:_NUM_NAMED]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def _load_file(backbone: nn.Module, url: str) -> InputNormalization:
-    tensors = read_tensors(url)
+    tensors = under_our_names(read_tensors(url))
     is_torchvision_convnext = "features.1.0.layer_scale" in tensors
     if is_torchvision_convnext:
         # torchvision keeps the layer scale as [C, 1, 1], timm as [C].
@@ -196,11 +198,17 @@ def _load_file(backbone: nn.Module, url: str) -> InputNormalization:
             timm_name(name): tensor.flatten() if name.endswith("layer_scale") else tensor
             for name, tensor in tensors.items()
         }
-    load_tensors(backbone, _fitted(tensors, backbone, url), url)
+    try:
+        load_tensors(backbone, fitted(tensors, backbone, url), url)
+    except UserError as error:
+        of_faces, name = backbone_of(tensors), _pretrained_cfg(backbone)["architecture"]
+        if of_faces is None or of_faces == name:
+            raise
+        raise UserError(f"{error}; these are weights of {of_faces}: --backbone {of_faces}") from error
     return IMAGENET_NORMALIZATION if is_torchvision_convnext else _timm_normalization(backbone)
 
 
-def _fitted(tensors: Tensors, backbone: nn.Module, source: str) -> Tensors:
+def fitted(tensors: Tensors, backbone: nn.Module, source: str) -> Tensors:
     """Return the backbone's part of a checkpoint under the backbone's own names, at its image size.
 
     Position embeddings of another size are resampled as timm does it.
@@ -294,7 +302,7 @@ def _load_hub(backbone: nn.Module, name: str, *, required: bool) -> InputNormali
         path = None
         reason = str(error).strip().split("\n")[0] or type(error).__name__
     if path:
-        load_tensors(backbone, _fitted(read_tensors(path), backbone, path), path)
+        load_tensors(backbone, fitted(read_tensors(path), backbone, path), path)
         logger.info("%s starts from the pretrained weights %s", name, repository)
         return _timm_normalization(backbone)
     if required:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lib import storage
+from lib.recognition.iresnet_names import LAYERS
 from lib.recognition.spec import INIT_NAMES, NONE, WEIGHTS_SUFFIXES
 from lib.training.checkpoints import Progress
 from lib.training.settings import Recipe, Stage, TrainConfig
@@ -56,7 +57,8 @@ def with_recipe(config: TrainConfig, counts: TableCounts) -> TrainConfig:
 
 def _chosen(config: TrainConfig, counts: TableCounts) -> tuple[str, str]:
     table = f"{counts.people:,} people with {counts.each:.1f} photos each"
-    if config.init not in INIT_NAMES and not config.init.endswith(WEIGHTS_SUFFIXES):
+    is_of_faces = not config.init.endswith(WEIGHTS_SUFFIXES) or config.backbone in LAYERS
+    if config.init not in INIT_NAMES and is_of_faces:
         return "fine-tune", f"{storage.redacted(config.init)} knows faces"
     if counts.people >= MANY_PEOPLE and counts.each >= MANY_PHOTOS:
         return "centers", f"{table} are many"

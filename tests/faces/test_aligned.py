@@ -111,6 +111,15 @@ def test_new_photos_are_aligned_to_the_template_of_the_fingerprint() -> None:
     assert len({how(name).fingerprint()["id"] for name in ("arcface-112", "eyes", "none")}) == 3
 
 
+def test_raw_photos_can_be_aligned_to_the_template_of_published_models() -> None:
+    alignment = PreprocessConfig(template="arcface-112").settings().alignment
+    assert (alignment.template, alignment.image_size) == ("arcface-112", 112)
+    assert PreprocessConfig(template="arcface-112", image_size=224).settings().alignment.image_size == 224
+    assert PreprocessConfig().settings().alignment == Alignment()
+    settings = settings_from_fingerprint(PreprocessConfig(template="arcface-112").fingerprint())
+    assert settings.alignment == alignment
+
+
 def test_the_job_writes_the_parts(tmp_path):
     insightface(tmp_path / "train.rec", [picture(112, 112)] * 40, [float(n // 2) for n in range(40)])
     config = PreprocessConfig(data=str(tmp_path / "d"), photos=str(tmp_path / "train.rec"), aligned="arcface-112")
@@ -133,6 +142,8 @@ def test_the_job_writes_the_parts(tmp_path):
         ({"aligned": "mtcnn"}, "--aligned is 'mtcnn': allowed are arcface-112, eyes, none"),
         ({"aligned": "eyes", "faces_policy": "all"}, "leave --faces-policy out"),
         ({"verify": True}, "--verify is for --aligned"),
+        ({"template": "mtcnn"}, "--template is 'mtcnn': allowed are eyes, arcface-112"),
+        ({"template": "arcface-112", "aligned": "none"}, "leave --template out"),
     ],
 )
 def test_flags_that_cannot_be(flags, message):

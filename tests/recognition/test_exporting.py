@@ -78,7 +78,7 @@ def test_backbones_of_other_kinds_are_exported(tmp_path: Path, backbone: str) ->
     torch.manual_seed(0)
     size = 160 if backbone == "test_vit" else 48
     model = EmbeddingModel(ModelSpec(backbone=backbone, image_size=size, normalize=False, head=(32,))).eval()
-    (tmp_path / "m.onnx").write_bytes(onnx_bytes(model, "0" * 16))
+    (tmp_path / "m.onnx").write_bytes(onnx_bytes(model, "0" * 16, "eyes"))
     crops_NHWC = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), np.uint8)
     file = load_embedder(str(tmp_path / "m.onnx"))
     np.testing.assert_allclose(file.embed(crops_NHWC), embed(model, crops_NHWC), atol=1e-3)

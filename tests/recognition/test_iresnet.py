@@ -142,7 +142,7 @@ def test_a_saved_model_and_its_onnx_file_give_the_same_vectors(
     vectors_ND = embed(model, crops)
     save_model(model, str(tmp_path / "model"))
     np.testing.assert_array_equal(embed(load_model(str(tmp_path / "model")), crops), vectors_ND)
-    (tmp_path / "model.onnx").write_bytes(onnx_bytes(model, "0" * 16))
+    (tmp_path / "model.onnx").write_bytes(onnx_bytes(model, "0" * 16, "eyes"))
     exported = OnnxModel(str(tmp_path / "model.onnx"), OnnxInput())
     np.testing.assert_allclose(exported.embed(crops), vectors_ND, atol=1e-4)
 

@@ -40,6 +40,12 @@ def test_what_is_picked_and_why(counts: TableCounts, init: str, name: str, why: 
     assert why in staged.reason
 
 
+def test_published_weights_of_faces_are_fine_tuned() -> None:
+    staged = recipe_of(MANY, init="backbone.pth", backbone="iresnet50").staged
+    assert staged is not None
+    assert "backbone.pth knows faces" in staged.reason
+
+
 def test_centres_come_before_the_softmax_and_are_sampled_where_they_are_very_many() -> None:
     config = recipe_of(MANY, epochs=10)
     before, after = (of_stage(config, Progress(epoch=epoch)) for epoch in (7, 8))
