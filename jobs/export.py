@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export a model as one ONNX file, checked against the model on real faces."""
+"""Export a model as one ONNX file, checked on real faces; or a faces table as tars, Parquet or folders."""
 
 import sys
 from pathlib import Path

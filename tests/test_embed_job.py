@@ -110,7 +110,12 @@ def test_embeddings_go_to_the_folder_of_the_run_and_only_the_splits_asked_for(
 
 
 def test_mirror_images_are_asked_for_and_written_down(
-    connected_head: RayHead, undisturbed: tuple[Path, dict], model_url: str, faces_url: str, tmp_path: Path
+    connected_head: RayHead,
+    undisturbed: tuple[Path, dict],
+    model_url: str,
+    faces_url: str,
+    faces_rows: list[dict],
+    tmp_path: Path,
 ) -> None:
     flags = ["--model", model_url, "--faces", faces_url, "--splits", "val"]
     done = run_here("embed.py", *flags, "--output", str(tmp_path / "e"), "--flip")
@@ -119,7 +124,7 @@ def test_mirror_images_are_asked_for_and_written_down(
     assert (made.model["flip"], plain.model["flip"]) == (True, False)
     model = load_model(model_url)
     model.spec = dataclasses.replace(model.spec, flip=True)
-    crops = {row["photo"]: row["crop"] for row in pq.read_table(faces_url).to_pylist()}
+    crops = {row["photo"]: row["crop"] for row in faces_rows}
     has_face_N = ~made.failed_N
     shown = [photo for photo, has_face in zip(made.photos, has_face_N, strict=True) if has_face]
     expected_ND = embed(model, np.stack([decoded_crop(crops[photo]) for photo in shown]))

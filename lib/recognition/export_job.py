@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx
@@ -25,6 +25,8 @@ from lib import storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import JobError, UserError
 from lib.faces import table
+from lib.faces.export_faces import export_faces
+from lib.faces.export_plan import FacesOut
 from lib.layout import Layout
 from lib.recognition.embedder import FlipFlag, chosen_flip, find_model, open_model
 from lib.recognition.face_source import faces_source
@@ -46,28 +48,38 @@ TIMED_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a model as an ONNX file."""
+    """Write a model as an ONNX file, or a faces table in a format that other projects train on."""
 
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
+    to: Literal["onnx", "webdataset", "folder", "parquet"] = "onnx"
+    """onnx: the model. Of the faces table: webdataset, tars with a .jpg and a .json for each face; folder,
+    PERSON/PHOTO.jpg, as InsightFace trains on; parquet, with image and label as Hugging Face reads them."""
     model: str | None = None
     """Model folder, run folder or weights of iResNet. Default: the only run with a model below --data."""
     faces: str | None = None
-    """Faces table whose crops check the file. Default: faces/ below --data."""
+    """Faces table to export, or whose crops check the ONNX file. Default: faces/ below --data."""
     output: str | None = None
-    """File to write. Default: model.onnx in the run of the model, or beside a file of weights by its name."""
+    """File to write. Default: model.onnx in the run of the model, or beside a file of weights by its name. Of
+    faces: the folder to write, which has no default."""
     flip: FlipFlag = False
     """Add mirror images in the file, although the model does not."""
     no_flip: FlipFlag = False
     """Leave mirror images out of the file, although the model adds them."""
     dry_run: bool = False
     """Check the input, then stop."""
+    faces_out: FacesOut = field(default_factory=FacesOut)
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:
-        if self.output is not None and not self.output.endswith(".onnx"):
+        flip = chosen_flip(self.flip, self.no_flip)
+        if self.to != "onnx":
+            if self.output is None:
+                raise UserError(f"--to {self.to} writes many files: name a folder for them by --output")
+            if self.model is not None or flip is not None:
+                raise UserError(f"--to {self.to} writes faces: leave out --model, --flip and --no-flip")
+        elif self.output is not None and not self.output.endswith(".onnx"):
             raise UserError(f"--output is {self.output!r}: the file name must end in .onnx")
-        _ = chosen_flip(self.flip, self.no_flip)
 
 
 class _WholeModel(nn.Module):
@@ -92,8 +104,11 @@ class _WholeModel(nn.Module):
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write the ONNX file if it agrees with the model; return the difference and the speeds."""
+    """Write the ONNX file if it agrees with the model, or the faces; return what the last line says of it."""
     layout = Layout(config.data)
+    if config.to != "onnx":
+        output = absolute_url(str(config.output), "--output")
+        return export_faces(layout.faces(config.faces), output, config.to, config.faces_out, dry_run=config.dry_run)
     model_url = find_model(layout, config.model)
     if model_url.endswith(".onnx"):
         raise UserError(f"--model {model_url} is an ONNX file already: name a model folder of this project")
