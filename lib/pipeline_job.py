@@ -52,6 +52,8 @@ class PipelineConfig:
                 raise UserError(f"--{name}.data and --{name}.dry-run: give --data and --dry-run once, for all three")
         if self.train.faces is not None or self.evaluate.faces is not None:
             raise UserError("--train.faces and --evaluate.faces: give --preprocess.faces, which the others use too")
+        if self.evaluate.ijb is not None:
+            raise UserError("--evaluate.ijb: run jobs/evaluate.py --ijb on the model once the pipeline has made it")
         if self.evaluate.model:
             raise UserError(
                 "--evaluate.model: the pipeline evaluates the model it trains; use jobs/evaluate.py for others"

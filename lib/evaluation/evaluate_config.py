@@ -36,8 +36,12 @@ class EvaluateConfig:
     pairs: tuple[str, ...] = ()
     """Pairs to judge: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Or one or several
     verification sets (lfw.bin cfp_fp.bin), which hold their own faces. Default: made from --split."""
+    ijb: str | None = None
+    """Folder of IJB-B or IJB-C, which holds meta/ and loose_crop/: verification and identification by templates, on its
+    own images."""
     protocol: Protocol = "ours"
-    """With verification sets: ours, with intervals, or insightface, as published figures are made (implies --flip)."""
+    """With verification sets and --ijb: ours, with intervals, or insightface, as published figures are made (implies
+    --flip)."""
     flip: FlipFlag = False
     """Add the embedding of the mirror image, although the model does not say so. --keep-threshold keeps that in the
     model, too."""
@@ -84,6 +88,7 @@ class EvaluateConfig:
             raise UserError(f"--model is given {len(self.model)} times: one model, or two side by side")
         if self.faces is not None and self.photos is not None:
             raise UserError("--faces and --photos are both given: choose one")
+        self._check_ijb()
         self._check_pairs()
         if self.split not in (*table.SPLITS, "all"):
             raise UserError(f"--split is {self.split!r}: allowed are {', '.join(table.SPLITS)} and all")
@@ -101,21 +106,38 @@ class EvaluateConfig:
             if value < 0:
                 raise UserError(f"{flag} is {value}: 0 or more")
 
-    def _check_pairs(self) -> None:
-        """Check --pairs, and that no flag is given that means nothing for them."""
-        sets = [is_verification_set(url) for url in self.pairs]
-        if len(sets) > 1 and not all(sets):
-            raise UserError(f"--pairs names {len(sets)} files: one list of pairs, or verification sets (.bin) only")
-        if self.protocol != "ours" and not any(sets):
-            raise UserError("--protocol insightface is for verification sets: --pairs lfw.bin, or leave the flag out")
+    def _check_ijb(self) -> None:
+        """Check that nothing is given that means nothing for --ijb."""
+        if self.ijb is None:
+            return
         for flag, given in (
+            ("--pairs", bool(self.pairs)),
+            ("--faces", self.faces is not None),
+            ("--whole-split", self.whole_split),
+            *self._of_photos(),
+        ):
+            if given:
+                raise UserError(f"{flag} means nothing for --ijb, which has images and pairs of its own: leave it out")
+
+    def _of_photos(self) -> list[tuple[str, bool]]:
+        """Return flags that are about a table or photos of one's own, and whether each is given."""
+        return [
             ("--photos", self.photos is not None),
             ("--slices", self.slices is not None),
             ("--min-quality or --where", bool(self.min_quality or self.where)),
             ("--tolerance", self.tolerance is not None),
             ("--at-far", self.at_far is not None),
             ("--keep-threshold", self.keep_threshold),
-        ):
+        ]
+
+    def _check_pairs(self) -> None:
+        """Check --pairs, and that no flag is given that means nothing for them."""
+        sets = [is_verification_set(url) for url in self.pairs]
+        if len(sets) > 1 and not all(sets):
+            raise UserError(f"--pairs names {len(sets)} files: one list of pairs, or verification sets (.bin) only")
+        if self.protocol != "ours" and not any(sets) and self.ijb is None:
+            raise UserError("--protocol insightface is for verification sets (--pairs lfw.bin) and --ijb: leave it out")
+        for flag, given in self._of_photos():
             if given and any(sets):
                 raise UserError(f"{flag} means nothing for verification sets (.bin): leave it out")
         names = [set_name(url) for url in self.pairs]

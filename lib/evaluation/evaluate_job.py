@@ -15,6 +15,7 @@ from lib.config import absolute_url
 from lib.errors import JobError, UserError
 from lib.evaluation.evaluate_config import EvaluateConfig as EvaluateConfig  # Callers take it from here.
 from lib.evaluation.findings import read_slices, slice_figures
+from lib.evaluation.ijb_job import IjbPlan, evaluate_ijb
 from lib.evaluation.listed_photos import photos_and_pairs
 from lib.evaluation.metrics import check_folds, kfold_accuracy
 from lib.evaluation.model_metrics import Measured, check_embedded, chosen_threshold, measure
@@ -50,6 +51,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     urls = [find_model(layout, given) for given in config.model or (None,)]
     if config.has_sets:
         return evaluate_sets(_sets_plan(config, layout, urls))
+    if config.ijb is not None:
+        return evaluate_ijb(_ijb_plan(config, absolute_url(config.ijb, "--ijb"), layout, urls))
     embedders = [load_embedder(url, config.onnx, flip=config.chosen_flip) for url in urls]
     sources = [_source(config, layout, embedder) for embedder in embedders]
     pairs_url = absolute_url(config.pairs[0], "--pairs") if config.pairs else None
@@ -137,6 +140,23 @@ def _sets_plan(config: EvaluateConfig, layout: Layout, urls: Sequence[str]) -> S
         onnx=config.onnx,
         # The report of the other evaluation stays beside it.
         output=storage.join(report, "sets") if config.output is None else report,
+        protocol=config.protocol,
+        flip=config.chosen_flip,
+        gpus=config.gpus,
+        seed=config.seed,
+        strict=config.strict,
+        dry_run=config.dry_run,
+    )
+
+
+def _ijb_plan(config: EvaluateConfig, url: str, layout: Layout, urls: Sequence[str]) -> IjbPlan:
+    return IjbPlan(
+        url=url,
+        models=urls,
+        names=_names(urls),
+        onnx=config.onnx,
+        output=_output(config, layout, urls[0]),
+        is_shared=config.output is None,
         protocol=config.protocol,
         flip=config.chosen_flip,
         gpus=config.gpus,

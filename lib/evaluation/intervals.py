@@ -78,7 +78,7 @@ def bootstrap_intervals(
             accuracy_R = right_R / all_R
         for name, values_R in {"accuracy": accuracy_R, **_curve_figures(far_RT, tar_RT, fars, point)}.items():
             figures.setdefault(name, []).append(values_R)
-    intervals = {name: _percentiles(np.concatenate(parts)) for name, parts in figures.items()}
+    intervals = {name: percentiles(np.concatenate(parts)) for name, parts in figures.items()}
     tars = {far_key(far): intervals.pop(far_key(far), None) for far in FARS}
     return {"level": CONFIDENCE, "num_resamples": num_resamples, **intervals, "tar_at_far": tars}
 
@@ -119,7 +119,8 @@ def _renumbered(codes: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
     return int(used.sum()), (np.cumsum(used) - 1)[codes]
 
 
-def _percentiles(values_R: FloatArray) -> list[float] | None:
+def percentiles(values_R: FloatArray) -> list[float] | None:
+    """Return the 95 % interval of resampled values, of which NaN are left out; None if all are."""
     values_R = values_R[np.isfinite(values_R)]
     tail = (1 - CONFIDENCE) / 2
     return [float(value) for value in np.quantile(values_R, [tail, 1 - tail])] if len(values_R) else None

@@ -36,7 +36,9 @@ CHUNK_ELEMENTS = 1 << 22
 """Largest intermediate array: 32 MB in float64."""
 
 
-def pair_distances(embeddings_ND: NDArray[np.floating], a_P: NDArray[np.int64], b_P: NDArray[np.int64]) -> FloatArray:
+def pair_distances(
+    embeddings_ND: NDArray[np.floating], a_P: NDArray[np.integer], b_P: NDArray[np.integer]
+) -> FloatArray:
     """Return the Euclidean distance of each pair, a chunk at a time.
 
     Raises:
