@@ -142,10 +142,10 @@ def test_bad_input_is_refused_in_one_line(model_url: str, sets: list[str], tmp_p
     assert "one kind: 20 of 20 pairs are of the same person" in refused(**use, pairs=(one_kind,))
     assert "no images: not one of its 40 images" in refused(**use, pairs=(no_images,))
     assert "gone.bin" in refused(**use, pairs=(str(tmp_path / "gone.bin"),))
-    assert "one list of pairs, or verification sets" in refused(**use, pairs=(sets[0], "pairs.txt"))
+    assert "lists of pairs only, or verification sets" in refused(**use, pairs=(sets[0], "pairs.txt"))
     assert "two sets that are called 'lfw'" in refused(**use, pairs=(sets[0], "/other/lfw.bin"))
     assert "--flip and --no-flip are both given" in refused(**use, pairs=sets, flip=True, no_flip=True)
-    assert "--protocol insightface is for" in refused(**use, protocol="insightface", pairs=("pairs.txt",))
+    assert "--protocol insightface is for" in refused(**use, protocol="insightface")
     for flag, value in (
         ("photos", "/p"),
         ("slices", "/s"),

@@ -34,14 +34,14 @@ class EvaluateConfig:
     """File of lines "photo-name identity" for --photos. Default: identities.txt beside the photos, else their
     folders."""
     pairs: tuple[str, ...] = ()
-    """Pairs to judge: .txt in LFW's format, or .csv or .parquet with photo_a, photo_b, same. Or one or several
-    verification sets (lfw.bin cfp_fp.bin), which hold their own faces. Default: made from --split."""
+    """Pairs to judge: .txt as LFW, CALFW, CPLFW and AgeDB-30 have them, a folder FF or FP of CFP, or .csv or .parquet
+    with photo_a, photo_b, same. Several give one table. Or verification sets (lfw.bin cfp_fp.bin), which hold their own
+    faces. Default: made from --split."""
     ijb: str | None = None
     """Folder of IJB-B or IJB-C, which holds meta/ and loose_crop/: verification and identification by templates, on its
     own images."""
     protocol: Protocol = "ours"
-    """With verification sets and --ijb: ours, with intervals, or insightface, as published figures are made (implies
-    --flip)."""
+    """With --pairs and --ijb: ours, with intervals, or insightface, as published figures are made (implies --flip)."""
     flip: FlipFlag = False
     """Add the embedding of the mirror image, although the model does not say so. --keep-threshold keeps that in the
     model, too."""
@@ -133,14 +133,16 @@ class EvaluateConfig:
     def _check_pairs(self) -> None:
         """Check --pairs, and that no flag is given that means nothing for them."""
         sets = [is_verification_set(url) for url in self.pairs]
-        if len(sets) > 1 and not all(sets):
-            raise UserError(f"--pairs names {len(sets)} files: one list of pairs, or verification sets (.bin) only")
-        if self.protocol != "ours" and not any(sets) and self.ijb is None:
-            raise UserError("--protocol insightface is for verification sets (--pairs lfw.bin) and --ijb: leave it out")
+        if any(sets) and not all(sets):
+            raise UserError(f"--pairs names {len(sets)} files: lists of pairs only, or verification sets (.bin) only")
+        if self.protocol != "ours" and not self.pairs and self.ijb is None:
+            raise UserError("--protocol insightface is for --pairs and --ijb: leave it out")
         for flag, given in self._of_photos():
             if given and any(sets):
                 raise UserError(f"{flag} means nothing for verification sets (.bin): leave it out")
-        names = [set_name(url) for url in self.pairs]
+            if given and self.has_lists and flag not in ("--photos", "--min-quality or --where"):
+                raise UserError(f"{flag} is for one list of pairs and --protocol ours: leave it out")
+        names = [set_name(url) for url in self.pairs if any(sets)]
         if len(set(names)) < len(names):
             raise UserError(
                 f"--pairs names two sets that are called {max(names, key=names.count)!r}: rename one of them"
@@ -155,6 +157,11 @@ class EvaluateConfig:
     def has_sets(self) -> bool:
         """Whether --pairs names verification sets."""
         return bool(self.pairs) and is_verification_set(self.pairs[0])
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether --pairs names lists whose figures stand in one table, as those of sets do."""
+        return bool(self.pairs) and not self.has_sets and (len(self.pairs) > 1 or self.protocol != "ours")
 
     @property
     def taken(self) -> FaceFilter:

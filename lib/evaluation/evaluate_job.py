@@ -17,6 +17,7 @@ from lib.evaluation.evaluate_config import EvaluateConfig as EvaluateConfig  # C
 from lib.evaluation.findings import read_slices, slice_figures
 from lib.evaluation.ijb_job import IjbPlan, evaluate_ijb
 from lib.evaluation.listed_photos import photos_and_pairs
+from lib.evaluation.lists_job import ListsPlan, evaluate_lists
 from lib.evaluation.metrics import check_folds, kfold_accuracy
 from lib.evaluation.model_metrics import Measured, check_embedded, chosen_threshold, measure
 from lib.evaluation.remarks import accuracy_difference, notes_of
@@ -55,6 +56,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return evaluate_ijb(_ijb_plan(config, absolute_url(config.ijb, "--ijb"), layout, urls))
     embedders = [load_embedder(url, config.onnx, flip=config.chosen_flip) for url in urls]
     sources = [_source(config, layout, embedder) for embedder in embedders]
+    if config.has_lists:
+        return evaluate_lists(_lists_plan(config, layout, urls, embedders, sources))
     pairs_url = absolute_url(config.pairs[0], "--pairs") if config.pairs else None
     photos, pairs, sources = photos_and_pairs(
         sources,
@@ -142,6 +145,30 @@ def _sets_plan(config: EvaluateConfig, layout: Layout, urls: Sequence[str]) -> S
         output=storage.join(report, "sets") if config.output is None else report,
         protocol=config.protocol,
         flip=config.chosen_flip,
+        gpus=config.gpus,
+        seed=config.seed,
+        strict=config.strict,
+        dry_run=config.dry_run,
+    )
+
+
+def _lists_plan(
+    config: EvaluateConfig,
+    layout: Layout,
+    urls: Sequence[str],
+    embedders: Sequence[Embedder],
+    sources: Sequence[Source],
+) -> ListsPlan:
+    report = _output(config, layout, urls[0])
+    return ListsPlan(
+        lists=[absolute_url(url, "--pairs") for url in config.pairs],
+        names=_names(urls),
+        embedders=embedders,
+        sources=sources,
+        within=config.taken,
+        onnx=config.onnx,
+        output=storage.join(report, "sets") if config.output is None else report,
+        protocol=config.protocol,
         gpus=config.gpus,
         seed=config.seed,
         strict=config.strict,

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from lib.evaluation.curves import MIN_FALSE_ACCEPTS, RocCurve, auc, eer, far_key, roc_curve, tar_at_far
 from lib.evaluation.ijb_files import IjbSet
 from lib.evaluation.intervals import CONFIDENCE, percentiles
 from lib.evaluation.metrics import pair_distances
-from lib.evaluation.set_figures import Protocol
+from lib.evaluation.set_figures import Protocol, linked_people
 from lib.progress import progress_over
 
 IJB_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -74,9 +72,7 @@ def people_of(one: IjbSet) -> NDArray[np.int64]:
         is_next_E = np.diff(subject_E[order_E]) == 0
         links.append((template_E[order_E][:-1][is_next_E], template_E[order_E][1:][is_next_E]))
     a, b = (np.concatenate(side) for side in zip(*links, strict=True))
-    num = len(one.templates_T)
-    people_T = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(num, num)), directed=False)[1]
-    return people_T.astype(np.int64)
+    return linked_people(a, b, len(one.templates_T))
 
 
 _ENROLLED = ("template_E", "subject_E")

@@ -15,6 +15,7 @@ from lib import storage
 from lib.evaluation.model_metrics import Photos, photos_of
 from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs, made_pairs
+from lib.evaluation.set_figures import linked_people
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter
 from lib.faces.manifest import Manifest
@@ -41,24 +42,63 @@ def photos_and_pairs(
     Raises:
         UserError: as `read_pairs` and `made_pairs` do.
     """
+    if pairs_url is not None:
+        photos, (pairs,), sources = photos_and_lists(sources, [pairs_url], within, seed=seed)
+        return photos, pairs, sources
     listed = _listed(sources[0], within)
-    left_out = _in_no_pair(sources[0], listed) if pairs_url is None else pc.equal(listed["status"], _not_within(within))
-    is_out_N = pc.fill_null(left_out, False).to_numpy()
-    places_N = np.flatnonzero(~is_out_N)
-    taken = listed.filter(pa.array(~is_out_N))
-    if pairs_url is None:
-        pairs = made_pairs(taken["photo"], taken["identity"], num_pairs=num_pairs, seed=seed)
-        note = _note(listed, is_out_N, "are in no pair") if is_out_N.any() else ""
-    else:
-        pairs = read_pairs(pairs_url, taken["photo"], seed=seed)
-        note = _note(listed, is_out_N, "are left out") if is_out_N.any() else ""
-    pairs = replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
-    if not whole_split:
-        used_M = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
-        pairs = replace(pairs, a_P=np.searchsorted(used_M, pairs.a_P), b_P=np.searchsorted(used_M, pairs.b_P))
-        taken, places_N = taken.take(pa.array(used_M)), places_N[used_M]
-    photos = photos_of(*(taken[name].to_pylist() for name in ("photo", "identity", "split")))
+    is_out_N = _in_no_pair(sources[0], listed).to_numpy()
+    taken, places_N = listed.filter(pa.array(~is_out_N)), np.flatnonzero(~is_out_N)
+    pairs = made_pairs(taken["photo"], taken["identity"], num_pairs=num_pairs, seed=seed)
+    if is_out_N.any():
+        pairs = _with_note(pairs, _note(listed, is_out_N, "are in no pair"))
+    if whole_split:
+        photos = photos_of(*(taken[name].to_pylist() for name in ("photo", "identity", "split")))
+        return photos, pairs, [_only(source, places_N) for source in sources]
+    photos, (pairs,), places_N = _used(taken, places_N, [pairs])
     return photos, pairs, [_only(source, places_N) for source in sources]
+
+
+def photos_and_lists(
+    sources: Sequence[Source], urls: Sequence[str], within: FaceFilter, *, seed: int
+) -> tuple[Photos, list[Pairs], list[Source]]:
+    """Return the photos in the pairs of some files, the pairs of each, and the sources with these photos alone.
+
+    Raises:
+        UserError: as `read_pairs` does.
+    """
+    listed = _listed(sources[0], within)
+    is_out_N = pc.fill_null(pc.equal(listed["status"], _not_within(within)), False).to_numpy()
+    taken, places_N = listed.filter(pa.array(~is_out_N)), np.flatnonzero(~is_out_N)
+    lists = [read_pairs(url, taken["photo"], seed=seed) for url in urls]
+    if is_out_N.any():
+        lists[0] = _with_note(lists[0], _note(listed, is_out_N, "are left out"))
+    photos, lists, places_N = _used(taken, places_N, lists)
+    return photos, lists, [_only(source, places_N) for source in sources]
+
+
+def _with_note(pairs: Pairs, note: str) -> Pairs:
+    return replace(pairs, note="; ".join(filter(None, [pairs.note, note])))
+
+
+def _used(
+    taken: pa.Table, places_N: NDArray[np.int64], lists: Sequence[Pairs]
+) -> tuple[Photos, list[Pairs], NDArray[np.int64]]:
+    """Return the photos that are in pairs, the pairs as indices into them, and their places.
+
+    Identities that contradict pairs, as those of photos that all lie in one folder, say nothing of who is on them: the
+    people are then those that same pairs join.
+    """
+    used_M = np.unique(np.concatenate([side_P for pairs in lists for side_P in (pairs.a_P, pairs.b_P)]))
+    lists = [
+        replace(pairs, a_P=np.searchsorted(used_M, pairs.a_P), b_P=np.searchsorted(used_M, pairs.b_P))
+        for pairs in lists
+    ]
+    taken = taken.take(pa.array(used_M))
+    photos = photos_of(*(taken[name].to_pylist() for name in ("photo", "identity", "split")))
+    if any(np.any(~each.same_P & (photos.people_N[each.a_P] == photos.people_N[each.b_P])) for each in lists):
+        a_S, b_S = (np.concatenate([getattr(each, side)[each.same_P] for each in lists]) for side in ("a_P", "b_P"))
+        photos = replace(photos, people_N=linked_people(a_S, b_S, len(used_M)))
+    return photos, lists, places_N[used_M]
 
 
 def _in_no_pair(source: Source, listed: pa.Table) -> pa.ChunkedArray:

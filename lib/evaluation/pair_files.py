@@ -5,7 +5,7 @@ Shapes: P pairs.
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from lib.csv_text import read_csv
 from lib.errors import UserError
+from lib.evaluation.insightface_protocol import file_order_folds
+from lib.evaluation.pair_lists import NamedPairs, is_cfp, parse_list, places_of, read_cfp, texts_of
 from lib.evaluation.pairs import DEFAULT_FOLDS, MAX_FOLDS, NUM_NAMED, Pairs, Strings, strings_of
 from lib.storage import read_bytes
 
@@ -27,18 +29,28 @@ _WORDS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no":
 def read_pairs(url: str, photos: Strings, *, seed: int = 0) -> Pairs:
     """Return the pairs of a file: `.txt` in LFW's format, `.csv` or `.parquet` with photo_a, photo_b, same (and fold).
 
-    A file without folds is dealt into 10 by `seed`, each with its share of both kinds; such folds may share people.
+    `pair_lists` says which other lists are read: those of CALFW, CPLFW and AgeDB-30, and folders of CFP. Pairs without
+    folds are dealt into 10 by `seed`, each with its share of both kinds; such folds may share people.
 
     Raises:
         UserError: another kind of file, a malformed line or row (named by number), no pair whose photos are there.
     """
     suffix = PurePosixPath(url).suffix.lower()
     if suffix == ".txt":
-        return parse_lfw_pairs(read_bytes(url), photos, url, seed=seed)
+        content = read_bytes(url)
+        named = parse_list(content, url)
+        return (
+            parse_lfw_pairs(content, photos, url, seed=seed)
+            if named is None
+            else _named_pairs(named, photos, url, seed)
+        )
+    if is_cfp(url):
+        return _named_pairs(read_cfp(url), photos, url, seed)
     if suffix in (".csv", ".parquet"):
         return parse_pairs_table(read_bytes(url), photos, url, seed=seed)
     raise UserError(
-        f"{url}: pairs are read from .txt (LFW's format), .csv or .parquet, not {suffix or 'a bare name'!r}"
+        f"{url}: pairs are read from .txt (LFW's format, or a list of names), .csv, .parquet, or the folders FF and FP "
+        f"of CFP, not {suffix or 'a bare name'!r}"
     )
 
 
@@ -123,7 +135,7 @@ def _lfw_photo(person: str, number: str) -> str:
 def _index_by_person_and_stem(photos: Strings, wanted: set[str], url: str) -> dict[str, int]:
     """Map each wanted `person/stem` to the one photo whose path ends so, whatever its extension."""
     index: dict[str, int] = {}
-    for n, photo in enumerate(_texts(photos)):
+    for n, photo in enumerate(texts_of(photos)):
         key = os.path.splitext("/".join(photo.rsplit("/", 2)[-2:]))[0]  # noqa: PTH122  (pathlib is 20 times slower)
         if key in wanted and index.setdefault(key, n) != n:
             earlier = str(photos[index[key]])
@@ -133,10 +145,26 @@ def _index_by_person_and_stem(photos: Strings, wanted: set[str], url: str) -> di
     return index
 
 
-def _texts(photos: Strings) -> Iterator[str]:
-    chunks = photos.chunks if isinstance(photos, pa.ChunkedArray) else [photos]
-    for chunk in chunks:
-        yield from chunk.to_pylist() if isinstance(chunk, pa.Array) else chunk
+def _named_pairs(named: NamedPairs, photos: Strings, url: str, seed: int) -> Pairs:
+    """Return the pairs of a list of names.
+
+    Without folds, they are those of the order of the list if each then has both kinds, as InsightFace's protocol has
+    them, and else dealt.
+    """
+    names_a, names_b = pa.array(named.names_a, pa.string()), pa.array(named.names_b, pa.string())
+    _refuse_rows(pc.equal(names_a, names_b).to_numpy(zero_copy_only=False), "pair a photo with itself", url)
+    kept = _distinct(names_a, names_b, named.same_P, url)
+    names_a, names_b, same_P = names_a.take(pa.array(kept)), names_b.take(pa.array(kept)), named.same_P[kept]
+    if named.fold_P is not None:
+        fold_P = named.fold_P[kept]
+    else:
+        fold_P = file_order_folds(len(kept)).astype(np.int64)
+        num_same_F = np.bincount(fold_P, weights=same_P)
+        if np.any((num_same_F == 0) | (num_same_F == np.bincount(fold_P))):
+            fold_P = dealt_folds(same_P, seed)
+    places = places_of({*named.names_a, *named.names_b}, photos, url)
+    a_P, b_P = (np.array([places.get(name, -1) for name in names.to_pylist()]) for names in (names_a, names_b))
+    return _found_pairs(a_P, b_P, same_P, fold_P, names_a, names_b, url)
 
 
 def parse_pairs_table(content: bytes, photos: Strings, url: str, *, seed: int = 0) -> Pairs:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lib.evaluation.model_metrics import Measured, Photos
 from lib.evaluation.pairs import Pairs
-from lib.recognition.face_source import FacesSource
+from lib.recognition.face_source import FacesSource, Source
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,19 @@ def notes_of(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unk
                 f"{each.name}: {sum(failed.values())} photos have no embedding ({reasons}) and make every pair they "
                 f"are in an error, such as {shown}; metrics.json names all"
             )
-    in_pairs = np.unique(np.concatenate([pairs.a_P, pairs.b_P]))
-    num_train = sum(photos.splits[n] == "train" for n in in_pairs)
-    if num_train and isinstance(measured[0].source, FacesSource):
-        notes.append(
-            f"{num_train:,} of the {len(in_pairs):,} photos in pairs are of the split train: "
-            "for a model trained on them the figures are too good"
-        )
+    notes += train_note(photos, [pairs], measured[0].source)
     if num_unknown:
         notes.append(f"{num_unknown:,} photos of --slices are in no pair")
     for note in notes:
         logger.warning("%s", note)
     return notes
+
+
+def train_note(photos: Photos, lists: Sequence[Pairs], source: Source) -> list[str]:
+    """Return what to say of photos in pairs that a model may be trained on."""
+    in_pairs = np.unique(np.concatenate([side_P for pairs in lists for side_P in (pairs.a_P, pairs.b_P)]))
+    num_train = sum(photos.splits[n] == "train" for n in in_pairs)
+    if not num_train or not isinstance(source, FacesSource):
+        return []
+    note = f"{num_train:,} of the {len(in_pairs):,} photos in pairs are of the split train"
+    return [f"{note}: for a model trained on them the figures are too good"]

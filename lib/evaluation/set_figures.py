@@ -4,6 +4,7 @@ Shapes: N images, D embedding, P pairs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -49,14 +50,19 @@ def check_set(one: VerificationSet, protocol: Protocol) -> None:
     Raises:
         UserError: pairs of one kind only, or too few.
     """
+    check_pairs(one.name, set_pairs(one), protocol)
+
+
+def check_pairs(name: str, pairs: Pairs, protocol: Protocol) -> None:
+    """Refuse pairs as `check_set` does a set."""
     try:
-        roc_curve(np.zeros(len(one)), one.same_P)
+        roc_curve(np.zeros(len(pairs)), pairs.same_P)
         if protocol == "ours":
-            check_folds(one.same_P, set_pairs(one).fold_P)
+            check_folds(pairs.same_P, pairs.fold_P)
         else:
-            insightface_accuracy(np.zeros(len(one)), one.same_P)
+            insightface_accuracy(np.zeros(len(pairs)), pairs.same_P)
     except UserError as error:
-        raise UserError(f"{one.name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def set_distances(vectors_ND: NDArray[np.floating], failed_N: NDArray[np.bool_], pairs: Pairs) -> NDArray[np.float64]:
@@ -82,14 +88,34 @@ def set_figures(
     """
     pairs = set_pairs(one, seed=seed)
     if protocol == "insightface":
+        pairs = replace(pairs, fold_P=file_order_folds(len(one)))
+    return pair_figures(one.name, vectors_ND, failed_N, pairs, people_of(one), protocol, seed=seed)
+
+
+def pair_figures(
+    name: str,
+    vectors_ND: NDArray[np.floating],
+    failed_N: NDArray[np.bool_],
+    pairs: Pairs,
+    people_N: NDArray[np.int64],
+    protocol: Protocol,
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the figures of pairs of photos as `set_figures` does those of a set.
+
+    InsightFace's folds are the pairs in the order of their own folds, and of the file within these.
+    """
+    if protocol == "insightface":
         vectors_ND = unit_vectors(vectors_ND.astype(np.float64))
     distances_P = set_distances(vectors_ND, failed_N, pairs)
     intervals = None
     if protocol == "insightface":
+        order_P = np.argsort(pairs.fold_P, kind="stable")
         squared_P = np.where(np.isfinite(distances_P), np.square(distances_P), distances_P)
-        accuracy = insightface_accuracy(squared_P, one.same_P)
+        accuracy = insightface_accuracy(squared_P[order_P], pairs.same_P[order_P])
     else:
-        kfold = kfold_accuracy(distances_P, one.same_P, pairs.fold_P)
+        kfold = kfold_accuracy(distances_P, pairs.same_P, pairs.fold_P)
         accuracy = {
             "accuracy": kfold.accuracy,
             "accuracy_std": kfold.accuracy_std,
@@ -97,13 +123,13 @@ def set_figures(
             "fold_thresholds": kfold.threshold_F.tolist(),
         }
         intervals = bootstrap_intervals(
-            distances_P, kfold.right_P, pairs, people_of(one), num_resamples=NUM_RESAMPLES, seed=seed
+            distances_P, kfold.right_P, pairs, people_N, num_resamples=NUM_RESAMPLES, seed=seed
         )
-    curve = roc_curve(distances_P, one.same_P)
+    curve = roc_curve(distances_P, pairs.same_P)
     supported = supported_fars(curve.num_different)
     return {
-        "name": one.name,
-        "num_pairs": len(one),
+        "name": name,
+        "num_pairs": len(pairs),
         "num_failed_images": int(failed_N.sum()),
         "num_failed_pairs": int(np.count_nonzero(~np.isfinite(distances_P))),
         **accuracy,
@@ -137,7 +163,11 @@ def people_of(one: VerificationSet) -> NDArray[np.int64]:
     """
     place: dict[bytes, int] = {}
     file_N = np.array([place.setdefault(image, len(place)) for image in one.images])
-    a_S, b_S = file_N[0::2][one.same_P], file_N[1::2][one.same_P]
-    links = coo_array((np.ones(len(a_S), bool), (a_S, b_S)), shape=(len(place), len(place)))
-    people: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)[file_N]
+    return linked_people(file_N[0::2][one.same_P], file_N[1::2][one.same_P], len(place))[file_N]
+
+
+def linked_people(a_S: NDArray[np.integer], b_S: NDArray[np.integer], num: int) -> NDArray[np.int64]:
+    """Return a number for the person of each of `num` things, [num]: those that pairs join are one person."""
+    links = coo_array((np.ones(len(a_S), bool), (a_S, b_S)), shape=(num, num))
+    people: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
     return people

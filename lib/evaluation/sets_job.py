@@ -5,7 +5,7 @@ The sets bring their own images, so that no faces table and no photos are needed
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -81,45 +81,50 @@ def evaluate_sets(plan: SetsPlan) -> dict[str, Any]:
     notes += _failed(models)
     for note in notes:
         logger.warning("%s", note)
+    means = write_figures(plan.output, models, curves, plan.protocol, plan.sets, seed=plan.seed, notes=notes)
+    return {**result, **means, "images": num_images, "seconds": round(time.monotonic() - started, 1)}
+
+
+def write_figures(
+    output: str,
+    models: Sequence[dict[str, Any]],
+    curves: Mapping[str, Mapping[str, RocCurve]],
+    protocol: Protocol,
+    urls: Sequence[str],
+    *,
+    seed: int,
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Log the table, write `metrics.json` and the report, and return the means of the first model.
+
+    Args:
+        models: what `metrics.json` says of each, with `sets` and their `mean`.
+        curves: for each set the curve of each model.
+        urls: of the sets.
+    """
     for line in text_table(models):
         logger.info("%s", line)
     metrics = {
         **_means(models[0]),
-        "protocol": plan.protocol,
+        "protocol": protocol,
         "flip": all(model["flip"] for model in models),
-        "pairs": [storage.redacted(url) for url in plan.sets],
-        "seed": plan.seed,
+        "pairs": [storage.redacted(url) for url in urls],
+        "seed": seed,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "notes": notes,
         "models": models,
     }
-    storage.write_bytes(storage.join(plan.output, REPORT_NAME), sets_page(metrics, curves))
-    storage.write_json(storage.join(plan.output, METRICS_NAME), metrics)
-    return {
-        **result,
-        **_means(models[0]),
-        "sets": {one["name"]: one["accuracy"] for one in models[0]["sets"]},
-        "threshold_kept": False,
-        "images": num_images,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    storage.write_bytes(storage.join(output, REPORT_NAME), sets_page(metrics, curves))
+    storage.write_json(storage.join(output, METRICS_NAME), metrics)
+    accuracies = {one["name"]: one["accuracy"] for one in models[0]["sets"]}
+    return {**_means(models[0]), "sets": accuracies, "threshold_kept": False}
 
 
 def _measured(
     plan: SetsPlan, embedders: Sequence[Embedder]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, RocCurve]]]:
     """Return what `metrics.json` says of each model, and for each set the curve of each model."""
-    models: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "model": storage.redacted(embedder.url),
-            "digest": embedder.digest,
-            "template": embedder.template,
-            "flip": embedder.flip,
-            "sets": [],
-        }
-        for name, embedder in zip(plan.names, embedders, strict=True)
-    ]
+    models = [about_model(name, embedder) for name, embedder in zip(plan.names, embedders, strict=True)]
     curves: dict[str, dict[str, RocCurve]] = {}
     for url in plan.sets:
         one = read_verification_set(url)
@@ -133,6 +138,18 @@ def _measured(
             curve = roc_curve(set_distances(vectors_ND, failed_N, pairs), one.same_P)
             curves.setdefault(one.name, {})[model["name"]] = curve
     return [{**model, "mean": mean_figures(model["sets"])} for model in models], curves
+
+
+def about_model(name: str, embedder: Embedder) -> dict[str, Any]:
+    """Return what `metrics.json` says of a model before it was measured on any set."""
+    return {
+        "name": name,
+        "model": storage.redacted(embedder.url),
+        "digest": embedder.digest,
+        "template": embedder.template,
+        "flip": embedder.flip,
+        "sets": [],
+    }
 
 
 def _loaded(plan: SetsPlan, url: str) -> Embedder:

@@ -38,7 +38,7 @@ def embedded(source: FacesSource, model_url: str, output: Path) -> list[str]:
     """Return the photos of the rows that the worker of embed writes for the items of a source."""
     embedder = load_embedder(model_url)
     about = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
-    worker = EmbedWorker((model_url, None), str(output), None, source.fingerprint, about, Computing())
+    worker = EmbedWorker((model_url, None, embedder.flip), str(output), None, source.fingerprint, about, Computing())
     photos = []
     for item, (name,), num_rows in source.items(embedder.digest):
         assert worker(item) | {"seconds": 0, "node": ""} == {
