@@ -24,10 +24,7 @@ import tyro
 
 from bench.inputs import drawn, run_job
 
-TRAINING = (
-    *("--backbone", "test_convnext", "--init", "none", "--image-size", "80", "--lr", "2e-3"),
-    *("--epochs", "10", "--triplets-per-epoch", "4000"),
-)
+TRAINING = "--backbone test_convnext --init none --image-size 80 --lr 2e-3 --epochs 10 --triplets-per-epoch 4000"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,8 @@ class Flags:
     over: float = 0.3
     """Certainty from which proposals are applied."""
     seeds: tuple[int, ...] = (0, 1)
-    training: tuple[str, ...] = TRAINING
+    training: str = TRAINING
+    """Flags of train."""
 
 
 @dataclass
@@ -70,7 +68,7 @@ def plant(folder: Path, flags: Flags, rng: np.random.Generator) -> Planted:
     listed = [line.rsplit(" ", 1) for line in (folder / "identities.txt").read_text().splitlines()]
     planted = Planted(right=dict(listed), labels={})
     labels = planted.labels = dict(planted.right)
-    photos = sorted(labels)
+    photos = sorted(photo for photo in labels if cv2.haveImageReader(str(folder / "photos" / photo)))
     chosen = rng.permutation(photos)[: int(len(photos) * flags.swapped) // 2 * 2].tolist()
     for one, other in zip(chosen[::2], chosen[1::2], strict=True):
         if labels[one] != labels[other]:
@@ -148,7 +146,7 @@ def train(folder: Path, name: str, flags: Flags, seed: int) -> str:
     """Train on the labels as they are, and return the model."""
     run_job("preprocess.py", "--data", str(folder), "--split-shares", "90", "10", "0")
     place = ("--data", str(folder), "--name", name, "--cache-dir", str(folder / "cache"), "--seed", str(seed))
-    return str(run_job("train.py", *place, *flags.training)["model"])
+    return str(run_job("train.py", *place, *flags.training.split())["model"])
 
 
 def loop(work: Path, flags: Flags, seed: int) -> dict[str, Any]:
