@@ -176,7 +176,17 @@ def loop(work: Path, flags: Flags, seed: int) -> dict[str, Any]:
 
 def measured(judges: Path, models: Sequence[str], report: Path) -> tuple[float, float, list[float]]:
     """Return the accuracies of two models, and how far the second is ahead, with the standard error."""
-    flags = ("--data", str(judges), "--model", *models, "--num-pairs", "20000", "--keep-threshold")
+    flags = (
+        "--data",
+        str(judges),
+        "--model",
+        models[0],
+        "--model",
+        models[1],
+        "--num-pairs",
+        "20000",
+        "--keep-threshold",
+    )
     run_job("evaluate.py", *flags, "--output", str(report))
     metrics = json.loads((report / "metrics.json").read_text())
     gain = metrics["difference"]
