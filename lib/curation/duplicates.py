@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.curation.linkage import neighbour_index
 from lib.curation.proposals import DUPLICATE, NOBODY, Proposal
+from lib.neighbour_index import neighbour_index
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]

@@ -12,21 +12,16 @@ Shapes: N faces, M clusters, E merges, D dimension.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from lib.neighbour_index import neighbour_index
+
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
-
-EXACT_UP_TO = 50_000
-"""Clusters that are searched exactly. More are searched by an inverted file."""
-_PROBED_SHARE = 64
-"""An inverted file looks into one in so many of its lists."""
 
 
 @dataclass(frozen=True)
@@ -148,19 +143,3 @@ def _nearest_cluster(clusters: Clusters) -> tuple[Ints, Floats]:
     apart_MD = clusters.centres_MD - clusters.centres_MD[at_M]
     squared_M = np.einsum("md,md->m", apart_MD, apart_MD) + clusters.spreads_M + clusters.spreads_M[at_M]
     return at_M, np.where(found_M, squared_M, np.inf)
-
-
-def neighbour_index(points_ND: Floats) -> Any:
-    """Return an index for searches by squared Euclidean distance: exact, or an inverted file of many points."""
-    num, dim = points_ND.shape
-    index: Any
-    if num <= EXACT_UP_TO:
-        index = faiss.IndexFlatL2(dim)
-    else:
-        num_lists = int(4 * num**0.5)
-        index = faiss.index_factory(dim, f"IVF{num_lists},Flat")
-        index.cp.max_points_per_centroid = 64
-        index.train(points_ND[:: max(1, num // (64 * num_lists))])
-        index.nprobe = max(8, num_lists // _PROBED_SHARE)
-    index.add(points_ND)
-    return index

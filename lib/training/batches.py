@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lib.device import Upload
 from lib.training import mining
-from lib.training.confusable import confusable_identities
+from lib.training.confusable import confusable_people
 from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.feature_store import FeatureStore
@@ -99,6 +99,7 @@ class EpochBatches:
         self._index = index
         self._store = store if plan.is_mined else None
         self._suspects = suspects
+        self._device = upload.device if upload else None
         self._exit = ExitStack()
         # In a deterministic run nothing may depend on timing.
         self._ask_ahead = 0 if plan.config.run.deterministic else ASK_AHEAD
@@ -206,29 +207,6 @@ class EpochBatches:
         return itertools.islice(batches, plan.first_step, plan.num_steps)
 
     def _people_rows(self) -> Iterator[Ints]:
-        if self._store is None or self._plan.negatives != "hard" or not self._plan.config.mining.confusable_share:
-            return self._drawn_people(None)
-        drawn: Iterator[Ints] | None = None
-
-        def next_rows(_: int) -> Ints:
-            nonlocal drawn
-            if drawn is None:
-                drawn = self._drawn_people(self._confusable())
-            return next(drawn)
-
-        return self._asking(next_rows)  # on its one thread, one step after the other
-
-    def _confusable(self) -> Confusable:
-        """Return a function that gives confusable people, by the features now in the store."""
-        assert self._store is not None
-        means_ID = self._store.identity_means(len(self._cache.identities))
-
-        def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:
-            return confusable_identities(means_ID, seeds_S, num_neighbours=num_neighbours)
-
-        return confusable
-
-    def _drawn_people(self, confusable: Confusable | None) -> Iterator[Ints]:
         plan = self._plan
         sampler = IdentityBatchSampler(
             index=self._index,
@@ -239,9 +217,32 @@ class EpochBatches:
             confusable_share=plan.config.mining.confusable_share,
             with_singles=bool(plan.config.photos_of_singles),
         )
-        for step, rows in enumerate(sampler.batches(plan.epoch, plan.num_steps, confusable)):
-            if step >= plan.first_step:
-                yield rows
+        if self._store is None or not plan.config.fills_batches_with_confusable_people(plan.negatives):
+            return sampler.batches(plan.epoch, plan.num_steps, first=plan.first_step)
+        drawn: Iterator[Ints] | None = None
+
+        def next_rows(_: int) -> Ints:
+            nonlocal drawn
+            if drawn is None:
+                confusable = self._confusable(sampler)
+                drawn = sampler.batches(plan.epoch, plan.num_steps, confusable, plan.first_step)
+            return next(drawn)
+
+        return self._asking(next_rows)  # on its one thread, one step after the other
+
+    def _confusable(self, sampler: IdentityBatchSampler) -> Confusable:
+        """Look up the neighbours of all seeds that are to come, and return what answers with them."""
+        plan, store = self._plan, self._store
+        assert store is not None
+        seeds_J = np.unique(sampler.seeds(plan.epoch, plan.num_steps, plan.first_step))
+        neighbours_JT = confusable_people(
+            seeds_J, store.means(plan.epoch), num_neighbours=sampler.num_neighbours, device=self._device
+        )
+
+        def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:
+            return neighbours_JT[np.searchsorted(seeds_J, seeds_S), :num_neighbours]
+
+        return confusable
 
     def _stored_vectors(self, step: int) -> StoredVectors:
         assert self._store is not None

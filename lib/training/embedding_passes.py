@@ -143,6 +143,12 @@ class StoreUpkeep:
             missing = self.store.missing()
         return self._embed(missing, model, step)
 
+    def share_means(self, epoch: int) -> None:
+        """Reduce the features to the mean of each person, each worker for a range of people."""
+        rank, num_workers = collective.rank(), collective.num_workers()
+        self.store.share_means(epoch, len(self.cache.identities), rank=rank, num_workers=num_workers)
+        collective.summed(np.ones(1))  # nobody asks for means before all have shared theirs
+
     def refresh(self, model: EmbeddingModel, step: int, used_rows: Ints, share: float) -> int:
         """Embed `share` of all photos again, and return how many: first those without a feature, then half photos
         that the epoch used, and half those with the oldest features.

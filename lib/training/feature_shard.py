@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Shard:
         self.features_ND = np.zeros((stop - start, dim), np.float32)
         self.labels_N = np.full(stop - start, NEVER, np.int64)
         self.stamps_N = np.full(stop - start, NEVER, np.int64)
+        self._epoch_of_means = NEVER
+        self._means: dict[int, list[Any]] = {}
 
     def write(self, rows_B: Ints, features_BD: Floats, labels_B: Ints, step: int) -> None:
         """Keep the features, computed at `step`, of the photos `rows_B`."""
@@ -85,13 +87,21 @@ class Shard:
         )
         return self._signed(negatives)
 
-    def identity_sums(self, num_identities: int) -> Answer[tuple[Floats, Ints]]:
-        """Return the sums and numbers of the features of each identity, as `confusable.identity_sums`."""
+    def identity_sums(self, first: int, stop: int) -> Answer[tuple[Floats, Ints]]:
+        """Return the sums and numbers of the features of some identities, as `confusable.identity_sums`."""
         filled_N = self.stamps_N != NEVER
-        labels_N = np.where(filled_N, self.labels_N, 0)
-        return self._signed(
-            confusable.identity_sums(self.features_ND, labels_N, num_identities=num_identities, filled_N=filled_N)
-        )
+        sums = confusable.identity_sums(self.features_ND, self.labels_N, first=first, stop=stop, filled_N=filled_N)
+        return self._signed(sums)
+
+    def keep_means(self, epoch: int, first: int, reference: list[Any]) -> None:
+        """Keep where the mean features of the identities from `first` on lie, until a later epoch has others."""
+        if epoch != self._epoch_of_means:
+            self._epoch_of_means, self._means = epoch, {}
+        self._means[first] = reference
+
+    def means(self, epoch: int) -> Answer[dict[int, list[Any]]]:
+        """Return where the mean features of this epoch lie that this shard was told of, by their first identity."""
+        return self._signed(self._means if epoch == self._epoch_of_means else {})
 
     def stamps(self) -> Answer[Ints]:
         """Return the step at which each row was computed, `NEVER` for those without a feature."""

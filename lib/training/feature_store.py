@@ -14,6 +14,7 @@ the stalest photos, fills them again. Meanwhile the other shards answer.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -226,16 +227,37 @@ class FeatureStore:
             raise JobError("a shard of the feature store does not answer: no snapshot can be taken")
         return np.concatenate(parts), stamps_N
 
-    def identity_means(self, num_identities: int) -> Floats:
-        """Return the mean feature of each identity [I, D], NaN for one without any."""
-        parts = self.collect([shard.identity_sums.remote(num_identities) for shard in self._shards])
-        sums_ID = np.zeros((num_identities, self.dim), np.float32)
-        counts_I = np.zeros(num_identities, np.int64)
-        for part in parts:
-            if part is not None:
-                sums_ID += part[0]
-                counts_I += part[1]
-        return confusable.identity_means(sums_ID, counts_I)
+    def share_means(self, epoch: int, num_identities: int, *, rank: int = 0, num_workers: int = 1) -> None:
+        """Reduce this worker's range of the identities to mean features, and tell the shards where they lie.
+
+        All workers have to do so before any of them asks for `means`.
+        """
+        begin, end = _bounds(num_identities, num_workers)[rank : rank + 2].tolist()
+        told = []
+        for first in range(begin, end, confusable.BLOCK_PEOPLE):
+            stop = min(end, first + confusable.BLOCK_PEOPLE)
+            sums_ID = np.zeros((stop - first, self.dim), np.float32)
+            counts_I = np.zeros(stop - first, np.int64)
+            for part in self.collect([shard.identity_sums.remote(first, stop) for shard in self._shards]):
+                if part is not None:
+                    sums_ID += part[0]
+                    counts_I += part[1]
+            # In a list, or Ray would hand on the means instead of the place where they lie.
+            reference = [ray.put(confusable.identity_means(sums_ID, counts_I))]
+            keeper = self._shards[first // confusable.BLOCK_PEOPLE % len(self._shards)]
+            told.append(keeper.keep_means.remote(epoch, first, reference))
+        if told:
+            ray.wait(told, num_returns=len(told), timeout=ANSWER_TIMEOUT_S)
+
+    def means(self, epoch: int) -> list[confusable.Block]:
+        """Return the blocks of mean features that the workers have shared; those a dead shard knew of are left out."""
+        references: dict[int, list[Any]] = {}
+        for part in self.collect([shard.means.remote(epoch) for shard in self._shards]):
+            references |= part or {}
+        return [
+            (first, functools.partial(ray.get, reference, timeout=ANSWER_TIMEOUT_S))
+            for first, (reference,) in sorted(references.items())
+        ]
 
     def close(self) -> None:
         """End the shards."""

@@ -271,7 +271,10 @@ class Worker:
         if self._mined is None:
             return 0
         self._reports.status("filling the feature store")
-        return self._mined.fill(self.state.evaluated, self.state.progress.step)
+        num_filled = self._mined.fill(self.state.evaluated, self.state.progress.step)
+        if self.config.fills_batches_with_confusable_people(self.state.progress.negatives):
+            self._mined.share_means(self.state.progress.epoch)
+        return num_filled
 
     def refresh_store(self, was_used_N: npt.NDArray[np.bool_]) -> float:
         """Embed a share of the photos again, first those that the epoch used; return the seconds it took."""

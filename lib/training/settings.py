@@ -203,6 +203,11 @@ class TrainConfig:
         """Number of single photos that take the place of one person in a batch; 0 leaves them out."""
         return self.sampling.photos_per_person if self.objective.terms.centre is not None else 0
 
+    def fills_batches_with_confusable_people(self, negatives: str) -> bool:
+        """Return whether people whom the model confuses fill a part of each batch, with these negatives."""
+        is_hard = negatives == "hard" and self.sampling.batch == "identities"
+        return is_hard and bool(self.mining.confusable_share)
+
     def people_per_batch(self, index: PhotoIndex) -> int:
         """Return P of `--batch identities`."""
         assert self.batch_size != "auto"

@@ -149,18 +149,54 @@ class IdentityBatchSampler:
         if not 0 <= self.confusable_share < 1:
             raise UserError(f"a share of {self.confusable_share} confusable people: allowed is 0 up to, not with, 1")
 
+<<<<<<< HEAD
     def batches(self, epoch: int, num_batches: int, confusable: Confusable | None = None) -> Iterator[Ints]:
         """Yield the rows of each batch [P, K]. `confusable` is called for each batch, so its answer may change."""
+=======
+    @property
+    def num_seeds(self) -> int:
+        """How many people of a batch have their neighbours in it."""
+        return max(1, round(self.num_people * (1 - self.confusable_share)))
+
+    @property
+    def num_neighbours(self) -> int:
+        """How many neighbours of each seed a batch has room for."""
+        return -(-(self.num_people - self.num_seeds) // self.num_seeds)
+
+    def seeds(self, epoch: int, num_batches: int, first: int = 0) -> Ints:
+        """Return the seeds of the batches from number `first` on; with confusable people these are all in rounds."""
+        rng = np.random.default_rng((self.seed, epoch, self.rank))
+        rounds = self._rounds(rng)
+        seeds = []
+        for number in range(num_batches):
+            people_P = next(rounds)
+            self._pass_over(rng)
+            if number >= first:
+                seeds.append(people_P[: self.num_seeds])
+        return np.concatenate(seeds) if seeds else np.empty(0, np.int64)
+
+    def batches(
+        self, epoch: int, num_batches: int, confusable: Confusable | None = None, first: int = 0
+    ) -> Iterator[Ints]:
+        """Yield the rows [P, K] of the batches from number `first` on; `confusable` is asked when one is drawn."""
+>>>>>>> 5300902 (Confusable people are looked up once an epoch, from means that the workers share in blocks; a start within an epoch does not search for its earlier batches)
         rng = np.random.default_rng((self.seed, epoch, self.rank))
         if self.with_singles and (confusable is None or self.num_people > len(self.index.pairable)):
-            yield from itertools.islice(self._with_groups(rng), num_batches)
+            yield from itertools.islice(self._with_groups(rng), first, num_batches)
             return
         rounds = self._rounds(rng)
-        for _ in range(num_batches):
+        for number in range(num_batches):
             people_P = next(rounds)
+            if number < first:
+                self._pass_over(rng)
+                continue
             if confusable is not None:
                 people_P = self._with_confusable(people_P, confusable)
             yield self.index.draw_photos(people_P, self.num_photos, rng)
+
+    def _pass_over(self, rng: np.random.Generator) -> None:
+        """Draw as many numbers as `draw_photos` does for a batch, whoever is in it."""
+        rng.random((self.num_people, self.num_photos))
 
     def _rounds(self, rng: np.random.Generator) -> Iterator[Ints]:
         while True:
@@ -185,9 +221,8 @@ class IdentityBatchSampler:
 
     def _with_confusable(self, people_P: Ints, confusable: Confusable) -> Ints:
         """Keep the first people as seeds, then their nearest, then their second nearest, …, then the other people."""
-        num_seeds = max(1, round(self.num_people * (1 - self.confusable_share)))
-        num_each = -(-(self.num_people - num_seeds) // num_seeds)
-        neighbours_SV = confusable(people_P[:num_seeds], num_neighbours=num_each)
+        num_seeds = self.num_seeds
+        neighbours_SV = confusable(people_P[:num_seeds], num_neighbours=self.num_neighbours)
         wanted = np.concatenate([people_P[:num_seeds], neighbours_SV.T.ravel(), people_P[num_seeds:]])
         wanted = wanted[np.isin(wanted, self.index.pairable)]
         _, first_places = np.unique(wanted, return_index=True)

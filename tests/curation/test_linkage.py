@@ -5,7 +5,7 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist, pdist
 
-from lib.curation import linkage as ours
+from lib import neighbour_index
 from lib.curation.linkage import Clusters, average_linkage
 from lib.curation.proposals import pairwise_f
 
@@ -44,7 +44,7 @@ def test_too_few_faces_merge_with_nobody(num: int) -> None:
 
 def test_an_inverted_file_finds_the_people_too(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors_ND, person_N = people(300, 6, noise=0.35)
-    monkeypatch.setattr(ours, "EXACT_UP_TO", 200)
+    monkeypatch.setattr(neighbour_index, "EXACT_UP_TO", 200)
     assert pairwise_f(average_linkage(vectors_ND, 0.8).clusters(0.8), person_N) > 0.97
 
 

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from lib.errors import JobError, UserError
-from lib.training import feature_store, mining
+from lib.training import confusable, feature_store, mining
 from lib.training.feature_shard import NEVER, Shard
 from lib.training.feature_store import FeatureStore
 from lib.training.mining import NO_ROW, Negatives
@@ -115,7 +115,9 @@ def test_an_empty_store_has_no_negatives_and_fills_row_by_row(make_store: Callab
     assert (found.rows == NO_ROW).all()
     assert len(store.missing()) == NUM_PHOTOS
     assert store.staleness(step=5)["filled_share"] == 0
-    assert np.isnan(store.identity_means(40)).all()
+    store.share_means(1, 40)
+    ((_, means),) = store.means(1)
+    assert np.isnan(means()).all()
 
     rows = np.arange(NUM_PHOTOS - 10)
     store.write(rows, features()[rows], step=10)
@@ -132,9 +134,19 @@ def test_an_empty_store_has_no_negatives_and_fills_row_by_row(make_store: Callab
     assert (stamps[590:] == NEVER).all()
 
 
-def test_identity_means_are_those_of_all_features(store: FeatureStore) -> None:
-    expected = [features()[labels() == identity].mean(axis=0) for identity in range(40)]
-    np.testing.assert_allclose(store.identity_means(40), expected, rtol=1e-4, atol=1e-6)
+def test_identity_means_are_those_of_all_features_and_are_shared_by_ranges(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confusable, "BLOCK_PEOPLE", 7)
+    for epoch in (1, 2):
+        store.share_means(epoch, 40, rank=0, num_workers=2)
+        assert [first for first, _ in store.means(epoch)] == [0, 7, 14]
+        store.share_means(epoch, 40, rank=1, num_workers=2)
+        blocks = store.means(epoch)
+        assert [first for first, _ in blocks] == [0, 7, 14, 20, 27, 34]
+        expected = [features()[labels() == identity].mean(axis=0) for identity in range(40)]
+        np.testing.assert_allclose(np.concatenate([means() for _, means in blocks]), expected, rtol=1e-4, atol=1e-6)
+    assert store.means(1) == []
 
 
 def test_workers_write_to_and_search_the_same_store(store: FeatureStore) -> None:

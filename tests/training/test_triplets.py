@@ -139,6 +139,23 @@ def test_confusable_people_fill_their_share_nearest_first_and_nobody_comes_twice
         assert people[: len(distinct)] == distinct
 
 
+def test_seeds_are_known_ahead_and_a_later_start_draws_the_same_batches_without_asking_for_earlier_ones():
+    labels_N = labels_of([3] * 20)
+    sampler = IdentityBatchSampler(index=PhotoIndex(labels_N), num_people=8, num_photos=4, seed=5)
+    asked: list[int] = []
+
+    def next_numbers(seeds_S: np.ndarray, *, num_neighbours: int) -> np.ndarray:
+        asked.extend(seeds_S.tolist())
+        return (seeds_S[:, None] + 1 + np.arange(num_neighbours)) % 20
+
+    whole = list(sampler.batches(3, 12, next_numbers))
+    assert asked == sampler.seeds(3, 12).tolist()
+    asked.clear()
+    rest = list(sampler.batches(3, 12, next_numbers, first=7))
+    assert asked == sampler.seeds(3, 12, first=7).tolist()
+    np.testing.assert_array_equal(rest, whole[7:])
+
+
 def test_neighbours_that_do_not_exist_or_have_no_second_photo_leave_room_for_others():
     labels_N = labels_of([3] * 10 + [1])
     sampler = IdentityBatchSampler(index=PhotoIndex(labels_N), num_people=6, num_photos=2, seed=6)

@@ -1,0 +1,53 @@
+"""An index for the nearest of very many vectors: exact where that is cheap, else an inverted file (faiss's IVF).
+
+Shapes: N points, B queries, K matches, D dimension.
+"""
+
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+
+EXACT_UP_TO = 50_000
+"""Points that are searched exactly. More are searched by an inverted file."""
+_PROBED_SHARE = 64
+"""An inverted file looks into one in so many of its lists."""
+_TRIED_QUERIES = 256
+
+
+def neighbour_index(points_ND: Floats) -> Any:
+    """Return an index for searches by squared Euclidean distance: exact, or an inverted file of many points."""
+    num, dim = points_ND.shape
+    index: Any
+    if num <= EXACT_UP_TO:
+        index = faiss.IndexFlatL2(dim)
+    else:
+        num_lists = int(4 * num**0.5)
+        index = faiss.index_factory(dim, f"IVF{num_lists},Flat")
+        index.cp.max_points_per_centroid = 64
+        index.train(points_ND[:: max(1, num // (64 * num_lists))])
+        index.nprobe = max(8, num_lists // _PROBED_SHARE)
+    index.add(points_ND)
+    return index
+
+
+def widen(index: Any, points_ND: Floats, queries_BD: Floats, num: int, recall: float) -> float:
+    """Let an inverted file look into more lists until it finds this share of the `num` nearest; return the share.
+
+    It is measured on some of the queries against an exact search. An exact index stays as it is.
+    """
+    if not hasattr(index, "nprobe") or not len(queries_BD):
+        return 1.0
+    tried_BD = queries_BD[:: max(1, len(queries_BD) // _TRIED_QUERIES)]
+    exact_BK = faiss.knn(tried_BD, points_ND, num)[1]
+    while True:
+        found_BK = index.search(tried_BD, num)[1]
+        share = float(
+            np.mean([np.isin(exact_K, found_K).mean() for exact_K, found_K in zip(exact_BK, found_BK, strict=True)])
+        )
+        if share >= recall or index.nprobe >= index.nlist:
+            return share
+        index.nprobe = min(2 * index.nprobe, index.nlist)
