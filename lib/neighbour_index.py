@@ -5,7 +5,6 @@ Shapes: N points, B queries, K matches, D dimension.
 
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +19,8 @@ _TRIED_QUERIES = 256
 
 def neighbour_index(points_ND: Floats) -> Any:
     """Return an index for searches by squared Euclidean distance: exact, or an inverted file of many points."""
+    import faiss  # its import takes a moment, and most processes never search
+
     num, dim = points_ND.shape
     index: Any
     if num <= EXACT_UP_TO:
@@ -41,6 +42,8 @@ def widen(index: Any, points_ND: Floats, queries_BD: Floats, num: int, recall: f
     """
     if not hasattr(index, "nprobe") or not len(queries_BD):
         return 1.0
+    import faiss
+
     tried_BD = queries_BD[:: max(1, len(queries_BD) // _TRIED_QUERIES)]
     exact_BK = faiss.knn(tried_BD, points_ND, num)[1]
     while True:
