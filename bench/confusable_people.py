@@ -3,8 +3,8 @@
     python -m bench.confusable_people --people 1000000 --seeds 100000
 
 Means of people who resemble others in groups stand in blocks, made anew each time they are asked for, as a cluster
-would fetch them. Prints the seconds and the memory of the search of one worker's seeds, and the share of the nearest people
-that it finds, measured on 200 seeds against all people.
+would fetch them. Prints the seconds and the memory of the search of one worker's seeds, and the share of the nearest
+people that it finds, measured on 200 seeds against all people.
 """
 
 import functools

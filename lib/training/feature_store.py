@@ -242,10 +242,9 @@ class FeatureStore:
                 if part is not None:
                     sums_ID += part[0]
                     counts_I += part[1]
-            # In a list, or Ray would hand on the means instead of the place where they lie.
-            reference = [ray.put(confusable.identity_means(sums_ID, counts_I))]
+            means = ray.put(confusable.identity_means(sums_ID, counts_I))
             keeper = self._shards[first // confusable.BLOCK_PEOPLE % len(self._shards)]
-            told.append(keeper.keep_means.remote(epoch, first, reference))
+            told.append(keeper.keep_means.remote(epoch, first, [means]))  # in a list Ray sends the reference alone
         if told:
             ray.wait(told, num_returns=len(told), timeout=ANSWER_TIMEOUT_S)
 

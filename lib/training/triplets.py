@@ -149,10 +149,6 @@ class IdentityBatchSampler:
         if not 0 <= self.confusable_share < 1:
             raise UserError(f"a share of {self.confusable_share} confusable people: allowed is 0 up to, not with, 1")
 
-<<<<<<< HEAD
-    def batches(self, epoch: int, num_batches: int, confusable: Confusable | None = None) -> Iterator[Ints]:
-        """Yield the rows of each batch [P, K]. `confusable` is called for each batch, so its answer may change."""
-=======
     @property
     def num_seeds(self) -> int:
         """How many people of a batch have their neighbours in it."""
@@ -178,8 +174,7 @@ class IdentityBatchSampler:
     def batches(
         self, epoch: int, num_batches: int, confusable: Confusable | None = None, first: int = 0
     ) -> Iterator[Ints]:
-        """Yield the rows [P, K] of the batches from number `first` on; `confusable` is asked when one is drawn."""
->>>>>>> 5300902 (Confusable people are looked up once an epoch, from means that the workers share in blocks; a start within an epoch does not search for its earlier batches)
+        """Yield the rows [P, K] of the batches from number `first` on; `confusable` is called for each."""
         rng = np.random.default_rng((self.seed, epoch, self.rank))
         if self.with_singles and (confusable is None or self.num_people > len(self.index.pairable)):
             yield from itertools.islice(self._with_groups(rng), first, num_batches)
