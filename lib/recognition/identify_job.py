@@ -101,12 +101,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     layout = Layout(config.data)
     model_url = find_model(layout, config.model)
     embedder = load_embedder(model_url, config.onnx, flip=chosen_flip(config.flip, config.no_flip))
-    threshold = embedder.threshold if config.threshold is None else config.threshold
-    if threshold is None:
-        mirrored = f" {'with' if embedder.flip else 'without'} mirror images" if config.flip or config.no_flip else ""
-        raise UserError(
-            f"{model_url} has no threshold{mirrored} yet: choose one with jobs/evaluate.py, or give --threshold"
-        )
+    threshold = _threshold(config, embedder)
     gallery = known_faces(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
     source = _probes(config, embedder)
     output = layout.output("matches", config.output)
@@ -157,6 +152,16 @@ def _probes(config: IdentifyConfig, embedder: Embedder) -> PhotosSource:
         with_identities=config.identities is not None,
         unnamed_too=True,
     )
+
+
+def _threshold(config: IdentifyConfig, embedder: Embedder) -> float:
+    threshold = embedder.threshold if config.threshold is None else config.threshold
+    if threshold is None:
+        mirrored = f" {'with' if embedder.flip else 'without'} mirror images" if config.flip or config.no_flip else ""
+        raise UserError(
+            f"{embedder.url} has no threshold{mirrored} yet: choose one with jobs/evaluate.py, or give --threshold"
+        )
+    return threshold
 
 
 def known_faces(url: str, embedder: Embedder) -> Embeddings:

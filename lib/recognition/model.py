@@ -172,6 +172,8 @@ def _continue_from(model: EmbeddingModel, init: str) -> EmbeddingModel:
             earlier.spec.layer_widths,
             model.spec.layer_widths,
         )
+    if earlier.spec.flip and not model.spec.flip:
+        logger.warning("%s adds mirror images, and the model that starts from it does not: --flip keeps that", folder)
     model.is_pretrained = True
     model.spec = dataclasses.replace(model.spec, mean=earlier.spec.mean, std=earlier.spec.std)
     return model

@@ -18,6 +18,7 @@ from lib.recognition.model import (
     EmbeddingModel,
     ModelSpec,
     embed,
+    initial_model,
     keep_threshold,
     load_model,
     model_card,
@@ -92,6 +93,16 @@ def test_models_of_before_have_no_mirror_images_and_keep_their_digest(model_url:
         ModelSpec.from_json({**content, "flip": "yes"})
     with pytest.raises(UserError, match="always has length 1"):
         ModelSpec(flip=True, normalize=False)
+
+
+def test_training_on_from_such_a_model_without_the_flag_is_told(
+    flipped_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = dataclasses.replace(load_model(flipped_url).spec, threshold=None)
+    assert initial_model(spec, flipped_url).spec.flip
+    assert "--flip" not in caplog.text
+    assert not initial_model(dataclasses.replace(spec, flip=False), flipped_url).spec.flip
+    assert "adds mirror images, and the model that starts from it does not: --flip keeps that" in caplog.text
 
 
 def test_a_threshold_takes_its_mirror_images_into_the_model(model_url: str, tmp_path: Path) -> None:
