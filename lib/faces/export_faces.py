@@ -1,7 +1,7 @@
 """The export of a faces table: shard by shard over Ray Data, resumable at any moment.
 
-`_plan.json` is written first, then the identities with their labels, then the shards, each under a temporary name or
-by one put, and `_SUCCESS` last. A shard that is there is done. The shards of a folder are many files, so a marker says
+`_export.json` is written first, then the identities with their labels, then the shards, each under a temporary name or
+by one put, and `_EXPORTED` last. A shard that is there is done. The shards of a folder are many files, so a marker says
 that all of them are there.
 """
 
@@ -22,9 +22,13 @@ from lib.faces.export_names import file_name
 from lib.faces.export_plan import ExportPlan, FaceShard, FacesOut, Format, Piece, columns_of, faces_of, plan_export
 from lib.faces.face_filter import FaceFilter
 from lib.part_workers import run_parts, summary
-from lib.parts import PLAN_NAME, SUCCESS_NAME, earlier_plan
+from lib.parts import earlier_plan
 
 logger = logging.getLogger(__name__)
+
+PLAN_NAME, DONE_NAME = "_export.json", "_EXPORTED"
+"""What is exported, written first, and that it is whole, written last. Other names than those of tables with versions,
+for which every job would take the folder."""
 
 IDENTITIES_NAME = "_identities.jsonl"
 """Label, name and folder of each person, one a line. Not Parquet: readers of photos would take it for photos."""
@@ -59,7 +63,7 @@ def export_faces(faces_url: str, output: str, to: Format, out: FacesOut, *, dry_
     names = {shard: shard_name(shard, plan, to, out) for shard in plan.shards}
     done = _done(output, to) if earlier else set()
     todo = [(shard, name) for shard, name in names.items() if name not in done]
-    if not todo and storage.exists(storage.join(output, SUCCESS_NAME)):
+    if not todo and storage.exists(storage.join(output, DONE_NAME)):
         logger.info("%s is complete: nothing to do", storage.redacted(output))
         return {**result, "faces_written": 0}
     storage.write_json(storage.join(output, PLAN_NAME), content)
@@ -67,7 +71,7 @@ def export_faces(faces_url: str, output: str, to: Format, out: FacesOut, *, dry_
     num_written = _written(faces_url, output, to, out, plan, todo)
     if earlier:  # killed before, it may have left files that are not whole
         storage.remove_unfinished(output)
-    storage.write_json(storage.join(output, SUCCESS_NAME), {**content, **result, "output": storage.redacted(output)})
+    storage.write_json(storage.join(output, DONE_NAME), {**content, **result, "output": storage.redacted(output)})
     return {**result, "faces_written": num_written, "seconds": round(time.monotonic() - started, 1)}
 
 

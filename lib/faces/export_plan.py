@@ -1,5 +1,6 @@
 """Which faces of a table leave it, and the shards that they go into: the same for the same version and flags."""
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -119,25 +120,29 @@ def plan_export(faces_url: str, success: dict[str, Any], out: FacesOut, *, with_
     names = table.part_names(success, out.splits)
     if not names:
         raise UserError(f"{faces_url} has no photo in split {', '.join(out.splits)}: name others by --splits")
+    counts: list[tuple[str, int]] = []
+    identities: set[str] = set()
+    left_out = Counter[str]()
+    has_folders = False
     with ThreadPoolExecutor(_READERS) as pool:
-        counted = list(pool.map(lambda name: _counted(storage.join(faces_url, name), out.taken, with_nobody), names))
-    counts = [(name, each.num_faces) for name, each in zip(names, counted, strict=True)]
+        counted = pool.map(lambda name: _counted(storage.join(faces_url, name), out.taken, with_nobody), names)
+        for name, part in zip(names, counted, strict=True):  # one at a time: together they name everybody many times
+            counts.append((name, part.num_faces))
+            identities.update(part.identities)
+            has_folders = has_folders or part.has_folders
+            left_out["no_face"] += part.num_rows - part.num_aligned
+            left_out["not_within"] += part.num_aligned - part.num_within
+            left_out["no_identity"] += part.num_within - part.num_faces
     shards = tuple(shard for split in dict.fromkeys(out.splits) for shard in _shards(split, counts, out.shard_faces))
     if not shards:
         raise UserError(
             f"{faces_url} has no face to export: widen --where, lower --min-quality, or name other --splits"
         )
-    identities = {person for each in counted for person in each.identities}
-    reasons = {
-        "no_face": sum(each.num_rows - each.num_aligned for each in counted),
-        "not_within": sum(each.num_aligned - each.num_within for each in counted),
-        "no_identity": sum(each.num_within - each.num_faces for each in counted),
-    }
     return ExportPlan(
         shards=shards,
         identities=tuple(sorted(identities)),
-        has_folders=any(each.has_folders for each in counted),
-        left_out={reason: num for reason, num in reasons.items() if num},
+        has_folders=has_folders,
+        left_out={reason: num for reason, num in left_out.items() if num},
     )
 
 

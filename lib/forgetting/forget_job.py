@@ -85,6 +85,8 @@ def forget(config: ForgetConfig) -> dict[str, Any]:
     left = search.texts_with(where, targets)
     for url in left:
         logger.warning("%s names them, and no job has made it: it is left as it is", storage.redacted(url))
+    for url in where.exports:
+        logger.warning("%s was exported, perhaps with them: remove it, and export again", storage.redacted(url))
     _mark_models(journal)
     receipt_url = journal.finish(targets, left, with_names=config.names)
     for line in _closing(data_url, journal):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lib import parts, storage
 from lib.errors import UserError
 from lib.faces import card
+from lib.faces.export_faces import PLAN_NAME as EXPORT_PLAN_NAME
 from lib.faces.tombstones import FOLDER
 from lib.forgetting.kinds import MANY, Kind, kind_of, listed
 from lib.forgetting.models import is_run
@@ -35,6 +36,7 @@ class Places:
         files: URL and kind of each file that can contain a name or a face.
         runs: folders of runs.
         texts: URLs of texts that no job has made.
+        exports: folders of faces that were exported for other projects.
         origins: folders of photos that were embedded or identified, by the folder of the output, whose names are
             relative to them.
     """
@@ -43,6 +45,7 @@ class Places:
     files: list[tuple[str, Kind]] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    exports: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
 
     def targets_in(self, url: str, targets: Targets) -> Targets:
@@ -126,7 +129,9 @@ def _add(found: Places, root: str, paths: Sequence[str], sizes: Sequence[int]) -
         url = storage.join(root, path)
         if in_table or parts.PART_PREFIX in path or folder.endswith((parts.VERSIONS_FOLDER, parts.MANIFEST_FOLDER)):
             continue
-        if name == "config.json":
+        if name == EXPORT_PLAN_NAME:
+            found.exports.append(url.rpartition("/")[0])
+        elif name == "config.json":
             if is_run(url):
                 found.runs.append(url.rpartition("/")[0])
         elif (kind := kind_of(path)) is not None:
