@@ -20,8 +20,7 @@ from lib.pipeline_job import PipelineConfig
 from lib.recognition.embedder import load_embedder
 from lib.recognition.model import load_model, save_model
 from lib.recognition.recognizer import decoded_crop
-from tests.evaluation.ijb_sets import hand_made, search_reference, tar_reference, template_reference
-from tests.evaluation.test_ijb import hand_made_again
+from tests.evaluation.ijb_sets import hand_made, hand_made_again, search_reference, tar_reference, template_reference
 from tests.job_runner import RayHead, finish, run_here, start_job, wait_until
 
 

@@ -7,7 +7,7 @@ part into a table below the output; a job that was killed goes on there.
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -86,7 +86,19 @@ def evaluate_ijb(plan: IjbPlan) -> dict[str, Any]:
         figures, curves[name] = _measured(plan, one, files)
         about = {"name": name, "model": storage.redacted(embedder.url), "digest": embedder.digest}
         models.append({**about, "template": embedder.template, "flip": embedder.flip, **figures})
-    notes += _failed(models, one)
+    figures = _write(plan, one, output, models, curves, notes + _failed(models, one))
+    return {**result, **figures, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _write(
+    plan: IjbPlan,
+    one: IjbSet,
+    output: str,
+    models: Sequence[dict[str, Any]],
+    curves: Mapping[str, RocCurve],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Log notes and tables, write `metrics.json` and the report, and return the first model's figures."""
     for note in notes:
         logger.warning("%s", note)
     for line in text_tables(models):
@@ -107,14 +119,7 @@ def evaluate_ijb(plan: IjbPlan) -> dict[str, Any]:
     storage.write_bytes(storage.join(output, REPORT_NAME), ijb_page(metrics, curves))
     storage.write_json(storage.join(output, METRICS_NAME), metrics)
     found = models[0]["identification"]
-    return {
-        **result,
-        **main,
-        "identification": found and found["mean"],
-        "threshold_kept": False,
-        "images": len(one.images),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return {**main, "identification": found and found["mean"], "threshold_kept": False, "images": len(one.images)}
 
 
 def _measured(plan: IjbPlan, one: IjbSet, files: Sequence[str]) -> tuple[dict[str, Any], RocCurve]:

@@ -4,6 +4,7 @@ Shapes: N photos of the source.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,8 @@ from lib.faces.manifest import Manifest
 from lib.parts import split_in
 from lib.recognition.face_source import FacesSource, PhotosSource, Source
 
+_READERS = 16
+"""Threads that read parts, to hide the latency of a bucket."""
 _COLUMNS = ("photo", "identity", "status", "split")
 
 
@@ -145,12 +148,15 @@ def _listed(source: Source, taken: FaceFilter) -> pa.Table:
     """
     if isinstance(source, PhotosSource):
         return source.manifest.photos.select(_COLUMNS)
-    parts = []
-    for name in source.file_names:
-        part = _read_part(storage.join(source.url, name), taken)
-        splits = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(part), np.int8)), pa.array([split_in(name)]))
-        parts.append(part.append_column("split", splits))
+    with ThreadPoolExecutor(_READERS) as pool:
+        parts = list(pool.map(lambda name: _listed_part(source.url, name, taken), source.file_names))
     return pa.concat_tables(parts).unify_dictionaries()
+
+
+def _listed_part(url: str, name: str, taken: FaceFilter) -> pa.Table:
+    part = _read_part(storage.join(url, name), taken)
+    splits = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(part), np.int8)), pa.array([split_in(name)]))
+    return part.append_column("split", splits)
 
 
 def _read_part(url: str, taken: FaceFilter) -> pa.Table:

@@ -95,6 +95,27 @@ def hand_made(folder: Path, num_subjects: int = 12) -> HandMade:
     return made.write()
 
 
+def hand_made_again(folder: Path) -> HandMade:
+    """Return what was written into a folder, read line by line."""
+    meta = folder / "meta"
+    rows = [line.split() for line in (meta / "ijbc_face_tid_mid.txt").read_text().splitlines()]
+    points = [line.split() for line in (meta / "ijbc_name_5pts_score.txt").read_text().splitlines()]
+    pairs = [line.split() for line in (meta / "ijbc_template_pair_label.txt").read_text().splitlines()]
+
+    def enrolled(name: str) -> list[tuple[int, str]]:
+        lines = [line.split(",") for line in (meta / f"ijbc_1N_{name}.csv").read_text().splitlines()[1:]]
+        return list(dict.fromkeys((int(line[0]), line[1]) for line in lines))
+
+    return HandMade(
+        folder,
+        rows=[(image, int(template), int(media)) for image, template, media in rows],
+        points={name: [float(value) for value in values] for name, *values in points},
+        pairs=[(int(a), int(b), int(label)) for a, b, label in pairs],
+        galleries={key: enrolled(f"gallery_{key}") for key in ("G1", "G2")},
+        probes=enrolled("probe_mixed"),
+    )
+
+
 def template_reference(made: HandMade, vector_of: dict[str, np.ndarray], *, by_score: bool) -> dict[int, np.ndarray]:
     """Return the vector of each template that has an image with a vector."""
     templates: dict[int, dict[int, list[np.ndarray]]] = {}
