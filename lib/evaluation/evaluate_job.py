@@ -19,7 +19,8 @@ from lib.evaluation.ijb_job import IjbPlan, evaluate_ijb
 from lib.evaluation.listed_photos import photos_and_pairs
 from lib.evaluation.lists_job import ListsPlan, evaluate_lists
 from lib.evaluation.metrics import check_folds, kfold_accuracy
-from lib.evaluation.model_metrics import Measured, check_embedded, chosen_threshold, measure
+from lib.evaluation.model_metrics import Measured, Photos, check_embedded, chosen_threshold, measure
+from lib.evaluation.pairs import Pairs
 from lib.evaluation.remarks import accuracy_difference, notes_of
 from lib.evaluation.report_content import present
 from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME, SetsPlan, evaluate_sets
@@ -80,42 +81,30 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return {**result, "dry_run": True, "num_pairs": len(pairs), "photos": len(photos.names), "models": urls}
 
     storage.check_writable(output)
+    models = list(zip(_names(urls), embedders, sources, strict=True))
+    figures = _write_report(config, output, models, photos, pairs)
+    return {**result, **figures, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _write_report(
+    config: EvaluateConfig, output: str, models: Sequence[tuple[str, Embedder, Source]], photos: Photos, pairs: Pairs
+) -> dict[str, Any]:
+    """Measure the models, write `metrics.json` and the report, and return the entries of the job's result."""
     slices, num_unknown = read_slices(config.slices, photos.names) if config.slices is not None else ({}, 0)
-    measured = []
-    for name, embedder, source in zip(_names(urls), embedders, sources, strict=True):
-        folder = storage.join(output, "embeddings", name)
-        # These files are from an earlier report of other pairs or of an earlier model.
-        embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
-        made = read_embeddings(folder)
-        check_embedded(made, folder)
-        measured.append(
-            measure(
-                name,
-                embedder,
-                source,
-                made,
-                photos,
-                pairs,
-                tolerance=config.tolerance,
-                with_original=pairs_url is None,
-                seed=config.seed,
-                at_far=config.at_far,
-            )
-        )
+    measured = [_measured(config, output, *model, photos, pairs) for model in models]
     for each in measured:
         kfold = kfold_accuracy(each.distances_P, pairs.same_P, pairs.fold_P)
         each.figures["slices"] = slice_figures(
             slices, each.distances_P, pairs, kfold, chosen_threshold(each.figures), config.at_far
         )
     kept = _keep_thresholds(config, measured)
-    notes = notes_of(photos, pairs, measured, num_unknown)
     metrics = {
         **{name: measured[0].figures[name] for name in KEPT_FIGURES},
-        "pairs": pairs_url and storage.redacted(pairs_url),
+        "pairs": storage.redacted(absolute_url(config.pairs[0], "--pairs")) if config.pairs else None,
         "seed": config.seed,
         "faces_within": str(config.taken) or None,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "notes": notes,
+        "notes": notes_of(photos, pairs, measured, num_unknown),
         "difference": accuracy_difference(measured),
         "models": [each.figures for each in measured],
     }
@@ -124,14 +113,35 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     storage.write_bytes(storage.join(output, REPORT_NAME), page)
     storage.write_json(storage.join(output, METRICS_NAME), metrics)
     return {
-        **result,
         **{name: metrics[name] for name in KEPT_FIGURES},
         "threshold": chosen_threshold(measured[0].figures),
         "operating_point": measured[0].figures["operating_point"],
         "threshold_kept": kept,
         "photos": len(photos.names),
-        "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _measured(
+    config: EvaluateConfig, output: str, name: str, embedder: Embedder, source: Source, photos: Photos, pairs: Pairs
+) -> Measured:
+    """Embed the faces by a model, and return its metrics."""
+    folder = storage.join(output, "embeddings", name)
+    # These files are from an earlier report of other pairs or of an earlier model.
+    embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
+    made = read_embeddings(folder)
+    check_embedded(made, folder)
+    return measure(
+        name,
+        embedder,
+        source,
+        made,
+        photos,
+        pairs,
+        tolerance=config.tolerance,
+        with_original=not config.pairs,
+        seed=config.seed,
+        at_far=config.at_far,
+    )
 
 
 def _sets_plan(config: EvaluateConfig, layout: Layout, urls: Sequence[str]) -> SetsPlan:

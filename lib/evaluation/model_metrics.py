@@ -101,19 +101,13 @@ def measure(
     Raises:
         UserError: too few folds, or a fold of one kind; a FAR that the pairs cannot tell.
     """
-    row_of = {photo: row for row, photo in enumerate(made.photos)}
-    rows_N = np.array([row_of[photo] for photo in photos.names])
-    vectors_ND, failed_N = made.embeddings_ND[rows_N], made.failed_N[rows_N]
-    statuses = [made.statuses[row] for row in rows_N]
+    vectors_ND, failed_N, statuses = _of_photos(made, photos)
     distances_P = failed_as_errors(pair_distances(vectors_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
     best = best_threshold(distances_P, pairs.same_P)[0]
     used = next(each for each in (tolerance, embedder.threshold, best) if each is not None)
     figures = verification_report(
         vectors_ND, photos.people_N, pairs, failed_N=failed_N, tolerance=used, seed=seed, at_far=at_far
     )
-    in_pairs_N = np.zeros(len(photos.names), bool)
-    in_pairs_N[np.concatenate([pairs.a_P, pairs.b_P])] = True
-    failed = np.flatnonzero(failed_N & in_pairs_N)
     about = {
         "name": name,
         "model": storage.redacted(embedder.url),
@@ -121,12 +115,9 @@ def measure(
         "flip": embedder.flip,
         "model_threshold": embedder.threshold,
         "fingerprint": made.fingerprint,
-        "failed_photos": dict(Counter(statuses[n] for n in failed)),
-        "failed_photo_names": [photos.names[n] for n in failed],
-        "original": None,
+        **_failed(photos, pairs, failed_N, statuses),
+        "original": _original(photos, vectors_ND, failed_N, used, seed) if with_original else None,
     }
-    if with_original:
-        about["original"] = _original(photos, vectors_ND, failed_N, used, seed)
     return Measured(
         name=name,
         embedder=embedder,
@@ -137,6 +128,24 @@ def measure(
         distances_P=distances_P,
         figures={**about, **figures},
     )
+
+
+def _of_photos(made: Embeddings, photos: Photos) -> tuple[NDArray[np.float32], NDArray[np.bool_], list[str]]:
+    """Return the embeddings of these photos, which of them failed, and their statuses."""
+    row_of = {photo: row for row, photo in enumerate(made.photos)}
+    rows_N = np.array([row_of[photo] for photo in photos.names])
+    return made.embeddings_ND[rows_N], made.failed_N[rows_N], [made.statuses[row] for row in rows_N]
+
+
+def _failed(photos: Photos, pairs: Pairs, failed_N: NDArray[np.bool_], statuses: list[str]) -> dict[str, Any]:
+    """Return the numbers by status, and the names, of the photos in pairs that failed."""
+    in_pairs_N = np.zeros(len(photos.names), bool)
+    in_pairs_N[np.concatenate([pairs.a_P, pairs.b_P])] = True
+    failed = np.flatnonzero(failed_N & in_pairs_N)
+    return {
+        "failed_photos": dict(Counter(statuses[n] for n in failed)),
+        "failed_photo_names": [photos.names[n] for n in failed],
+    }
 
 
 def _original(

@@ -102,12 +102,11 @@ def sets_page(metrics: Mapping[str, Any], curves: Mapping[str, Mapping[str, RocC
         notes=metrics["notes"],
         figures=shown,
         about=about,
-        plots=[
-            Plot(
-                name=f"ROC: {name}",
-                content=plots.roc_plot({f"{name}: {model}": curve for model, curve in of_set.items()}),
-            )
-            for name, of_set in curves.items()
-        ],
+        plots=[_roc(name, of_set) for name, of_set in curves.items()],
         tables=folds,
     )
+
+
+def _roc(name: str, of_set: Mapping[str, RocCurve]) -> Plot:
+    content = plots.roc_plot({f"{name}: {model}": curve for model, curve in of_set.items()})
+    return Plot(name=f"ROC: {name}", content=content)
