@@ -35,13 +35,8 @@ from lib.evaluation.metrics import kfold_accuracy, pair_distances, verification_
 from lib.evaluation.pair_files import read_pairs
 from lib.evaluation.pairs import Pairs, made_pairs
 from lib.faces.table import SPLITS
-from lib.recognition.model import (
-    EmbeddingModel,
-    ModelSpec,
-    embed,
-    initial_model,
-    normalized_images,
-)
+from lib.recognition.initial_weights import initial_model
+from lib.recognition.model import EmbeddingModel, ModelSpec, embed, normalized_images
 from lib.training.augmentation import Level
 from lib.training.cache_building import build_cache
 from lib.training.face_cache import FaceCache

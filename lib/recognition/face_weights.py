@@ -10,7 +10,8 @@ from lib.recognition.iresnet_names import backbone_of, under_our_names
 from lib.recognition.model import EmbeddingModel
 from lib.recognition.onnx_model import ARCFACE_SIZE, OnnxInput
 from lib.recognition.spec import ModelSpec
-from lib.recognition.weights import first_few, fitted, load_tensors, read_weights, tensors_of
+from lib.recognition.tensor_files import first_few, load_tensors, read_weights, tensors_of
+from lib.recognition.weights import fitted
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,8 @@ from torch.nn import functional
 from lib.errors import UserError
 from lib.imports import quick_imports
 from lib.recognition.model_card import model_card
-from lib.recognition.spec import INIT_NAMES, SPEC_NAME, WEIGHTS_KEY, WEIGHTS_SUFFIXES, ModelSpec
-from lib.recognition.weights import (
-    load_pretrained,
-    load_tensors,
-    read_weights,
-    tensors_of,
-)
+from lib.recognition.spec import SPEC_NAME, WEIGHTS_KEY, ModelSpec
+from lib.recognition.tensor_files import load_tensors, read_weights, tensors_of
 from lib.storage import exists, join, read_json, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
@@ -111,72 +106,6 @@ def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
             f"backbone {name!r} gives features of shape {tuple(features_ND.shape)}, not one vector an image"
         )
     return backbone.train(), features_ND.shape[1]
-
-
-def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
-    """Return a new model in training mode whose weights `init` names; its mean and std follow the weights.
-
-    `init` is a run or model folder of this project (the head is taken too where its shapes fit), or what
-    `lib.recognition.weights.load_pretrained` takes. The layers that stay random follow torch's global seed. A head of
-    one layer starts as the identity after a backbone whose published weights give embeddings of that length.
-
-    Raises:
-        UserError: no such weights, or they do not fit `spec`; JobError: `hub` was asked for and does not answer.
-    """
-    model = EmbeddingModel(spec)
-    if init not in INIT_NAMES and not init.endswith(WEIGHTS_SUFFIXES):
-        return _continue_from(model, init)
-    normalization = load_pretrained(model.backbone, init)
-    if normalization:
-        model.is_pretrained = True
-        model.spec = dataclasses.replace(spec, mean=normalization.mean, std=normalization.std)
-        if getattr(model.backbone, "gives_embeddings", False):
-            _start_as_identity(model.head)
-    return model
-
-
-def _start_as_identity(head: nn.Sequential) -> None:
-    """Make a head of one square layer leave its input as it is; others stay random."""
-    layer = head[0]
-    if len(head) == 1 and isinstance(layer, nn.Linear) and layer.in_features == layer.out_features:
-        nn.init.eye_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    else:
-        logger.warning(
-            "the head starts from random weights: with --embedding-dim 512 and no --head it gives the vectors "
-            "of the file"
-        )
-
-
-def _continue_from(model: EmbeddingModel, init: str) -> EmbeddingModel:
-    folders = [folder for folder in (init, join(init, "model")) if exists(join(folder, SPEC_NAME))]
-    if not folders:
-        raise UserError(
-            f"--init {init!r} names no weights: give a run or model folder of this project, a file ending in "
-            f"{', '.join(WEIGHTS_SUFFIXES)}, or one of {', '.join(INIT_NAMES)}"
-        )
-    folder = folders[0]
-    earlier = load_model(folder)
-    if earlier.spec.backbone != model.spec.backbone:
-        raise UserError(
-            f"the model at {folder!r} has the backbone {earlier.spec.backbone!r}, not {model.spec.backbone!r}: "
-            f"--backbone {earlier.spec.backbone}"
-        )
-    load_tensors(model.backbone, earlier.backbone.state_dict(), folder)
-    if earlier.spec.layer_widths == model.spec.layer_widths:
-        load_tensors(model.head, earlier.head.state_dict(), folder)
-    else:
-        logger.warning(
-            "the head starts from random weights: %s has layers of %s, this model of %s",
-            folder,
-            earlier.spec.layer_widths,
-            model.spec.layer_widths,
-        )
-    if earlier.spec.flip and not model.spec.flip:
-        logger.warning("%s adds mirror images, and the model that starts from it does not: --flip keeps that", folder)
-    model.is_pretrained = True
-    model.spec = dataclasses.replace(model.spec, mean=earlier.spec.mean, std=earlier.spec.std)
-    return model
 
 
 def resized_crops(crops_NHWC: np.ndarray, image_size: int) -> np.ndarray:

@@ -5,6 +5,17 @@ from typing import Any
 
 from lib.recognition.spec import ModelSpec
 
+_LIMITS = """## Intended use and limits
+
+It verifies whether two photos show the same person, and finds likely matches for a person to confirm.
+Face embeddings are biometric data: in many places they may be made and kept only with consent or another legal ground,
+and they must be protected and deleted like the photos they come from.
+
+Do not let it decide alone about anyone's access, work, benefits or liberty. Error rates differ between groups of
+people, ages and cameras, the more so where the training photos leave some out: measure them on photos of the people it
+will meet, and choose the threshold there. It does not tell a live face from a picture of one.
+"""
+
 
 def _chosen_for(spec: ModelSpec) -> str:
     point = spec.metrics.get("operating_point")
@@ -62,16 +73,7 @@ verification = recognizer.verify("one.jpg", "other.jpg")  # same or not, distanc
 
 Faces that were detected or aligned in another way give embeddings that the threshold does not fit.
 
-## Intended use and limits
-
-It verifies whether two photos show the same person, and finds likely matches for a person to confirm.
-Face embeddings are biometric data: in many places they may be made and kept only with consent or another legal ground,
-and they must be protected and deleted like the photos they come from.
-
-Do not let it decide alone about anyone's access, work, benefits or liberty. Error rates differ between groups of
-people, ages and cameras, the more so where the training photos leave some out: measure them on photos of the people it
-will meet, and choose the threshold there. It does not tell a live face from a picture of one.
-"""
+{_LIMITS}"""
 
 
 def _listed(values: Mapping[str, Any], otherwise: str) -> str:

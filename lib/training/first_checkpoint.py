@@ -7,7 +7,7 @@ import torch
 
 from lib import storage
 from lib.errors import UserError
-from lib.recognition.model import initial_model
+from lib.recognition.initial_weights import initial_model
 from lib.recognition.spec import ModelSpec
 from lib.training import checkpoints
 from lib.training.checkpoints import CONFIG_NAME, SPEC_NAME, Progress

@@ -18,8 +18,9 @@ from lib.recognition import iresnet
 from lib.recognition.embed_job import model_name
 from lib.recognition.embedder import TorchEmbedder, extraction_settings, load_embedder
 from lib.recognition.export_job import ExportConfig, export
+from lib.recognition.initial_weights import initial_model
 from lib.recognition.iresnet_names import DEPTHS, backbone_of, under_our_names
-from lib.recognition.model import ModelSpec, embed, initial_model
+from lib.recognition.model import ModelSpec, embed
 from lib.recognition.onnx_model import OnnxInput, OnnxModel
 from lib.recognition.recognizer import FaceRecognizer
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 from lib.errors import UserError
 from lib.recognition import iresnet
 from lib.recognition.export_job import onnx_bytes
-from lib.recognition.model import EmbeddingModel, ModelSpec, embed, initial_model, load_model, save_model
+from lib.recognition.initial_weights import initial_model
+from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
 from lib.recognition.onnx_model import OnnxInput, OnnxModel
 from lib.training.freezing import freeze_stages
 

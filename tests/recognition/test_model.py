@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import UserError
+from lib.recognition.initial_weights import initial_model
 from lib.recognition.model import (
     EmbeddingModel,
     ModelSpec,
     embed,
-    initial_model,
     keep_threshold,
     load_model,
     normalized_images,

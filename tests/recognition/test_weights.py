@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from lib.errors import JobError, UserError
 from lib.recognition import weights
-from lib.recognition.model import ModelSpec, initial_model
-from lib.recognition.weights import load_pretrained, read_tensors
+from lib.recognition.initial_weights import initial_model
+from lib.recognition.model import ModelSpec
+from lib.recognition.tensor_files import read_tensors
+from lib.recognition.weights import load_pretrained
 
 SPEC = ModelSpec(backbone="test_convnext", image_size=64)
 HALF = (0.5, 0.5, 0.5)
