@@ -17,7 +17,7 @@ import numpy as np
 from lib import cluster, storage
 from lib.evaluation.curves import RocCurve, roc_curve
 from lib.evaluation.listed_photos import photos_and_lists
-from lib.evaluation.model_metrics import Photos, check_embedded
+from lib.evaluation.model_metrics import Photos, check_embedded, of_photos
 from lib.evaluation.pair_lists import list_names
 from lib.evaluation.pairs import Pairs
 from lib.evaluation.remarks import train_note
@@ -109,16 +109,14 @@ def _add_figures(
     plan: ListsPlan,
 ) -> list[str]:
     """Add the figures of each list to a model, and its curves; return what to say of photos without an embedding."""
-    row_of = {photo: row for row, photo in enumerate(made.photos)}
-    rows_N = np.array([row_of[photo] for photo in photos.names])
-    vectors_ND, failed_N = made.embeddings_ND[rows_N], made.failed_N[rows_N]
+    vectors_ND, failed_N, statuses = of_photos(made, photos)
     for name, pairs in lists.items():
-        in_pairs_N = np.zeros(len(rows_N), bool)
+        in_pairs_N = np.zeros(len(failed_N), bool)
         in_pairs_N[np.concatenate([pairs.a_P, pairs.b_P])] = True
         figures = pair_figures(name, vectors_ND, failed_N, pairs, photos.people_N, plan.protocol, seed=plan.seed)
         model["sets"].append({**figures, "num_failed_images": int((failed_N & in_pairs_N).sum())})
         curves[name][model["name"]] = roc_curve(set_distances(vectors_ND, failed_N, pairs), pairs.same_P)
-    reasons = Counter(made.statuses[row] for row in rows_N[failed_N])
+    reasons = Counter(statuses[n] for n in np.flatnonzero(failed_N))
     if not reasons:
         return []
     named = ", ".join(f"{count} {status}" for status, count in sorted(reasons.items()))

@@ -101,7 +101,7 @@ def measure(
     Raises:
         UserError: too few folds, or a fold of one kind; a FAR that the pairs cannot tell.
     """
-    vectors_ND, failed_N, statuses = _of_photos(made, photos)
+    vectors_ND, failed_N, statuses = of_photos(made, photos)
     distances_P = failed_as_errors(pair_distances(vectors_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
     best = best_threshold(distances_P, pairs.same_P)[0]
     used = next(each for each in (tolerance, embedder.threshold, best) if each is not None)
@@ -130,7 +130,7 @@ def measure(
     )
 
 
-def _of_photos(made: Embeddings, photos: Photos) -> tuple[NDArray[np.float32], NDArray[np.bool_], list[str]]:
+def of_photos(made: Embeddings, photos: Photos) -> tuple[NDArray[np.float32], NDArray[np.bool_], list[str]]:
     """Return the embeddings of these photos, which of them failed, and their statuses."""
     row_of = {photo: row for row, photo in enumerate(made.photos)}
     rows_N = np.array([row_of[photo] for photo in photos.names])
