@@ -1,4 +1,4 @@
-"""Imports run down from room to room, and never in a circle (docs/architecture.md, Rooms)."""
+"""Imports run down from room to room, and never in a circle (docs/architecture.md). Files and functions are short."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,6 +8,10 @@ from tests.job_runner import ROOT
 
 ROOMS = ("", "faces", "recognition", "evaluation", "curation", "training", "tuning", "forgetting", "pipeline")
 """From the ground floor up. `sample` stands beside `faces`, and imports the ground floor alone."""
+
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
+"""Of `lib`. A longer file or function is split where its subject changes, or shortened."""
 
 
 def module_of(path: Path) -> str:
@@ -51,3 +55,18 @@ def test_no_room_imports_from_above() -> None:
 def test_no_imports_run_in_a_circle() -> None:
     graph = {module: imported_by(module) for module in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_no_file_is_long() -> None:
+    num_lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    assert {module: num for module, num in num_lines.items() if num > MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_long() -> None:
+    num_lines = {
+        f"{module}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {function: num for function, num in num_lines.items() if num > MAX_FUNCTION_LINES} == {}
