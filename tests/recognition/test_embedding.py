@@ -74,8 +74,8 @@ def test_a_worker_refuses_another_model_than_the_job_began_with(monkeypatch: pyt
     monkeypatch.setattr("lib.recognition.embed_worker.load_embedder", lambda *_, **__: Recorder(EYES))
     about = {"digest": "1", "embedding_dim": 3, "template": EYES}
     with pytest.raises(UserError, match="a model changed since this job began"):
-        EmbedWorker(("a model", None), "out", None, {}, about, Computing())
-    EmbedWorker(("a model", None), "out", None, {}, {**about, "digest": "0"}, Computing())
+        EmbedWorker(("a model", None, False), "out", None, {}, about, Computing())
+    EmbedWorker(("a model", None, False), "out", None, {}, {**about, "digest": "0"}, Computing())
 
 
 def test_crops_go_through_in_batches_and_in_order(faces: list[dict]) -> None:
@@ -165,7 +165,9 @@ def _worker(faces_url: str, model_url: str, output: Path, **how: Any) -> tuple[E
     embedder = load_embedder(model_url)
     about = {"digest": embedder.digest, "embedding_dim": embedder.embedding_dim, "template": embedder.template}
     source = faces_source(faces_url, table.SPLITS)
-    worker = EmbedWorker((model_url, None), str(output), None, source.fingerprint, about, Computing(**how))
+    worker = EmbedWorker(
+        (model_url, None, embedder.flip), str(output), None, source.fingerprint, about, Computing(**how)
+    )
     return worker, [item for item, _, _ in source.items(embedder.digest)]
 
 
