@@ -91,9 +91,10 @@ class _Cells:
     Attributes:
         faces_N: all faces, cell by cell; those of cell k are `faces_N[starts_K[k] : starts_K[k + 1]]`.
         owner_M: the identity that a cluster is matched with, or `NOBODY`.
-        home_K: the cell where the cell's identity is matched, or -1.
+        home_K: the cell where the cell's identity is matched; where it is matched nowhere, its largest cell; else -1.
         host_K: the cell of the identity that the cell's cluster is matched with, or -1; for a cluster without an
             identity, and for unlabelled faces among themselves, it is -1.
+        totals_K: faces of the cell's identity.
         differs_K: which cells say something.
     """
 
@@ -106,6 +107,7 @@ class _Cells:
     owner_M: Ints
     home_K: Ints
     host_K: Ints
+    totals_K: Ints
     differs_K: NDArray[np.bool_]
 
     @classmethod
@@ -121,14 +123,18 @@ class _Cells:
 
         num_clusters, num_identities = int(cluster_N.max()) + 1, int(identity_N.max(initial=NOBODY)) + 1
         home_of, owner_M = np.full(num_identities, -1), np.full(num_clusters, NOBODY)
-        host_M = np.full(num_clusters, -1)
+        host_M, largest_of = np.full(num_clusters, -1), np.full(num_identities, -1)
         for k in np.lexsort((identity_K, -sizes_K)):
             identity, cluster = identity_K[k], cluster_K[k]
+            if identity != NOBODY and largest_of[identity] < 0:
+                largest_of[identity] = k
             if identity != NOBODY and home_of[identity] < 0 and owner_M[cluster] == NOBODY:
                 home_of[identity], owner_M[cluster], host_M[cluster] = k, identity, k
         is_named_K = identity_K != NOBODY
+        has_home_K = is_named_K & ((home_of[identity_K] if num_identities else -1) >= 0)
+        at_home_K = has_home_K & ((home_of[identity_K] if num_identities else -1) == np.arange(len(cells)))
+        home_of = np.where(home_of >= 0, home_of, largest_of)
         home_K = np.where(is_named_K, home_of[identity_K] if num_identities else -1, -1)
-        at_home_K = home_K == np.arange(len(cells))
         # An unlabelled face alone says nothing.
         alone_K = ~is_named_K & (host_M[cluster_K] < 0) & (sizes_K < 2)
         return cls(
@@ -141,6 +147,7 @@ class _Cells:
             owner_M=owner_M,
             home_K=home_K,
             host_K=host_M[cluster_K],
+            totals_K=np.bincount(identity_K + 1, sizes_K).astype(np.int64)[identity_K + 1],
             differs_K=~at_home_K & ~alone_K,
         )
 
@@ -184,10 +191,12 @@ def _proposal(cells: _Cells, cell: int, threshold: float) -> Proposal | None:
         return made(ASSIGN, 1 - distance / threshold, int(cells.identity_K[host]), host, distance)
     if host >= 0:
         distance, to = cells.distance(cell, host), int(cells.identity_K[host])
-        if home < 0 or cells.sizes_K[cell] > cells.sizes_K[home]:
-            if home >= 0:
-                faces = np.sort(np.concatenate([faces, cells.faces(home)]))
-            return made(MERGE, 1 - distance / threshold, to, host, distance)
+        if cell == home or cells.sizes_K[cell] > cells.sizes_K[home]:
+            # Most of the identity lies in the cluster of another. Then all of it is theirs, but for strays elsewhere.
+            whole = faces if cell == home else np.sort(np.concatenate([faces, cells.faces(home)]))
+            kind = MERGE if 2 * len(whole) > cells.totals_K[cell] else RELABEL
+            faces = whole if kind == MERGE else faces
+            return made(kind, 1 - distance / threshold, to, host, distance)
         return made(RELABEL, (cells.distance(cell, home) - distance) / threshold, to, host, distance)
     # The cluster belongs to nobody, so the identity has its home elsewhere.
     distance = cells.distance(cell, home)

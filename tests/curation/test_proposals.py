@@ -53,6 +53,29 @@ def test_an_identity_split_in_two_is_merged_whole(faces: tuple[np.ndarray, np.nd
     assert found.faces.tolist() == [0, 1, 2]
 
 
+def test_a_wrong_face_under_a_split_identity_goes_to_its_person_and_the_identity_does_not(
+    faces: tuple[np.ndarray, np.ndarray],
+) -> None:
+    vectors_ND, person_N = faces
+    identity_N = person_N.copy()
+    identity_N[:2] = 20  # the smaller part of person 0, whose cluster is that of the larger part
+    identity_N[6] = 20  # and a face of person 1
+    found = {each.kind: each for each in proposed(vectors_ND, identity_N)}
+    assert found.keys() == {"merge", "relabel"}
+    assert (found["merge"].faces.tolist(), found["merge"].identity, found["merge"].to) == ([0, 1], 20, 0)
+    assert (found["relabel"].faces.tolist(), found["relabel"].identity, found["relabel"].to) == ([6], 20, 1)
+    assert found["relabel"].certainty > 0.5
+
+
+def test_an_identity_of_two_people_who_have_others_is_no_merge(faces: tuple[np.ndarray, np.ndarray]) -> None:
+    vectors_ND, person_N = faces
+    identity_N = person_N.copy()
+    identity_N[[0, 6]] = 20
+    found = proposed(vectors_ND, identity_N)
+    assert [each.kind for each in found] == ["relabel", "relabel"]
+    assert {(int(each.faces[0]), each.to) for each in found} == {(0, 0), (6, 1)}
+
+
 def test_two_people_under_one_identity_are_split(faces: tuple[np.ndarray, np.ndarray]) -> None:
     vectors_ND, person_N = faces
     kept = np.concatenate([np.arange(6), np.arange(6, 10), np.arange(12, len(person_N))])
