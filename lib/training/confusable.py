@@ -9,14 +9,17 @@ neighbours of a seed.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import sparse
 
 from lib.neighbour_index import neighbour_index, widen
 from lib.training.mining import NO_ROW, Bools, Floats, Ints
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_PEOPLE = 1 << 18
 """Identities of a block: 134 MB of means of 128 dimensions."""
@@ -51,7 +54,7 @@ def identity_means(sums_ID: Floats, counts_I: Ints) -> Floats:
 
 
 def confusable_people(
-    seeds_J: Ints, blocks: Sequence[Block], *, num_neighbours: int, device: torch.device | None = None
+    seeds_J: Ints, blocks: Sequence[Block], *, num_neighbours: int, device: "torch.device | None" = None
 ) -> npt.NDArray[np.int32]:
     """Return for each seed identity the `num_neighbours` others with the nearest mean features, nearest first [J, T].
 
@@ -93,7 +96,7 @@ def _means_of(seeds_J: Ints, blocks: Sequence[Block]) -> Floats:
 
 
 def _search(
-    queries_BD: Floats, points_ND: Floats, num: int, device: torch.device | None
+    queries_BD: Floats, points_ND: Floats, num: int, device: "torch.device | None"
 ) -> tuple[npt.NDArray[np.int64], Floats]:
     """Return the positions and the squared distances of the nearest points of each query [B, K]; -1 for none."""
     if device is not None and device.type == "cuda":
@@ -105,9 +108,11 @@ def _search(
 
 
 def search_on_device(
-    queries_BD: Floats, points_ND: Floats, num: int, device: torch.device
+    queries_BD: Floats, points_ND: Floats, num: int, device: "torch.device"
 ) -> tuple[npt.NDArray[np.int64], Floats]:
     """Return what `_search` does, exactly, by matrix products on a device."""
+    import torch  # takes seconds, which a job that computes nothing need not wait
+
     points = torch.from_numpy(points_ND).to(device)
     squares_N = points.square().sum(dim=1)
     found, squared = [], []
