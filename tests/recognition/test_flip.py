@@ -14,11 +14,11 @@ from lib.recognition.embedder import load_embedder
 from lib.recognition.embeddings_table import Embeddings
 from lib.recognition.export_job import ExportConfig, export, onnx_bytes
 from lib.recognition.identify_job import known_faces
+from lib.recognition.initial_weights import initial_model
 from lib.recognition.model import (
     EmbeddingModel,
     ModelSpec,
     embed,
-    initial_model,
     keep_threshold,
     load_model,
     model_card,
