@@ -104,7 +104,7 @@ def test_the_same_command_goes_on_as_if_nothing_had_happened(
             left = finish(job, 100)
         assert left.status == (-number if number == signal.SIGKILL else STOPPED), left.errors
         assert "Traceback" not in left.errors
-        assert ("the same command goes on" in left.last_error) == (left.status == STOPPED)
+        assert ("run the same command again to resume" in left.last_error) == (left.status == STOPPED)
     assert len(rows(tmp_path)) < EPOCHS
     newest = max((tmp_path / "runs" / "default" / "checkpoints").glob("epoch-*"))
     newest.write_bytes(newest.read_bytes()[:100_000])
