@@ -104,6 +104,6 @@ def test_evaluation_leaves_other_faces_out_and_says_so(
     )
     assert done.status == 0, done.errors
     assert done.result["num_pairs"] == num_in - 1
-    assert "photos are left out (not within quality=" in done.errors
+    assert f"photos are left out ({len(aligned) - num_in} not within quality=" in done.errors
     done = run_here("evaluate.py", "--photos", str(tmp_path), "--min-quality", "0.5")
     assert (done.status, "leave --photos out" in done.last_error) == (2, True)
