@@ -6,6 +6,7 @@ A JPEG of the right size is copied byte for byte. Other pictures are decoded, re
 import json
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,10 +91,11 @@ def aligned_tables(
     """Return the faces table of a part made by `part_item`, and the bytes of its photos, by split."""
     entries = photos_of(item).to_pylist()
     splits = {entry["split"]: _Rows() for entry in entries}
-    read = source.read((entry for entry in entries if entry["status"] is None), num_ahead=128)
-    for entry in entries:
-        data = entry["status"] or next(read)[1]
-        _add(splits[entry["split"]], entry, data, how, max_megapixels)
+    wanted = (entry for entry in entries if entry["status"] is None)
+    with closing(source.read(wanted, num_ahead=128)) as read:
+        for entry in entries:
+            data = entry["status"] or next(read)[1]
+            _add(splits[entry["split"]], entry, data, how, max_megapixels)
     metadata = {table.FINGERPRINT_KEY: json.dumps(how.fingerprint()).encode()}
     return {
         split: (_table(rows, how).replace_schema_metadata(metadata), rows.num_bytes) for split, rows in splits.items()

@@ -3,8 +3,9 @@
 import itertools
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,8 +120,12 @@ class PhotoReader:
         earlier = read_earlier(faces_url, json.loads(item["earlier"]), photos[MADE_OF].combine_chunks(), retry)
         splits = {entry["split"]: SplitRows() for entry in entries}
         new = [entry for entry in entries if entry[MADE_OF] not in earlier.rows]
-        with ThreadPoolExecutor(BATCHES_AT_ONCE) as extractors:
-            made = self._extracted(self._read(new), extractors)
+        # Closed here, not by the garbage collector: it may do so while a thread starts, and closing waits for threads.
+        with (
+            ThreadPoolExecutor(BATCHES_AT_ONCE) as extractors,
+            closing(self._read(new)) as read,
+            closing(self._extracted(read, extractors)) as made,
+        ):
             for entry in entries:
                 split = splits[entry["split"]]
                 if (rows := earlier.rows.get(entry[MADE_OF])) is not None:
@@ -140,7 +145,7 @@ class PhotoReader:
     def _num_read_ahead(self) -> int:
         return READ_AHEAD if isinstance(self._extractor, FaceExtractor) else BATCH_SIZE
 
-    def _extracted(self, read: Iterator[Photo], pool: ThreadPoolExecutor) -> Iterator[Extracted]:
+    def _extracted(self, read: Iterator[Photo], pool: ThreadPoolExecutor) -> Generator[Extracted, None, None]:
         """Yield each photo's entry, the length of its file, and its rows."""
         if isinstance(self._extractor, FaceExtractor):
             for entry, data in read:
@@ -167,12 +172,12 @@ class PhotoReader:
             face[MADE_OF] = entry[MADE_OF]
         return entry, 0 if isinstance(data, str) else len(data), faces
 
-    def _read(self, entries: list[Row]) -> Iterator[Photo]:
+    def _read(self, entries: list[Row]) -> Generator[Photo, None, None]:
         """Yield each entry with the photo's bytes, or with the status why there are none."""
         wanted = [entry for entry in entries if entry["status"] is None]
-        read = self._source.read(wanted, num_ahead=self._num_read_ahead)
-        for entry in entries:
-            yield (entry, entry["status"]) if entry["status"] is not None else next(read)
+        with closing(self._source.read(wanted, num_ahead=self._num_read_ahead)) as read:
+            for entry in entries:
+                yield (entry, entry["status"]) if entry["status"] is not None else next(read)
 
 
 def _batched(items: Iterator[Item], size: int) -> Iterator[list[Item]]:

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.extraction import ExtractionSettings
+from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.manifest import Manifest, read_manifest
 from lib.faces.part_plan import PartPlan, earlier_files, plan_parts
 from lib.faces.photo_parts import PhotoReader, part_item
@@ -274,3 +275,41 @@ def test_a_damaged_page_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.parquet"):
         images_read(tmp_path / "p", manifest)
+
+
+class OneByOne(FaceExtractor):
+    """Stands in for the extractor of single photos; with `fails` it makes no rows of the fifth photo."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.settings = ExtractionSettings()
+        self._left = 4 if fails else 10**6
+
+    @property
+    def made_on(self) -> str:
+        return "echo"
+
+    def rows(self, photo: bytes) -> list[dict[str, Any]]:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError("no rows")
+        return [{"status": table.ALIGNED, "crop": photo}]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_thread_that_reads_outlives_its_part(tmp_path: Path, fails: bool) -> None:
+    """What ends it later may be the garbage collector, while another thread starts: then the process stands still."""
+    people = tmp_path / "photos" / "p"
+    people.mkdir(parents=True)
+    for number in range(40):
+        (people / f"{number}.jpg").write_bytes(b"image")
+    source = open_source(str(tmp_path / "photos"))
+    plan = plan_parts(read_manifest(source, None, identities_required=True), "settings")
+    before = set(threading.enumerate())
+    kept: list[object] = []  # a traceback holds the frames, and they hold what reads
+    for part in plan.parts:
+        try:
+            kept.append(PhotoReader(source, OneByOne(fails=fails)).rows(part_item(plan, part)))
+        except ValueError as error:
+            kept.append(error)
+        assert set(threading.enumerate()) == before
+    assert {type(each) for each in kept} == {ValueError if fails else dict}

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -54,7 +54,7 @@ class FolderSource(Source):
             ]
             yield pa.RecordBatch.from_arrays(columns, schema=SCAN_SCHEMA)
 
-    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Generator[Photo, None, None]:
         """Yield each row with its photo: `missing` if it is gone, `corrupt` if it may not be read.
 
         Raises:

@@ -1,7 +1,7 @@
 """Photos named by a list beside them: `train.lst` of im2rec or of InsightFace."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 
 import pyarrow as pa
 
@@ -67,7 +67,7 @@ class ListSource(Source):
         if names:
             yield scan_batch(shard, names, identities, rows, [0] * len(names))
 
-    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Generator[Photo, None, None]:
         """Yield each row with its photo, as a folder does."""
         files = FolderSource(self._folder(""), self.columns, foreign={})
         yield from files.read(rows, num_ahead=num_ahead)

@@ -5,7 +5,7 @@ A format is one file in this folder with one class: see `ContainerSource` for fi
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
@@ -119,7 +119,7 @@ class Source(ABC):
         """
 
     @abstractmethod
-    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Generator[Photo, None, None]:
         """Yield each row with its photo, in order; about `num_ahead` photos are in memory at a time.
 
         Rows of one file must be in the order of the scan.
@@ -186,7 +186,7 @@ class ContainerSource(Source):
         """Return one shard per file."""
         return [Shard(info.path, 0, info.num_bytes, info.mark) for info in self.files()]
 
-    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Iterator[Photo]:  # noqa: ARG002
+    def read(self, rows: Iterable[Row], *, num_ahead: int) -> Generator[Photo, None, None]:  # noqa: ARG002
         """Yield each row with its photo; the format decides how much is in memory at a time."""
         for name, mine in groupby(rows, key=lambda row: row["source"]):
             yield from self.read_file(name, mine)
