@@ -160,7 +160,8 @@ class Worker:
             ahead=self.watched.ahead if self.watched.decider else validation.ahead,
             best_scores_P=state.best_scores_P,
         )
-        notes = [] if state.progress.step else [*self._notes, validation.notice]
+        # A start within the first epoch says them again: the row that holds them is not written yet.
+        notes = [*self._notes, validation.notice] if state.progress.epoch == 1 else []
         if validation.problem:
             decided = (
                 f": the pairs of {self.watched.decider} decide which epoch is kept" if self.watched.decider else ""
