@@ -21,9 +21,10 @@ from lib.evaluation.lists_job import ListsPlan, evaluate_lists
 from lib.evaluation.metrics import check_folds, kfold_accuracy
 from lib.evaluation.model_metrics import Measured, Photos, check_embedded, chosen_threshold, measure
 from lib.evaluation.pairs import Pairs
+from lib.evaluation.published_sets import METRICS_NAME, REPORT_NAME
 from lib.evaluation.remarks import accuracy_difference, notes_of
 from lib.evaluation.report_content import present
-from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME, SetsPlan, evaluate_sets
+from lib.evaluation.sets_job import SetsPlan, evaluate_sets
 from lib.layout import Layout
 from lib.recognition.embed_job import embed_source
 from lib.recognition.embed_job import model_name as name_of
@@ -145,20 +146,12 @@ def _measured(
 
 
 def _sets_plan(config: EvaluateConfig, layout: Layout, urls: Sequence[str]) -> SetsPlan:
-    report = _output(config, layout, urls[0])
     return SetsPlan(
         sets=tuple(absolute_url(url, "--pairs") for url in config.pairs),
         models=urls,
-        names=_names(urls),
-        onnx=config.onnx,
-        # The report of the other evaluation stays beside it.
-        output=storage.join(report, "sets") if config.output is None else report,
-        protocol=config.protocol,
         flip=config.chosen_flip,
-        gpus=config.gpus,
-        seed=config.seed,
-        strict=config.strict,
-        dry_run=config.dry_run,
+        output=_sets_output(config, layout, urls[0]),
+        **_how(config, urls),
     )
 
 
@@ -169,20 +162,13 @@ def _lists_plan(
     embedders: Sequence[Embedder],
     sources: Sequence[Source],
 ) -> ListsPlan:
-    report = _output(config, layout, urls[0])
     return ListsPlan(
         lists=[absolute_url(url, "--pairs") for url in config.pairs],
-        names=_names(urls),
         embedders=embedders,
         sources=sources,
         within=config.taken,
-        onnx=config.onnx,
-        output=storage.join(report, "sets") if config.output is None else report,
-        protocol=config.protocol,
-        gpus=config.gpus,
-        seed=config.seed,
-        strict=config.strict,
-        dry_run=config.dry_run,
+        output=_sets_output(config, layout, urls[0]),
+        **_how(config, urls),
     )
 
 
@@ -190,17 +176,23 @@ def _ijb_plan(config: EvaluateConfig, url: str, layout: Layout, urls: Sequence[s
     return IjbPlan(
         url=url,
         models=urls,
-        names=_names(urls),
-        onnx=config.onnx,
+        flip=config.chosen_flip,
         output=_output(config, layout, urls[0]),
         is_shared=config.output is None,
-        protocol=config.protocol,
-        flip=config.chosen_flip,
-        gpus=config.gpus,
-        seed=config.seed,
-        strict=config.strict,
-        dry_run=config.dry_run,
+        **_how(config, urls),
     )
+
+
+def _how(config: EvaluateConfig, urls: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of every `Plan`, but for its output."""
+    same = {name: getattr(config, name) for name in ("onnx", "protocol", "gpus", "seed", "strict", "dry_run")}
+    return {"names": _names(urls), **same}
+
+
+def _sets_output(config: EvaluateConfig, layout: Layout, first_model: str) -> str:
+    report = _output(config, layout, first_model)
+    # The report of the other evaluation stays beside it.
+    return storage.join(report, "sets") if config.output is None else report
 
 
 def _output(config: EvaluateConfig, layout: Layout, first_model: str) -> str:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from lib.evaluation.curves import MIN_FALSE_ACCEPTS
 from lib.evaluation.ijb_files import Enrolled, IjbSet
-from lib.evaluation.intervals import CONFIDENCE, percentiles
 from lib.evaluation.set_figures import Protocol
+from lib.resampling import CONFIDENCE, percentiles
 
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
@@ -161,7 +161,7 @@ def intervals(searched: Searched, protocol: Protocol, *, seed: int) -> dict[str,
     return {
         "level": CONFIDENCE,
         "num_resamples": NUM_RESAMPLES,
-        **{name: percentiles(np.array(values)) for name, values in found.items()},
+        **{name: percentiles(values) for name, values in found.items()},
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from lib import cluster, storage
+from lib import storage
 from lib.errors import UserError
 from lib.evaluation.curves import RocCurve
 from lib.evaluation.ijb_embedding import embed_ijb
@@ -20,38 +20,28 @@ from lib.evaluation.ijb_files import IjbSet, read_ijb
 from lib.evaluation.ijb_identification import identification
 from lib.evaluation.ijb_report import ijb_page, text_tables
 from lib.evaluation.ijb_verification import verification
-from lib.evaluation.set_figures import Protocol
-from lib.evaluation.sets_job import METRICS_NAME, REPORT_NAME
+from lib.evaluation.published_sets import METRICS_NAME, REPORT_NAME, Plan, about_model, other_template
 from lib.evaluation.templates import template_vectors
-from lib.faces.alignment import ARCFACE
-from lib.recognition.embedder import Embedder, load_embedder
-from lib.recognition.onnx_model import OnnxInput
+from lib.recognition.embedder import load_embedder
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class IjbPlan:
-    """What to measure on which set, and how.
+class IjbPlan(Plan):
+    """What to measure on which set.
 
     Attributes:
         url: folder of the set.
-        models: URLs of the models, and `names` what they are called.
-        output: folder of the report; of its subfolder of the set's name if `is_shared`.
+        models: URLs of the models.
+        is_shared: whether the report stands in a subfolder of the output, of the set's name.
+        flip: whether to add the embedding of the mirror image; None as each model says.
     """
 
     url: str
     models: Sequence[str]
-    names: Sequence[str]
-    onnx: OnnxInput
-    output: str
     is_shared: bool
-    protocol: Protocol
     flip: bool | None
-    gpus: cluster.Gpus = "auto"
-    seed: int = 0
-    strict: bool = False
-    dry_run: bool = False
 
 
 def evaluate_ijb(plan: IjbPlan) -> dict[str, Any]:
@@ -62,7 +52,7 @@ def evaluate_ijb(plan: IjbPlan) -> dict[str, Any]:
     """
     started = time.monotonic()
     embedders = [load_embedder(url, plan.onnx, flip=plan.flip) for url in plan.models]
-    notes = [note for embedder in embedders for note in _other_template(embedder, strict=plan.strict)]
+    notes = [note for each in embedders for note in other_template(each, "the faces of IJB", strict=plan.strict)]
     one = read_ijb(plan.url)
     _check(one)
     output = storage.join(plan.output, one.name) if plan.is_shared else plan.output
@@ -84,8 +74,7 @@ def evaluate_ijb(plan: IjbPlan) -> dict[str, Any]:
     for name, embedder in zip(plan.names, embedders, strict=True):
         files = embed_ijb(one, embedder, storage.join(output, "embeddings", name), onnx=plan.onnx, gpus=plan.gpus)
         figures, curves[name] = _measured(plan, one, files)
-        about = {"name": name, "model": storage.redacted(embedder.url), "digest": embedder.digest}
-        models.append({**about, "template": embedder.template, "flip": embedder.flip, **figures})
+        models.append({**about_model(name, embedder), **figures})
     figures = _write(plan, one, output, models, curves, notes + _failed(models, one))
     return {**result, **figures, "seconds": round(time.monotonic() - started, 1)}
 
@@ -144,19 +133,6 @@ def _check(one: IjbSet) -> None:
         raise UserError(
             f"{one.name}: {num_same} of {len(one.same_P)} pairs are of the same person: both kinds are needed"
         )
-
-
-def _other_template(embedder: Embedder, *, strict: bool) -> list[str]:
-    """Return what to say of a model whose training faces were cut in another way than the faces are here."""
-    if embedder.template == ARCFACE:
-        return []
-    message = (
-        f"the faces of IJB are aligned to {ARCFACE!r} by its landmarks, and {storage.redacted(embedder.url)} was "
-        f"trained on faces aligned to {embedder.template!r}: its figures are too low"
-    )
-    if strict:
-        raise UserError(f"{message}; train on --aligned {ARCFACE} faces")
-    return [message]
 
 
 def _failed(models: Sequence[dict[str, Any]], one: IjbSet) -> list[str]:

@@ -8,6 +8,7 @@ from lib.evaluation import plots
 from lib.evaluation.curves import RocCurve, far_key
 from lib.evaluation.ijb_identification import FPIRS, RANKS, tpir_key
 from lib.evaluation.ijb_verification import IJB_FARS
+from lib.evaluation.published_sets import about_table
 from lib.evaluation.report import DASH, Plot, Table, percent, render
 
 PROTOCOLS = {
@@ -111,18 +112,5 @@ def ijb_page(metrics: Mapping[str, Any], curves: Mapping[str, RocCurve]) -> byte
 
 
 def _about(metrics: Mapping[str, Any]) -> Table:
-    models = metrics["models"]
-    return Table(
-        title="What was measured",
-        text="",
-        header=["", *(model["name"] for model in models)],
-        rows=[
-            ["Model", *(model["model"] for model in models)],
-            ["Digest of its weights and input", *(model["digest"] for model in models)],
-            ["Alignment of its training faces", *(model["template"] for model in models)],
-            ["Mirror images", *("added" if model["flip"] else "left out" for model in models)],
-            ["Images", *[f"{metrics['num_images']:,} in {metrics['images']}"] * len(models)],
-            ["Templates", *[f"{metrics['num_templates']:,}"] * len(models)],
-            ["Measured", *[metrics["measured_at"]] * len(models)],
-        ],
-    )
+    images = f"{metrics['num_images']:,} in {metrics['images']}"
+    return about_table(metrics, {"Images": images, "Templates": f"{metrics['num_templates']:,}"})

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from lib.evaluation.curves import MIN_FALSE_ACCEPTS, RocCurve, auc, eer, far_key, roc_curve, tar_at_far
 from lib.evaluation.ijb_files import IjbSet
-from lib.evaluation.intervals import CONFIDENCE, percentiles
 from lib.evaluation.metrics import pair_distances
 from lib.evaluation.set_figures import Protocol, linked_people
 from lib.progress import progress_over
+from lib.resampling import CONFIDENCE, percentiles
 
 IJB_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -121,5 +121,5 @@ def tar_intervals(
             share = accepted_S[num_same] / accepted_S[-1] if accepted_S[-1] and not np.isnan(beyond) else np.nan
             found[far_key(far)].append(share)
     tars: dict[str, Any] = {far_key(far): None for far in IJB_FARS}
-    tars |= {key: percentiles(np.array(values)) for key, values in found.items()}
+    tars |= {key: percentiles(values) for key, values in found.items()}
     return {"level": CONFIDENCE, "num_resamples": num_resamples, "tar_at_far": tars}

@@ -24,8 +24,7 @@ from lib.evaluation.curves import (
 )
 from lib.evaluation.pairs import Pairs
 from lib.progress import progress_over
-
-CONFIDENCE = 0.95
+from lib.resampling import CONFIDENCE, percentiles
 
 STEP_ELEMENTS = 1 << 20
 """Pairs x resamples per chunk: several arrays of 8 MB."""
@@ -117,10 +116,3 @@ def _renumbered(codes: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
     """Return the number of different codes, and the codes renumbered without gaps."""
     used = np.bincount(codes.ravel()) > 0
     return int(used.sum()), (np.cumsum(used) - 1)[codes]
-
-
-def percentiles(values_R: FloatArray) -> list[float] | None:
-    """Return the 95 % interval of resampled values, of which NaN are left out; None if all are."""
-    values_R = values_R[np.isfinite(values_R)]
-    tail = (1 - CONFIDENCE) / 2
-    return [float(value) for value in np.quantile(values_R, [tail, 1 - tail])] if len(values_R) else None

@@ -14,48 +14,38 @@ from typing import Any
 
 import numpy as np
 
-from lib import cluster, storage
+from lib import storage
 from lib.evaluation.curves import RocCurve, roc_curve
 from lib.evaluation.listed_photos import photos_and_lists
 from lib.evaluation.model_metrics import Photos, check_embedded, of_photos
 from lib.evaluation.pair_lists import list_names
 from lib.evaluation.pairs import Pairs
+from lib.evaluation.published_sets import REPORT_NAME, Plan, about_model
 from lib.evaluation.remarks import train_note
-from lib.evaluation.set_figures import Protocol, check_pairs, mean_figures, pair_figures, set_distances
-from lib.evaluation.sets_job import REPORT_NAME, about_model, write_figures
+from lib.evaluation.set_figures import check_pairs, mean_figures, pair_figures, set_distances
+from lib.evaluation.sets_job import write_figures
 from lib.faces.face_filter import FaceFilter
 from lib.recognition.embed_job import embed_source
 from lib.recognition.embedder import Embedder
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
 from lib.recognition.face_source import Source, check_source
-from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListsPlan:
-    """What to measure on which lists, and how.
+class ListsPlan(Plan):
+    """What to measure on which lists.
 
     Attributes:
         lists: URLs of the files of pairs.
-        names: what the models are called.
         sources: the photos, as each model needs them.
-        output: folder of the report.
     """
 
     lists: Sequence[str]
-    names: Sequence[str]
     embedders: Sequence[Embedder]
     sources: Sequence[Source]
     within: FaceFilter
-    onnx: OnnxInput
-    output: str
-    protocol: Protocol
-    gpus: cluster.Gpus = "auto"
-    seed: int = 0
-    strict: bool = False
-    dry_run: bool = False
 
 
 def evaluate_lists(plan: ListsPlan) -> dict[str, Any]:
@@ -91,7 +81,7 @@ def evaluate_lists(plan: ListsPlan) -> dict[str, Any]:
         embed_source(source, embedder, folder, onnx=plan.onnx, strict=plan.strict, gpus=plan.gpus, overwrite=True)
         made = read_embeddings(folder)
         check_embedded(made, folder)
-        model = about_model(model_name, embedder)
+        model = {**about_model(model_name, embedder), "sets": []}
         notes += _add_figures(model, curves, made, photos, dict(zip(names, lists, strict=True)), plan)
         measured.append({**model, "mean": mean_figures(model["sets"])})
     for note in notes:

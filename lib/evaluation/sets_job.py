@@ -13,44 +13,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib import cluster, storage
+from lib import storage
 from lib.errors import UserError
 from lib.evaluation.curves import RocCurve, roc_curve
+from lib.evaluation.published_sets import METRICS_NAME, REPORT_NAME, Plan, about_model, other_template
 from lib.evaluation.set_figures import Protocol, check_set, mean_figures, set_distances, set_figures, set_pairs
 from lib.evaluation.sets_report import sets_page, text_table
 from lib.evaluation.verification_sets import read_verification_set
-from lib.faces.alignment import ARCFACE
 from lib.recognition.embedder import Embedder, load_embedder, runtime_knows_gpus
 from lib.recognition.encoded_crops import embed_images
-from lib.recognition.onnx_model import OnnxInput
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME, REPORT_NAME = "metrics.json", "report.html"
-
 
 @dataclass(frozen=True, kw_only=True)
-class SetsPlan:
-    """What to measure on which sets, and how.
+class SetsPlan(Plan):
+    """What to measure on which sets.
 
     Attributes:
         sets: URLs of the `.bin` files.
-        models: URLs of the models, and `names` what they are called.
+        models: URLs of the models.
         flip: whether to add the embedding of the mirror image; None as each model says.
-        output: folder of the report.
     """
 
     sets: tuple[str, ...]
     models: Sequence[str]
-    names: Sequence[str]
-    onnx: OnnxInput
-    output: str
-    protocol: Protocol
     flip: bool | None
-    gpus: cluster.Gpus = "auto"
-    seed: int = 0
-    strict: bool = False
-    dry_run: bool = False
 
 
 def evaluate_sets(plan: SetsPlan) -> dict[str, Any]:
@@ -61,7 +49,8 @@ def evaluate_sets(plan: SetsPlan) -> dict[str, Any]:
     """
     started = time.monotonic()
     embedders = [_loaded(plan, url) for url in plan.models]
-    notes = [note for embedder in embedders for note in _other_template(embedder, strict=plan.strict)]
+    faces, advice = "the images of verification sets", ", or give photos and a list of pairs"
+    notes = [note for each in embedders for note in other_template(each, faces, strict=plan.strict, advice=advice)]
     num_images = 0
     for url in plan.sets:  # each is read again later: all of them together would take gigabytes
         one = read_verification_set(url)
@@ -124,7 +113,7 @@ def _measured(
     plan: SetsPlan, embedders: Sequence[Embedder]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, RocCurve]]]:
     """Return what `metrics.json` says of each model, and for each set the curve of each model."""
-    models = [about_model(name, embedder) for name, embedder in zip(plan.names, embedders, strict=True)]
+    models = [{**about_model(name, embedder), "sets": []} for name, embedder in zip(plan.names, embedders, strict=True)]
     curves: dict[str, dict[str, RocCurve]] = {}
     for url in plan.sets:
         one = read_verification_set(url)
@@ -140,36 +129,11 @@ def _measured(
     return [{**model, "mean": mean_figures(model["sets"])} for model in models], curves
 
 
-def about_model(name: str, embedder: Embedder) -> dict[str, Any]:
-    """Return what `metrics.json` says of a model before it was measured on any set."""
-    return {
-        "name": name,
-        "model": storage.redacted(embedder.url),
-        "digest": embedder.digest,
-        "template": embedder.template,
-        "flip": embedder.flip,
-        "sets": [],
-    }
-
-
 def _loaded(plan: SetsPlan, url: str) -> Embedder:
     on_gpu = plan.gpus != 0 and torch.cuda.is_available() and (not url.endswith(".onnx") or runtime_knows_gpus())
     if plan.gpus not in ("auto", 0) and not on_gpu:
         raise UserError(f"--gpus is {plan.gpus}: verification sets are embedded by this process, which sees no GPU")
     return load_embedder(url, plan.onnx, device="cuda" if on_gpu else "cpu", flip=plan.flip)
-
-
-def _other_template(embedder: Embedder, *, strict: bool) -> list[str]:
-    """Return what to say of a model whose training faces were cut in another way than the images of the sets."""
-    if embedder.template == ARCFACE:
-        return []
-    message = (
-        f"the images of verification sets are aligned to {ARCFACE!r}, and {storage.redacted(embedder.url)} was trained "
-        f"on faces aligned to {embedder.template!r}: its figures are too low"
-    )
-    if strict:
-        raise UserError(f"{message}; train on --aligned {ARCFACE} faces, or give photos and a list of pairs")
-    return [message]
 
 
 def _failed(models: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lib.evaluation import plots
 from lib.evaluation.curves import FARS, RocCurve, far_key
+from lib.evaluation.published_sets import about_table
 from lib.evaluation.report import DASH, Plot, Table, percent, render
 
 PROTOCOLS = {
@@ -81,19 +82,7 @@ def sets_page(metrics: Mapping[str, Any], curves: Mapping[str, Mapping[str, RocC
     shown = [
         Table(title=model["name"], text="", header=HEADER, rows=set_rows(model, intervals=True)) for model in models
     ]
-    about = Table(
-        title="What was measured",
-        text="",
-        header=["", *(model["name"] for model in models)],
-        rows=[
-            ["Model", *(model["model"] for model in models)],
-            ["Digest of its weights and input", *(model["digest"] for model in models)],
-            ["Alignment of its training faces", *(model["template"] for model in models)],
-            ["Mirror images", *("added" if model["flip"] else "left out" for model in models)],
-            ["Sets", *[", ".join(metrics["pairs"])] * len(models)],
-            ["Measured", *[metrics["measured_at"]] * len(models)],
-        ],
-    )
+    about = about_table(metrics, {"Sets": ", ".join(metrics["pairs"])})
     return render(
         Path(__file__).parent / "sets.html.j2",
         title=" and ".join(model["name"] for model in models),

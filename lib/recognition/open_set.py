@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib.progress import progress_over
+from lib.resampling import percentiles
 
 FPIRS = (0.001, 0.01, 0.1)
 
@@ -24,7 +25,6 @@ MIN_FALSE_POSITIVES = 10
 """Strangers who must be taken for somebody at an FPIR, for the threshold there to mean anything."""
 
 RESAMPLES = 500
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +79,7 @@ def open_set_figures(probes: Probes, threshold: float, *, seed: int = 0) -> dict
     num_strangers = int(np.count_nonzero(~probes.is_mated_B))
     told = {f"tpir_at_fpir_{fpir:g}": fpir * num_strangers >= MIN_FALSE_POSITIVES * (1 - 1e-9) for fpir in FPIRS}
     shown = {
-        name: (float(value), _interval(drawn[name])) if np.isfinite(value) and told.get(name, True) else (None, None)
+        name: (float(value), percentiles(drawn[name])) if np.isfinite(value) and told.get(name, True) else (None, None)
         for name, value in at_all.items()
     }
 
@@ -137,9 +137,3 @@ def _rates(probes: Probes, weight_B: NDArray[np.float64], threshold: float) -> d
         named = num_named_B[min(last, with_face)]
         rates[f"tpir_at_fpir_{fpir:g}"] = share(named, num_mated) if num_strangers else float("nan")
     return rates
-
-
-def _interval(values: Sequence[float]) -> list[float] | None:
-    finite = [value for value in values if np.isfinite(value)]
-    tail = (1 - CONFIDENCE) / 2
-    return [float(value) for value in np.quantile(finite, [tail, 1 - tail])] if finite else None

@@ -17,24 +17,15 @@ from lib.recognition.initial_weights import initial_model
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
 from lib.recognition.onnx_model import OnnxInput, OnnxModel
 from lib.training.freezing import freeze_stages
+from tests.recognition.random_tensors import Tensors, random_like
 
 SPEC = ModelSpec(backbone="iresnet18", embedding_dim=512, image_size=112)
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
     """Return random tensors under InsightFace's names, with statistics that are not those of a new network."""
-    torch.manual_seed(3)
-    made = {}
-    for name, tensor in iresnet.iresnet18().state_dict().items():
-        if name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
-            made[name] = torch.rand_like(tensor) + 0.5
-        elif tensor.is_floating_point():
-            made[name] = torch.randn_like(tensor) / max(1, tensor[0].numel()) ** 0.5
-        else:
-            made[name] = tensor + 7
-    return made
+    return random_like(iresnet.iresnet18().state_dict(), seed=3)
 
 
 @pytest.fixture(scope="module")
