@@ -14,8 +14,8 @@ from scipy.sparse import csr_array
 from lib import storage
 from lib.evaluation.ijb_files import IjbSet
 from lib.faces import table
-from lib.faces.sources.folder import ahead
 from lib.recognition.encoded_crops import unit_vectors
+from lib.threads import ahead
 
 _READERS, _FILES_AHEAD = 4, 8
 

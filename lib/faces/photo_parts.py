@@ -17,8 +17,8 @@ from lib.errors import JobError, UserError
 from lib.faces import table
 from lib.faces.extraction import FaceExtractor
 from lib.faces.plan_files import MADE_OF, Part, PartPlan, read_rows
-from lib.faces.sources.folder import ahead
 from lib.faces.sources.source import Photo, Row, Source
+from lib.threads import ahead
 
 if TYPE_CHECKING:
     from lib.faces.batch_extraction import BatchExtractor

@@ -15,11 +15,11 @@ from lib import device as devices
 from lib.device_errors import is_out_of_memory
 from lib.errors import UserError
 from lib.faces.alignment import Alignment, realign
-from lib.faces.sources.folder import ahead
 from lib.recognition.embedder import Embedder, Pending
 from lib.recognition.model import resized_crops
 from lib.recognition.onnx_model import ARCFACE_SIZE
 from lib.recognition.recognizer import decoded_crop
+from lib.threads import ahead
 
 logger = logging.getLogger(__name__)
 

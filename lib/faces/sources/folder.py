@@ -1,11 +1,9 @@
 """Photos that are files, in a folder of any depth."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import TypeVar
 
 import pyarrow as pa
 
@@ -15,11 +13,9 @@ from lib.faces import table
 from lib.faces.images import MAX_PHOTO_BYTES, PHOTO_SUFFIXES
 from lib.faces.photo_names import name_on_disk, stored_name
 from lib.faces.sources.source import BATCH_ROWS, SCAN_SCHEMA, Photo, Row, Shard, Source
+from lib.threads import ahead
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 NUM_READERS = 16
 """Threads that read photos, to hide the latency of a disk or a bucket."""
@@ -75,16 +71,3 @@ class FolderSource(Source):
         except UserError as error:
             logger.warning("%s: %s", row["photo"], error)
             return row, table.CORRUPT
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], *, num_ahead: int
-) -> Iterator[Result]:
-    """Map in threads, in order, at most `num_ahead` results ahead of the consumer."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > num_ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
