@@ -33,16 +33,16 @@ class Applied:
 def apply_decisions(
     output: str, faces_url: str, identities_url: str, decisions_url: str | None, *, over: float | None, dry_run: bool
 ) -> Applied:
-    """Write the identities as the accepted proposals have them, and keep those of the table beside the proposals.
+    """Write the identities after the accepted proposals. Those of the table are kept beside the proposals.
 
     Args:
         output: folder of the proposals.
         identities_url: the list of identities to write.
         decisions_url: CSV file with the numbers of the accepted proposals in its column `proposal`.
-        over: instead, the certainty from which all are accepted.
+        over: instead of decisions, accept all proposals of at least this certainty.
 
     Raises:
-        UserError: no proposals, a faces table that changed since, a file that is no list of proposals.
+        UserError: there are no proposals, the faces table changed since, or the file is not a list of proposals.
     """
     about_url = storage.join(output, ABOUT_NAME)
     if not storage.exists(about_url):
@@ -101,7 +101,7 @@ def changed(before: Mapping[str, str | None], accepted: Sequence[Mapping[str, An
 
 
 def identities_csv(identities: Mapping[str, str | None]) -> bytes:
-    """Return the list as CSV with a header, as preprocess reads it; photos without an identity have an empty one."""
+    """Return the list as CSV with a header, as preprocess reads it. Photos without an identity have an empty field."""
     sink = io.StringIO(newline="")
     writer = csv.writer(sink)
     writer.writerow(HEADER)
@@ -129,7 +129,7 @@ def _accepted(
 
 
 def _identities(faces_url: str, success: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the identity of each photo of the table, but for those that do not exist."""
+    """Return the identity of each photo of the table, without photos that do not exist."""
     found: dict[str, str | None] = {}
     for name in table.part_names(success, table.SPLITS):
         rows = storage.read_parquet(storage.join(faces_url, name), table.columns("photo", "identity", "status"))

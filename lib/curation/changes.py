@@ -71,7 +71,7 @@ def changes_table(
 
 
 class _NewNames:
-    """Names that no identity has yet."""
+    """Makes names that no identity has yet."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._taken = set(names)

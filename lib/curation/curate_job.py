@@ -35,9 +35,9 @@ from lib.recognition.onnx_model import OnnxInput
 logger = logging.getLogger(__name__)
 
 _THRESHOLDS = np.linspace(0.6, 1.2, 13)
-"""Thresholds that are tried, as shares of the model's."""
+"""Thresholds to try, as shares of the model's threshold."""
 _MIN_PAIRABLE = 20
-"""Identities of two faces or more that labels need to choose the threshold."""
+"""Labels choose the threshold only if this many identities have two faces or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def _write_page(
 def _embedded(
     config: CurateConfig, source: FacesSource, embedder: Embedder, url: str, *, is_given: bool = False
 ) -> Embeddings:
-    """Return the embeddings of a faces table, made first unless they are given."""
+    """Return the embeddings of a faces table. They are made first unless they are given."""
     if not is_given:
         embed_source(source, embedder, url, onnx=config.onnx, gpus=config.gpus, overwrite=True)
     faces = read_embeddings(url)
@@ -161,7 +161,7 @@ def _embedded(
 def _proposals(
     config: CurateConfig, embedder: Embedder, vectors_ND: np.ndarray, identity_N: np.ndarray
 ) -> tuple[float, list[Proposal]]:
-    """Return the threshold and what the clusters at it say."""
+    """Return the threshold, and the proposals of the clusters at it."""
     if len(vectors_ND) < 2:
         raise UserError("fewer than two faces have an embedding: there is nothing to compare")
     sizes = np.bincount(identity_N[identity_N != NOBODY])
@@ -187,7 +187,7 @@ def _leaked(
     theirs: Embeddings,
     threshold: float,
 ) -> list[Proposal]:
-    """Return the photos that a test set holds too; the evidence is numbered as its rows."""
+    """Return proposals for photos that are in the test set, too. Their evidence is rows of the test set."""
     rows = np.flatnonzero(~theirs.failed_N)
     pairs_P2, distances_P = near_pairs(vectors_ND, NEAR_SHARE * threshold, theirs.embeddings_ND[rows])
     ours_in, theirs_in = np.unique(pairs_P2[:, 0]), rows[np.unique(pairs_P2[:, 1])]
@@ -195,7 +195,7 @@ def _leaked(
     crops |= {
         f"theirs/{name}": crop for name, crop in read_crops(against, {theirs.photos[n] for n in theirs_in}).items()
     }
-    # One list of both sets, so that a pair is two places in it, the test set's first.
+    # One list of both sets, the test set first, so that a pair is two indices into it.
     names = [f"theirs/{name}" for name in theirs.photos] + [f"ours/{name}" for name in photos]
     people = np.concatenate([np.full(len(theirs.photos), NOBODY), identity_N])
     both_P2 = np.stack([rows[pairs_P2[:, 1]], pairs_P2[:, 0] + len(theirs.photos)], axis=1)

@@ -1,4 +1,4 @@
-"""Photos that are the same picture: near in embedding, and equal in the rough pattern of light and dark of their crops.
+"""Finds photos that are the same picture: near in embedding, with the same rough pattern of light and dark.
 
 Shapes: N faces, P pairs, D dimension.
 """
@@ -16,9 +16,9 @@ Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 NEAR_SHARE = 0.6
-"""Copies of one photo are within this share of the threshold, after a new size and a new compression."""
+"""Copies of one photo are within this share of the threshold, even if they were resized and compressed again."""
 MAX_DIFFERENCE = 0.16
-"""Share of the bits of two patterns up to which two crops are one picture."""
+"""Two crops are one picture if at most this share of the bits of their patterns differs."""
 _NEIGHBOURS = 8
 _PATTERN_SIDE = 16
 
@@ -26,7 +26,7 @@ _PATTERN_SIDE = 16
 def near_pairs(vectors_ND: Floats, limit: float, others_ND: Floats | None = None) -> tuple[Ints, Floats]:
     """Return the pairs [P, 2] of faces within `limit` of each other, and their distances [P].
 
-    A face is paired with its nearest few only. With `others_ND`, the second of a pair is one of those.
+    A face is paired only with its nearest few. With `others_ND`, the second face of a pair is one of the others.
     """
     candidates_ND = vectors_ND if others_ND is None else others_ND
     if not len(vectors_ND) or not len(candidates_ND):
@@ -57,9 +57,9 @@ def light_pattern(crop: bytes) -> NDArray[np.bool_]:
 def duplicates(
     pairs_P2: Ints, distances_P: Floats, photos: list[str], identity_N: Ints, crops: Mapping[str, bytes]
 ) -> list[Proposal]:
-    """Return a proposal for each pair whose crops are one picture: the second of them loses its identity.
+    """Return a proposal for each pair whose crops are one picture: the second photo loses its identity.
 
-    Where the two have different identities, at most one of them is right, which a person has to say.
+    If the two have different identities, at most one of these is right, and a person has to decide.
     """
     patterns = {n: light_pattern(crops[photos[n]]) for n in np.unique(pairs_P2).tolist() if photos[n] in crops}
     found = []

@@ -1,4 +1,4 @@
-"""Average-linkage clustering of embeddings, for millions of faces: no matrix of all pairs, one search a round.
+"""Average-linkage clustering of embeddings, for millions of faces: no matrix of all pairs, one search per round.
 
 Two clusters A and B are as far apart as the mean squared distance of their pairs (UPGMA over squared Euclidean
 distances). With centres c and spreads s, the mean squared distance of a cluster's members to its centre, that is
@@ -64,7 +64,7 @@ class Clusters:
 
     @classmethod
     def of_groups(cls, vectors_ND: Floats, group_N: Ints, num_groups: int) -> "Clusters":
-        """Return the clusters that a number 0 to `num_groups` - 1 for each face makes; an empty one has size 0."""
+        """Return the clusters of faces with equal numbers, 0 to `num_groups` - 1. An empty cluster has size 0."""
         sizes_M = np.bincount(group_N, minlength=num_groups).astype(np.float64)
         places_NM = coo_array((np.ones(len(group_N)), (group_N, np.arange(len(group_N)))), (num_groups, len(group_N)))
         shares_M = 1 / np.maximum(sizes_M, 1)
@@ -77,11 +77,11 @@ class Clusters:
         return len(self.centres_MD)
 
     def kept(self, which_M: NDArray[np.bool_]) -> "Clusters":
-        """Return some of the clusters."""
+        """Return these of the clusters."""
         return Clusters(self.centres_MD[which_M], self.spreads_M[which_M], self.sizes_M[which_M], self.faces_M[which_M])
 
     def merged(self, a_E: Ints, b_E: Ints, squared_E: Floats) -> "Clusters":
-        """Return the clusters after each a has taken in its b, `squared_E` apart; the b stay as they were."""
+        """Return the clusters after each a has absorbed its b, `squared_E` apart. Entries b stay unchanged."""
         sizes_E = self.sizes_M[a_E] + self.sizes_M[b_E]
         share_E = self.sizes_M[a_E] / sizes_E
         between_E = squared_E - self.spreads_M[a_E] - self.spreads_M[b_E]
@@ -104,7 +104,7 @@ def average_linkage(vectors_ND: Floats, limit: float) -> Tree:
     distances: list[Floats] = []
     while len(clusters) > 1:
         nearest_M, squared_M = _nearest_cluster(clusters)
-        # Nobody will be nearer to a cluster that is beyond the limit from all others.
+        # If a cluster is beyond the limit from all others, it stays so after any merge.
         within_M = squared_M <= limit**2
         here_M = np.arange(len(clusters))
         mutual_M = within_M & (nearest_M[nearest_M] == here_M) & (here_M < nearest_M)
@@ -126,7 +126,7 @@ def average_linkage(vectors_ND: Floats, limit: float) -> Tree:
 def _nearest_cluster(clusters: Clusters) -> tuple[Ints, Floats]:
     """Return each cluster's nearest other one [M] and the mean squared distance of their pairs [M].
 
-    The root of its spread is one more coordinate of a candidate, and zero in a query.
+    A candidate has one more coordinate, the root of its spread. It is zero in a query.
     """
     points_MD = np.ascontiguousarray(
         np.concatenate([clusters.centres_MD, np.sqrt(clusters.spreads_M)[:, None]], axis=1), np.float32
@@ -135,7 +135,7 @@ def _nearest_cluster(clusters: Clusters) -> tuple[Ints, Floats]:
     queries_MD[:, -1] = 0
     index = neighbour_index(points_MD)
     _, at_M2 = index.search(queries_MD, 2)
-    # A cluster finds itself, as first or, beside an equal one, as second.
+    # A cluster finds itself first, or second if there is an equal one.
     is_self_M = at_M2[:, 0] == np.arange(len(clusters))
     at_M = np.where(is_self_M, at_M2[:, 1], at_M2[:, 0])
     found_M = at_M >= 0

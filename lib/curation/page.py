@@ -13,7 +13,7 @@ _TEMPLATE = Path(__file__).parent / "curation.html.j2"
 FACES_SHOWN = 4
 """Faces of each side of a proposal on the page."""
 TICKED_FROM = 0.5
-"""Certainty from which a box is ticked at first."""
+"""Boxes of at least this certainty are ticked at first."""
 
 Row = Mapping[str, Any]
 

@@ -1,8 +1,8 @@
-"""What the clusters of a set of faces say about its identities: changes to review, the surest of each kind first.
+"""Compares clusters of faces with their identities, and proposes changes, the most certain of each kind first.
 
-Clusters and identities are matched one to one, by the number of faces they share. Where both agree there is nothing to
-say. A face whose cluster belongs to another identity than its own is mislabelled; an identity whose faces lie in the
-cluster of another one is that person; a group of faces in a cluster of its own is somebody else.
+Clusters and identities are matched one to one, by the number of faces they share. If both agree there is no proposal.
+If a face lies in the cluster of another identity, its label is wrong. If all faces of an identity lie in the cluster of
+another one, both are one person. If some of its faces form a cluster of their own, they show somebody else.
 
 Shapes: N faces, M clusters, K cells (the faces of one identity in one cluster), D dimension.
 """
@@ -49,7 +49,7 @@ class Proposal:
         certainty: 0 to 1, comparable within a kind.
         faces: whose identity changes.
         identity: which they have now, or `NOBODY`.
-        to: which they would have; `NOBODY` takes it away; None stands for a new identity.
+        to: the identity they would get. `NOBODY` takes it away, None stands for a new identity.
         evidence: faces to look at beside them.
         distance: between the faces and the evidence (root of the mean squared distance); NaN without evidence.
     """
@@ -64,7 +64,7 @@ class Proposal:
 
 
 def proposals(vectors_ND: Floats, identity_N: Ints, cluster_N: Ints, threshold: float) -> list[Proposal]:
-    """Return what the clusters say about the identities.
+    """Return the proposals that follow from the clusters.
 
     Args:
         identity_N: 0 and up, or `NOBODY`.
@@ -95,7 +95,7 @@ class _Cells:
         host_K: the cell of the identity that the cell's cluster is matched with, or -1; for a cluster without an
             identity, and for unlabelled faces among themselves, it is -1.
         totals_K: faces of the cell's identity.
-        differs_K: which cells say something.
+        differs_K: cells that lead to a proposal.
     """
 
     identity_K: Ints
@@ -135,7 +135,7 @@ class _Cells:
         at_home_K = has_home_K & ((home_of[identity_K] if num_identities else -1) == np.arange(len(cells)))
         home_of = np.where(home_of >= 0, home_of, largest_of)
         home_K = np.where(is_named_K, home_of[identity_K] if num_identities else -1, -1)
-        # An unlabelled face alone says nothing.
+        # A single unlabelled face leads to no proposal.
         alone_K = ~is_named_K & (host_M[cluster_K] < 0) & (sizes_K < 2)
         return cls(
             identity_K=identity_K,
@@ -192,7 +192,7 @@ def _proposal(cells: _Cells, cell: int, threshold: float) -> Proposal | None:
     if host >= 0:
         distance, to = cells.distance(cell, host), int(cells.identity_K[host])
         if cell == home or cells.sizes_K[cell] > cells.sizes_K[home]:
-            # Most of the identity lies in the cluster of another. Then all of it is theirs, but for strays elsewhere.
+            # Most of the identity lies in the cluster of another. Then all of it is that person, except stray faces.
             whole = faces if cell == home else np.sort(np.concatenate([faces, cells.faces(home)]))
             kind = MERGE if 2 * len(whole) > cells.totals_K[cell] else RELABEL
             faces = whole if kind == MERGE else faces

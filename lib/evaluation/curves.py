@@ -21,16 +21,19 @@ BoolArray = NDArray[np.bool_]
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 MIN_FALSE_ACCEPTS = 10
-"""Number of false accepts that a FAR must amount to before its TAR is reported. With 10 the relative standard error of
-the FAR itself is a third; with fewer, single photos decide the result."""
+"""A TAR is reported only at a FAR of at least this many false accepts. With 10, the relative standard error of the FAR
+is a third. With fewer, single photos decide the result."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RocCurve:
-    """The corners of the curve, from "nobody is the same" (0, 0) to "everybody is" (1, 1), straight between them."""
+    """The corners of the curve, from (0, 0), where no pair is accepted, to (1, 1), where every pair is.
+
+    The curve is straight between corners.
+    """
 
     threshold_T: FloatArray
-    """-inf (nobody is the same), then the distances that occur, rising."""
+    """-inf, which accepts no pair, then the distances that occur, in rising order."""
     far_T: FloatArray
     tar_T: FloatArray
     num_same: int
@@ -60,9 +63,9 @@ def roc_curve(distances_P: FloatArray, same_P: BoolArray) -> RocCurve:
 
 
 def curve_cuts(sorted_P: FloatArray, same_P: BoolArray) -> NDArray[np.int64]:
-    """Return how many of the pairs, in rising order, are called the same at each corner of the curve.
+    """Return the number of pairs that are accepted at each corner of the curve, in rising order.
 
-    Equal distances cannot be separated. Within a run of one kind the curve is straight, whatever the weights.
+    No threshold separates equal distances. Within a run of pairs of one kind the curve is straight for any weights.
     """
     run_ends = np.append(np.flatnonzero(sorted_P[1:] != sorted_P[:-1]) + 1, len(sorted_P))
     num_pairs = np.diff(run_ends, prepend=0)
@@ -78,7 +81,7 @@ class Runs(NamedTuple):
     start_U: NDArray[np.int64]
     same_U: BoolArray
     cut_T: NDArray[np.int64]
-    """Runs before each corner of the curve; ties of both kinds cannot be separated, so not every run has one."""
+    """Number of runs before each corner. A run that ends within a tie of both kinds has no corner."""
 
 
 def runs_of(same_P: BoolArray, cut_T: NDArray[np.int64]) -> Runs:
@@ -127,7 +130,7 @@ def point_at(curve: RocCurve, far: float) -> int:
     """Return the corner of a curve with the highest TAR whose FAR is at most `far`.
 
     Raises:
-        UserError: there are too few pairs of different people to tell, or no pair of one person is near enough.
+        UserError: there are too few different pairs for this FAR, or no pair is accepted at it.
     """
     needed = math.ceil(MIN_FALSE_ACCEPTS / far * (1 - 1e-9))
     if curve.num_different < needed:
@@ -144,7 +147,7 @@ def point_at(curve: RocCurve, far: float) -> int:
 
 
 def supported_fars(num_different: int) -> list[float]:
-    """Return those of `FARS` that allow `MIN_FALSE_ACCEPTS` false accepts among so many different pairs."""
+    """Return the values of `FARS` at which this many different pairs allow `MIN_FALSE_ACCEPTS` false accepts."""
     return [far for far in FARS if far * num_different >= MIN_FALSE_ACCEPTS * (1 - 1e-9)]
 
 

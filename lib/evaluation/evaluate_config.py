@@ -43,24 +43,24 @@ class EvaluateConfig:
     protocol: Protocol = "ours"
     """With --pairs and --ijb: ours, with intervals, or insightface, as published figures are made (implies --flip)."""
     flip: FlipFlag = False
-    """Add the embedding of the mirror image, although the model does not say so. --keep-threshold keeps that in the
-    model, too."""
+    """Add the embedding of the mirror image, even if the model does not. With --keep-threshold the model then does so,
+    too."""
     no_flip: FlipFlag = False
-    """Leave mirror images out, although the model adds them."""
+    """Leave mirror images out, even if the model adds them."""
     split: str = "test"
     """Without --pairs: split whose photos make the pairs: train, val, test, or all."""
     num_pairs: int = 6_000
     """Without --pairs: number of pairs, in 10 folds that share no person."""
     whole_split: bool = False
-    """Without --pairs: embed all photos of the split, not only those in pairs. The protocol of the original project,
-    identification and the search for suspects are then over all of them."""
+    """Without --pairs: embed all photos of the split, not only those in pairs. The original project's protocol,
+    identification and the search for suspects then cover all of them."""
     seed: int = 0
     """Seed of the pairs and of the bootstrap."""
     min_quality: float = 0.0
     """Measure on faces of at least this quality, 0 to 1. Pairs with another face are left out."""
     where: str = ""
     """Measure on faces within ranges of the columns eye_distance, sharpness, brightness, contrast, yaw, pitch, roll and
-    quality, such as yaw=-30:30,sharpness=50: with one end or both."""
+    quality, such as yaw=-30:30,sharpness=50:. A range may leave out one end."""
     tolerance: float | None = None
     """Threshold for the table of the original project. Default: the model's threshold, else the best one."""
     slices: str | None = None
@@ -107,7 +107,7 @@ class EvaluateConfig:
                 raise UserError(f"{flag} is {value}: 0 or more")
 
     def _check_ijb(self) -> None:
-        """Check that nothing is given that means nothing for --ijb."""
+        """Refuse flags that have no meaning with --ijb."""
         if self.ijb is None:
             return
         for flag, given in (
@@ -120,7 +120,7 @@ class EvaluateConfig:
                 raise UserError(f"{flag} means nothing for --ijb, which has images and pairs of its own: leave it out")
 
     def _of_photos(self) -> list[tuple[str, bool]]:
-        """Return flags that are about a table or photos of one's own, and whether each is given."""
+        """Return the flags about the user's own table or photos, and whether each is given."""
         return [
             ("--photos", self.photos is not None),
             ("--slices", self.slices is not None),
@@ -131,7 +131,7 @@ class EvaluateConfig:
         ]
 
     def _check_pairs(self) -> None:
-        """Check --pairs, and that no flag is given that means nothing for them."""
+        """Check --pairs, and refuse flags that have no meaning with them."""
         sets = [is_verification_set(url) for url in self.pairs]
         if any(sets) and not all(sets):
             raise UserError(f"--pairs names {len(sets)} files: lists of pairs only, or verification sets (.bin) only")
@@ -150,7 +150,7 @@ class EvaluateConfig:
 
     @property
     def chosen_flip(self) -> bool | None:
-        """Whether to add mirror images; None as each model says."""
+        """Whether to add mirror images. None leaves it to each model."""
         return chosen_flip(self.flip or (self.protocol == "insightface" and not self.no_flip), self.no_flip)
 
     @property
@@ -160,12 +160,12 @@ class EvaluateConfig:
 
     @property
     def has_lists(self) -> bool:
-        """Whether --pairs names lists whose figures stand in one table, as those of sets do."""
+        """Whether --pairs names lists that are reported in one table, as verification sets are."""
         return bool(self.pairs) and not self.has_sets and (len(self.pairs) > 1 or self.protocol != "ours")
 
     @property
     def taken(self) -> FaceFilter:
-        """Which faces are measured on."""
+        """The faces to measure on."""
         return face_filter(self.min_quality, self.where)
 
     @property

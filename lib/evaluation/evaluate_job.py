@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 SUSPECTS_NAME = "suspects.csv"
 
 KEPT_FIGURES = ("accuracy", "accuracy_std", "auc", "eer", "num_pairs")
-"""Metrics in the job's result, and in the model beside the threshold they belong to."""
+"""Metrics in the job's result. The model keeps them beside its threshold."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _write_report(
 def _measured(
     config: EvaluateConfig, output: str, name: str, embedder: Embedder, source: Source, photos: Photos, pairs: Pairs
 ) -> Measured:
-    """Embed the faces by a model, and return its metrics."""
+    """Embed the faces with a model, and return its metrics."""
     folder = storage.join(output, "embeddings", name)
     # These files are from an earlier report of other pairs or of an earlier model.
     embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
@@ -184,7 +184,7 @@ def _ijb_plan(config: EvaluateConfig, url: str, layout: Layout, urls: Sequence[s
 
 
 def _how(config: EvaluateConfig, urls: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of every `Plan`, but for its output."""
+    """Return the fields of every `Plan`, except its output."""
     same = {name: getattr(config, name) for name in ("onnx", "protocol", "gpus", "seed", "strict", "dry_run")}
     return {"names": _names(urls), **same}
 

@@ -21,9 +21,9 @@ from lib.nearest import nearest_own_and_other
 from lib.storage import read_bytes
 
 MAX_SEARCHED = 50_000
-"""Largest number of photos that are searched for suspects; of more, this many are drawn."""
+"""Largest number of photos that are searched for suspects. Of a larger number, this many are drawn."""
 DUPLICATE_QUANTILE = 0.01
-"""Photos of two people that are nearer than this share of all same pairs count as duplicates."""
+"""Two people's photos count as duplicates if they are nearer than all but this share of the same pairs."""
 MAX_SLICES = 200
 
 WRONG_LABEL, DUPLICATE = "wrong_label", "duplicate"
@@ -40,11 +40,11 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Suspect(Finding):
-    """A photo `a` that is probably mislabelled, and the photo `b` of someone else that suggests it."""
+    """A photo `a` with a probably wrong label, and the photo `b` of someone else that suggests it."""
 
     kind: str
-    """`wrong_label`: nearer to someone else than to any photo of its own person, all of which are beyond the threshold.
-    `duplicate`: nearer to someone else's photo than nearly all same pairs are."""
+    """`wrong_label`: all other photos of its person are beyond the threshold, and someone else's photo is nearer.
+    `duplicate`: someone else's photo is nearer than the two photos of nearly every same pair."""
     own_distance: float | None
     """Distance to the nearest other photo of its own person; None if there is none."""
 
@@ -83,7 +83,7 @@ def suspects(
     Args:
         identity_N: of the same photos, as numbers.
         usable_N: photos that have an embedding and an identity.
-        same_distances: distances of same pairs, which show how near photos of one person are.
+        same_distances: distances of same pairs. They show how near photos of one person are.
     """
     chosen = np.flatnonzero(usable_N)
     if len(chosen) > MAX_SEARCHED:
@@ -113,10 +113,10 @@ def _suspect(chosen: NDArray, kind: str, k: int, other: int, other_N: NDArray, o
 
 
 def read_slices(url: str, photos: Sequence[str]) -> tuple[dict[str, NDArray[np.bool_]], int]:
-    """Return for each attribute of a CSV (columns photo, attribute) which photos have it, and how many are unknown.
+    """Return which photos have each attribute of a CSV (columns photo, attribute), and how many photos are unknown.
 
     Raises:
-        UserError: no such columns, none of its photos is here, or too many attributes.
+        UserError: the columns are missing, none of its photos is here, or there are too many attributes.
     """
     try:
         rows = read_csv(read_bytes(url), text=["photo", "attribute"])
@@ -149,10 +149,10 @@ def slice_figures(
     threshold: float,
     at_far: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return for each attribute the metrics of pairs whose photos both have it; None if there are no such pairs.
+    """Return for each attribute the metrics of the pairs in which both photos have it; None if there are none.
 
-    Accuracy uses the thresholds of the folds, the two error rates use the threshold of all pairs. `own_threshold` is
-    what these pairs alone would choose for the FAR `at_far`; None if they are too few to tell. It is used by nothing.
+    Accuracy uses the thresholds of the folds. The two error rates use the threshold of all pairs. `own_threshold` is
+    the threshold of these pairs alone at the FAR `at_far`, None if they are too few. It is reported and never applied.
     """
     rows = []
     for name, mask_N in slices.items():

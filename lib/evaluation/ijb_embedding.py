@@ -1,4 +1,4 @@
-"""Embeddings of the images of an IJB set: in parts, as a table, so that a job that was killed goes on.
+"""Embeddings of the images of an IJB set. They are written in parts, so that a killed job can go on.
 
 Shapes: N images.
 """
@@ -46,7 +46,7 @@ _PLANNED = pa.schema(
 
 
 def file_names(one: IjbSet, embedder: Embedder) -> list[str]:
-    """Return the file of each part of `PART_IMAGES` images, by what its embeddings are made of."""
+    """Return the file of each part of `PART_IMAGES` images. Its name depends on what its embeddings are made of."""
     names = []
     for part, start in enumerate(range(0, len(one.images), PART_IMAGES)):
         rows = slice(start, start + PART_IMAGES)
@@ -127,7 +127,7 @@ class IjbWorker(EmbedWorker):
     def __init__(self, images_url: str, planned: str, arguments: tuple[Any, ...]) -> None:
         super().__init__(*arguments)
         self._images_url, self._planned = images_url, planned
-        # All crops are aligned to ArcFace's template: the files have no boxes, which another one would need.
+        # All crops are aligned to ArcFace's template. Other templates need boxes, which the files do not have.
         self._made = Alignment(template=arguments[4]["template"], image_size=ARCFACE_SIDE)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="image")
 
@@ -143,7 +143,7 @@ class IjbWorker(EmbedWorker):
 
 
 def aligned(images_url: str, name: str, landmarks: list[float]) -> tuple[str, bytes | None]:
-    """Return a status of the faces table, and the face as BMP, 112x112: it is decoded at once and loses nothing."""
+    """Return a status of the faces table, and the face as a lossless 112x112 BMP, which is quick to decode."""
     try:
         photo = Photo(storage.read_bytes(storage.join(images_url, name), MAX_PHOTO_BYTES + 1), max_pixels=MAX_PIXELS)
         alignment = Alignment(template=ARCFACE, image_size=ARCFACE_SIDE)

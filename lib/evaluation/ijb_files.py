@@ -45,7 +45,7 @@ class Enrolled:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IjbSet:
-    """A set, read and checked. Templates are indices into `templates_T`, their numbers in the files."""
+    """A set, read and checked. Templates are indices into `templates_T`, which holds their numbers in the files."""
 
     name: str
     images_url: str
@@ -56,7 +56,7 @@ class IjbSet:
     landmarks_NX: NDArray[np.float32]
     """x y of left eye, right eye, nose, mouth left, mouth right, in pixels of the image: ten numbers each."""
     score_N: NDArray[np.float32]
-    """How sure the detector was."""
+    """Score of the detector."""
     image_R: NDArray[np.int64]
     template_R: NDArray[np.int64]
     media_R: NDArray[np.int64]
@@ -65,7 +65,7 @@ class IjbSet:
     b_P: NDArray[np.int32]
     same_P: NDArray[np.bool_]
     galleries: Mapping[str, Enrolled]
-    """By what stands in the names of their files, such as G1; empty where there are none, or no probes."""
+    """Galleries by the part of the file's name, such as G1. Empty if there are no galleries or no probes."""
     probes: Enrolled | None
 
 
@@ -135,7 +135,7 @@ def _meta(url: str) -> tuple[str, list[str], str]:
 
 
 def _read_text(url: str, columns: Mapping[str, pa.DataType], line: str) -> pa.Table:
-    """Return the lines of a file whose fields are parted by spaces, read a block at a time."""
+    """Return the lines of a file with fields separated by spaces, read a block at a time."""
     return _read(
         url,
         pa.csv.ReadOptions(column_names=list(columns), block_size=_BLOCK_BYTES, use_threads=False),
@@ -179,7 +179,7 @@ def _points(url: str, images: pa.Array) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _marks(images_url: str, images: pa.Array, named_in: str) -> pa.Array:
-    """Return size and mark of each image, once all are there."""
+    """Return the size and the modification mark of each image."""
     names, marks = [], []
     for info in storage.list_files(images_url, skip_prefixes=(), in_order=False):
         names.append(info.path)
@@ -211,7 +211,7 @@ def _placed(numbers: pa.ChunkedArray, templates_T: NDArray[np.int64], url: str) 
 def _enrolled(
     folder: str, names: Sequence[str], name: str, templates_T: NDArray[np.int64]
 ) -> tuple[dict[str, Enrolled], Enrolled | None]:
-    """Return galleries and probes, as far as there are both."""
+    """Return the galleries and the probes, both empty if either is missing."""
     matches = [re.fullmatch(rf"{re.escape(name)}_1N_gallery_(.+)\.csv", each) for each in names]
     files = {match[1]: match[0] for match in matches if match}
     if not files or name + PROBES_SUFFIX not in names:

@@ -27,14 +27,14 @@ _NEVER = np.float32(-np.inf)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Searched:
-    """What a search of each probe in a gallery found."""
+    """The result of a search of each probe in a gallery."""
 
     is_mated_B: NDArray[np.bool_]
     """Whether its subject is in the gallery."""
     mate_B: NDArray[np.float32]
-    """Similarity (cosine) to its subject; minus infinity where that is not in the gallery."""
+    """Cosine similarity to its own subject. Minus infinity if the gallery does not have it."""
     num_before_B: NDArray[np.int64]
-    """Other subjects that are at least as similar."""
+    """Number of other subjects that are at least as similar."""
     top_other_B: NDArray[np.float32]
     """Similarity of the most similar other subject."""
     subject_B: NDArray[np.int64]
@@ -43,12 +43,12 @@ class Searched:
 def identification(
     vectors_TD: NDArray[np.float32], failed_T: NDArray[np.bool_], one: IjbSet, protocol: Protocol, *, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Return the figures of each gallery and their mean, and of all galleries together; None without galleries.
+    """Return the figures of each gallery, their mean, and those of all galleries together; None without galleries.
 
-    A rank-k share is of the probes whose subject is in the gallery. FPIR is the share of the other probes whose most
-    similar subject is above the threshold, TPIR that of the first probes whose own subject is. `together` searches one
-    gallery of all subjects, and its threshold is passed by as many similarities of wrong subjects as FPIR times the
-    number of probes, as the scripts of InsightFace have it.
+    Mated probes are those whose subject is in the gallery. Rank-k shares and TPIR are over mated probes, FPIR is over
+    the others. TPIR is the share of mated probes whose own subject is above the threshold. FPIR is the share of the
+    other probes whose most similar subject is above it. `together` searches one gallery of all subjects. Its threshold
+    is chosen as InsightFace's scripts do: FPIR times the number of probes similarities of wrong subjects are above it.
     """
     if one.probes is None:
         return None
@@ -72,7 +72,7 @@ def identification(
 
 
 def tpir_key(fpir: float) -> str:
-    """Return how TPIR at a FPIR is named in a report, such as tpir_at_0.01."""
+    """Return the name of TPIR at this FPIR in a report, such as tpir_at_0.01."""
     return f"tpir_at_{fpir:g}"
 
 
@@ -84,7 +84,7 @@ def _mean(values: list[float | None]) -> float | None:
 def search(
     vectors_TD: NDArray[np.float32], failed_T: NDArray[np.bool_], gallery: Enrolled, probes: Enrolled
 ) -> Searched:
-    """Return what each probe finds; a subject with several templates is as similar as the most similar of them."""
+    """Return what each probe finds. The similarity to a subject is that of its most similar template."""
     subjects_S = np.unique(gallery.subject_E)
     place_B = np.searchsorted(subjects_S, probes.subject_E).clip(max=len(subjects_S) - 1)
     is_mated_B = subjects_S[place_B] == probes.subject_E
@@ -95,7 +95,7 @@ def search(
         mate_B = np.where(is_mated_B[rows], similarity_BS[rows_B, place_B[rows]], _NEVER)
         similarity_BS[rows_B[is_mated_B[rows]], place_B[rows][is_mated_B[rows]]] = _NEVER
         mate.append(mate_B)
-        # A template without a readable image finds nobody: all others stand before its subject.
+        # A template without a readable image finds nobody: all other subjects rank before its own.
         num_before.append(np.count_nonzero(similarity_BS >= mate_B[:, None], axis=1))
         top_other.append(similarity_BS.max(axis=1))
     return Searched(
@@ -110,7 +110,7 @@ def search(
 def _similarities(
     vectors_TD: NDArray[np.float32], failed_T: NDArray[np.bool_], gallery: Enrolled, probes: Enrolled
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the cosine [B, S] of some probes, from a place on, to each subject of the gallery."""
+    """Yield the index of the first of some probes, and their cosine similarity [B, S] to each subject."""
     order_E = np.argsort(gallery.subject_E, kind="stable")
     template_E = gallery.template_E[order_E]
     starts_S = np.flatnonzero(np.diff(gallery.subject_E[order_E], prepend=-1))
@@ -125,7 +125,7 @@ def _similarities(
 def open_set_figures(
     searched: Searched, protocol: Protocol, times_B: NDArray[np.float64] | None = None
 ) -> dict[str, float | None]:
-    """Return the rank and TPIR figures of a search, None where there are too few probes to tell.
+    """Return the rank and TPIR figures of a search. A figure with too few probes is None.
 
     `times_B` says how often each probe counts.
     """
@@ -150,7 +150,7 @@ def open_set_figures(
 
 
 def intervals(searched: Searched, protocol: Protocol, *, seed: int) -> dict[str, Any]:
-    """Return 95 % percentile intervals of the figures under another draw of the probes' subjects."""
+    """Return 95 % percentile intervals of the figures, from resampling the probes' subjects."""
     subjects_I, subject_B = np.unique(searched.subject_B, return_inverse=True)
     rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = {}
@@ -166,7 +166,7 @@ def intervals(searched: Searched, protocol: Protocol, *, seed: int) -> dict[str,
 
 
 def together(vectors_TD: NDArray[np.float32], failed_T: NDArray[np.bool_], one: IjbSet) -> dict[str, Any]:
-    """Return the figures of all galleries as one, of the probes whose subject is there."""
+    """Return the figures of one gallery of all subjects, over the probes whose subject is in it."""
     assert one.probes is not None
     parts = list(one.galleries.values())
     gallery = Enrolled(

@@ -34,8 +34,8 @@ class IjbPlan(Plan):
     Attributes:
         url: folder of the set.
         models: URLs of the models.
-        is_shared: whether the report stands in a subfolder of the output, of the set's name.
-        flip: whether to add the embedding of the mirror image; None as each model says.
+        is_shared: whether the report goes to a subfolder of the output with the set's name.
+        flip: whether to add the embedding of the mirror image. None leaves it to each model.
     """
 
     url: str
@@ -112,7 +112,7 @@ def _write(
 
 
 def _measured(plan: IjbPlan, one: IjbSet, files: Sequence[str]) -> tuple[dict[str, Any], RocCurve]:
-    """Return what `metrics.json` says of a model whose embeddings are in these files, and its curve."""
+    """Return the entry in `metrics.json` of a model whose embeddings are in these files, and its curve."""
     by_score = plan.protocol == "insightface"
     vectors_TD, failed_T, failed = template_vectors(one, files, by_score=by_score)
     if failed_T.all():
@@ -127,7 +127,7 @@ def _measured(plan: IjbPlan, one: IjbSet, files: Sequence[str]) -> tuple[dict[st
 
 
 def _check(one: IjbSet) -> None:
-    """Refuse pairs that have no curve, before anything is embedded."""
+    """Refuse pairs of one kind only, before anything is embedded."""
     num_same = int(one.same_P.sum())
     if num_same in (0, len(one.same_P)):
         raise UserError(
@@ -136,7 +136,7 @@ def _check(one: IjbSet) -> None:
 
 
 def _failed(models: Sequence[dict[str, Any]], one: IjbSet) -> list[str]:
-    """Return what to say of images that cannot be read; they are the same for every model."""
+    """Return a note about images that cannot be read. They are the same for every model."""
     failed = Counter(models[0]["failed_images"])
     if not failed:
         return []

@@ -28,7 +28,7 @@ _NAMES = (*(f"rank_{rank}" for rank in RANKS), *(tpir_key(fpir) for fpir in FPIR
 
 
 def verification_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a line for each model: AUC, EER and TAR@FAR, in percent, with intervals where there are."""
+    """Return a line for each model: AUC, EER and TAR@FAR in percent, with intervals if there are any."""
     rows = []
     for model in models:
         figures = model["verification"]
@@ -41,7 +41,7 @@ def verification_rows(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def identification_rows(model: Mapping[str, Any]) -> list[list[str]]:
-    """Return a line for each gallery, for their mean, and for all of them as one, in percent."""
+    """Return a line for each gallery, for their mean and for the joint gallery, in percent."""
     found = model["identification"]
     rows = [
         [name, *(_cell(each[figure], each["intervals"] and each["intervals"][figure]) for figure in _NAMES)]

@@ -20,11 +20,12 @@ IJB_FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 NUM_RESAMPLES = 200
 
 _KEPT_FALSE_ACCEPTS = 2.0
-"""Different pairs that the resamples look at: so many times the largest FAR, because people weigh unequally in them."""
+"""Resamples look at this many times the largest FAR of the different pairs. One time is not enough, because a resample
+can count some people more often than others."""
 
 
 def reported_fars(num_different: int, protocol: Protocol) -> list[float]:
-    """Return the FARs that so many different pairs can tell; published figures have them from one false accept on."""
+    """Return the FARs that this many different pairs can measure. Published figures need only one false accept."""
     needed = 1 if protocol == "insightface" else MIN_FALSE_ACCEPTS
     return [far for far in IJB_FARS if far * num_different >= needed * (1 - 1e-9)]
 
@@ -63,7 +64,10 @@ def verification(
 
 
 def people_of(one: IjbSet) -> NDArray[np.int64]:
-    """Return a number for the person of each template, [T]: those of a same pair or of one subject are one person."""
+    """Return the person of each template as a number, [T].
+
+    Two templates show one person if they are a same pair or have one subject.
+    """
     links = [(one.a_P[one.same_P], one.b_P[one.same_P])]
     groups = [*one.galleries.values(), *([one.probes] if one.probes else [])]
     if groups:
@@ -87,10 +91,10 @@ def tar_intervals(
     num_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Return 95 % percentile intervals of TAR@FAR under another draw of people.
+    """Return 95 % percentile intervals of TAR@FAR, from resampling people.
 
-    People are resampled as `bootstrap_intervals` does. Of millions of different pairs only those that can be among the
-    false accepts are sorted; the others count in the sum alone, by pairs of people.
+    People are resampled as `bootstrap_intervals` does. Only the different pairs that can become false accepts are
+    sorted. The millions of others enter only the total, summed by pairs of people.
     """
     used, people_T = np.unique(people_T, return_inverse=True)
     num_people = len(used)
@@ -115,7 +119,7 @@ def tar_intervals(
         accepted_S = np.concatenate([[0.0], np.cumsum(times_I[person_S])])
         for far in fars:
             allowed = int(np.searchsorted(accepted_F, far * all_different * (1 + 1e-12), side="right"))
-            # Below the distance of the first different pair that is one too many.
+            # The threshold lies below the first different pair that would be one false accept too many.
             beyond = near_F[allowed] if allowed < num_near else np.inf if num_near == len(different) else np.nan
             num_same = np.searchsorted(same_S, beyond, side="left") if np.isfinite(beyond) else len(same_S)
             share = accepted_S[num_same] / accepted_S[-1] if accepted_S[-1] and not np.isnan(beyond) else np.nan

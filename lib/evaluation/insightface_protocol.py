@@ -1,4 +1,4 @@
-"""The protocol by which published figures on verification sets are made: that of InsightFace's `eval/verification.py`.
+"""The protocol of InsightFace's `eval/verification.py`, by which published figures on verification sets are made.
 
 Shapes: N images, D embedding, P pairs, F folds, T thresholds.
 """
@@ -16,17 +16,17 @@ THRESHOLDS_T = np.arange(0, 4, 0.01)
 
 
 def file_order_folds(num_pairs: int, num_folds: int = NUM_FOLDS) -> NDArray[np.int16]:
-    """Return the fold of each pair: runs in the order of the file, the first ones longer by one where need be."""
+    """Return the fold of each pair: equal runs in file order. The first runs take one more each if pairs are left."""
     return np.repeat(
         np.arange(num_folds), [len(fold) for fold in np.array_split(np.arange(num_pairs), num_folds)]
     ).astype(np.int16)
 
 
 def insightface_accuracy(squared_P: NDArray[np.floating], same_P: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return the accuracy over 10 folds in file order, each at the threshold that judges the other nine best.
+    """Return the accuracy over 10 folds in file order, each at the best threshold of the other nine.
 
-    A pair is called the same where its squared distance is below the threshold; of equally good thresholds the lowest
-    is taken. `accuracy_std` is the standard deviation over the folds (`numpy.std`), as papers print it, not a standard
+    A pair is called the same if its squared distance is below the threshold. Of equally good thresholds the lowest is
+    taken. `accuracy_std` is the standard deviation over the folds (`numpy.std`), as papers print it, not the standard
     error. `fold_thresholds` are squared distances.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Confidence intervals of metrics under another draw of people: bootstrap over identities.
+"""Confidence intervals of metrics by a bootstrap over identities: how much would other people change the result?
 
 Shapes: N photos, P pairs, F folds, I identities, T thresholds (points of the curve), R resamples.
 """
@@ -40,15 +40,16 @@ def bootstrap_intervals(
     seed: int,
     point: int | None = None,
 ) -> dict[str, Any]:
-    """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR under another draw of people.
+    """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR, from resampling people.
 
-    With `point`, a corner of the curve, also those of FAR and TAR at its threshold: `point_far` and `point_tar`.
+    `point` is a corner of the curve. With it, the result has the intervals of FAR and TAR at its threshold, too:
+    `point_far` and `point_tar`.
 
-    Pairs of one person are not independent, so people are resampled, not pairs. A person drawn m times counts its same
-    pairs m times; a different pair of people drawn m and n times counts m * n times (the vertex bootstrap of Snijders
-    and Borgatti 1999, Non-parametric standard errors and tests for network statistics). The thresholds of the folds
-    are not chosen again: `right_P` says which pairs they judge correctly. A resample without one of the kinds is left
-    out; the result is None if all are.
+    Pairs of one person are not independent, so people are resampled, not pairs. If a person is drawn m times, its same
+    pairs count m times. If two people are drawn m and n times, their different pairs count m * n times (the vertex
+    bootstrap of Snijders and Borgatti 1999, Non-parametric standard errors and tests for network statistics). The folds
+    keep their thresholds: `right_P` says which pairs they judge correctly. Resamples without one of the two kinds are
+    left out. The result is None if all are.
     """
     assert num_resamples > 0
     order_P = np.argsort(distances_P)
@@ -96,9 +97,9 @@ def _curve_figures(
 def _resampled_weights(
     rng: np.random.Generator, num_people: int, person_2P: NDArray[np.int64], out_2RP: FloatArray
 ) -> FloatArray:
-    """Draw as many people as there are, with replacement, and return how often each pair then counts, [R, P].
+    """Draw as many people as there are, with replacement, and return how often each pair counts, [R, P].
 
-    The number `num_people` means "the same person again" and counts once. The result is a view of `out_2RP`.
+    The number `num_people` stands for "the same person again" and counts once. The result is a view of `out_2RP`.
     """
     num_resamples = out_2RP.shape[1]
     drawn_RI = (

@@ -1,4 +1,4 @@
-"""The photos of a faces table or of a folder, and which of them are compared with which.
+"""The photos of a faces table or of a folder, and the pairs to compare.
 
 Shapes: N photos of the source.
 """
@@ -37,10 +37,10 @@ def photos_and_pairs(
     seed: int,
     whole_split: bool = False,
 ) -> tuple[Photos, Pairs, list[Source]]:
-    """Return the photos in pairs, their pairs, and the sources with these photos alone.
+    """Return the photos in pairs, their pairs, and the sources reduced to these photos.
 
-    Faces that are not `within` are in no pair. Without a file of pairs, `num_pairs` are made; with `whole_split` the
-    photos are then all that could be in pairs.
+    Faces that are not `within` are left out of the pairs. Without a file of pairs, `num_pairs` are made. With
+    `whole_split`, the result then holds all photos that pairs could be made of.
 
     Raises:
         UserError: as `read_pairs` and `made_pairs` do.
@@ -64,7 +64,7 @@ def photos_and_pairs(
 def photos_and_lists(
     sources: Sequence[Source], urls: Sequence[str], within: FaceFilter, *, seed: int
 ) -> tuple[Photos, list[Pairs], list[Source]]:
-    """Return the photos in the pairs of some files, the pairs of each, and the sources with these photos alone.
+    """Return the photos in the pairs of several files, the pairs of each, and the sources reduced to these photos.
 
     Raises:
         UserError: as `read_pairs` does.
@@ -86,10 +86,10 @@ def _with_note(pairs: Pairs, note: str) -> Pairs:
 def _used(
     taken: pa.Table, places_N: NDArray[np.int64], lists: Sequence[Pairs]
 ) -> tuple[Photos, list[Pairs], NDArray[np.int64]]:
-    """Return the photos that are in pairs, the pairs as indices into them, and their places.
+    """Return the photos that are in pairs, the pairs as indices into them, and their places in the list.
 
-    Identities that contradict pairs, as those of photos that all lie in one folder, say nothing of who is on them: the
-    people are then those that same pairs join.
+    If identities contradict the pairs, as when all photos lie in one folder, they are ignored: then two photos show one
+    person if same pairs join them.
     """
     used_M = np.unique(np.concatenate([side_P for pairs in lists for side_P in (pairs.a_P, pairs.b_P)]))
     lists = [
@@ -105,10 +105,10 @@ def _used(
 
 
 def _in_no_pair(source: Source, listed: pa.Table) -> pa.ChunkedArray:
-    """Return which photos no pair is made of.
+    """Return which photos are left out of the pairs that are made.
 
-    A raw photo without a face counts as an error, because the model should have found the face. A faces table tests the
-    model alone; photos that are in no pair are reported.
+    A raw photo without a face stays in and counts as an error, because the model should have found the face. With a
+    faces table the model alone is tested, so photos without a face are left out and reported.
     """
     if isinstance(source, FacesSource):
         is_out = pc.not_equal(listed["status"], table.ALIGNED)
@@ -125,7 +125,7 @@ def _note(listed: pa.Table, is_out_N: NDArray[np.bool_], what: str) -> str:
 
 
 def _only(source: Source, places_N: NDArray[np.int64]) -> Source:
-    """Return a source with the photos at these places of its list, rising, alone."""
+    """Return a source with only the photos at these places of its list, given in rising order."""
     if isinstance(source, PhotosSource):
         photos = source.manifest.photos.take(pa.array(places_N))
         manifest = Manifest.of(photos, source.manifest.num_bytes, source.manifest.num_passed_over)
@@ -144,7 +144,7 @@ def _not_within(taken: FaceFilter) -> str:
 def _listed(source: Source, taken: FaceFilter) -> pa.Table:
     """Return photo, identity, status (if known) and split of every photo of a source.
 
-    The status of aligned faces that are left out says so.
+    Aligned faces that are left out have a status that says so.
     """
     if isinstance(source, PhotosSource):
         return source.manifest.photos.select(_COLUMNS)

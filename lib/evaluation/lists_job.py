@@ -1,6 +1,6 @@
-"""The evaluate job on several lists of pairs, or on one by the protocol of InsightFace: one table, as for sets.
+"""The evaluate job on several lists of pairs, or on one list by InsightFace's protocol. It reports one table.
 
-The photos are those of a faces table or raw; those of all lists are embedded once.
+The photos come from a faces table or are raw. Each photo is embedded once, even if several lists name it.
 
 Shapes: N photos, P pairs.
 """
@@ -98,7 +98,7 @@ def _add_figures(
     lists: dict[str, Pairs],
     plan: ListsPlan,
 ) -> list[str]:
-    """Add the figures of each list to a model, and its curves; return what to say of photos without an embedding."""
+    """Add the figures of each list to a model, and its curves. Return notes about photos without an embedding."""
     vectors_ND, failed_N, statuses = of_photos(made, photos)
     for name, pairs in lists.items():
         in_pairs_N = np.zeros(len(failed_N), bool)

@@ -55,7 +55,11 @@ def pair_distances(
 
 
 def _sound(embeddings_ND: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return the embeddings in float32 or float64; raise if any is not finite."""
+    """Return the embeddings in float32 or float64.
+
+    Raises:
+        UserError: an embedding is not finite.
+    """
     num_broken = np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1))
     if num_broken:
         raise UserError(
@@ -66,18 +70,18 @@ def _sound(embeddings_ND: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def failed_as_errors(distances_P: FloatArray, pairs: Pairs, failed_N: BoolArray) -> FloatArray:
-    """Return the distances, with pairs of a failed photo (one without a face) made errors at any threshold.
+    """Return the distances, changed so that pairs with a failed photo (one without a face) are always errors.
 
-    Such a same pair gets an infinite distance, such a different pair minus infinity.
+    A same pair with a failed photo gets an infinite distance, a different pair minus infinity.
     """
     failed_P = failed_N[pairs.a_P] | failed_N[pairs.b_P]
     return np.where(failed_P, np.where(pairs.same_P, np.inf, -np.inf), distances_P)
 
 
 def best_threshold(distances_P: FloatArray, same_P: BoolArray) -> tuple[float, float]:
-    """Return the threshold with the most correct pairs, and their share.
+    """Return the threshold with the most correct pairs, and the share of correct pairs.
 
-    Exact: it tries every way in which a finite threshold can split the pairs. Of equally good thresholds it takes the
+    The result is exact: every split of the pairs by a finite threshold is tried. Of equally good thresholds it is the
     lowest, midway between the two distances that it separates.
 
     Raises:
@@ -121,7 +125,7 @@ class KFoldAccuracy:
 
 
 def check_folds(same_P: BoolArray, fold_P: NDArray[np.integer]) -> None:
-    """Refuse folds on which no threshold can be chosen, before anything is embedded.
+    """Check that a threshold can be chosen for every fold. Jobs do so before they embed anything.
 
     Raises:
         UserError: fewer than two folds, a fold with pairs of one kind only.

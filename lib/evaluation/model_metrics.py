@@ -38,7 +38,7 @@ class Photos:
     """The photos that the pairs index, the same for every model.
 
     Attributes:
-        people_N: the person on each photo, as a number; a photo without an identity is a person of its own.
+        people_N: the person on each photo, as a number. Each photo without an identity has a number of its own.
     """
 
     names: list[str]
@@ -69,7 +69,7 @@ def photos_of(names: list[str], identities: list[str | None], splits: list[str])
 
 
 def check_embedded(made: Embeddings, folder: str) -> None:
-    """Raise UserError if no photo has an embedding, as when the photos were moved while they were read."""
+    """Raise UserError if no photo has an embedding, for example because the photos were moved during the job."""
     if made.failed_N.all():
         reasons = ", ".join(f"{count} {status}" for status, count in Counter(made.statuses).most_common())
         raise UserError(
@@ -138,7 +138,7 @@ def of_photos(made: Embeddings, photos: Photos) -> tuple[NDArray[np.float32], ND
 
 
 def _failed(photos: Photos, pairs: Pairs, failed_N: NDArray[np.bool_], statuses: list[str]) -> dict[str, Any]:
-    """Return the numbers by status, and the names, of the photos in pairs that failed."""
+    """Return the failed photos that are in pairs: their number by status, and their names."""
     in_pairs_N = np.zeros(len(photos.names), bool)
     in_pairs_N[np.concatenate([pairs.a_P, pairs.b_P])] = True
     failed = np.flatnonzero(failed_N & in_pairs_N)
@@ -151,7 +151,7 @@ def _failed(photos: Photos, pairs: Pairs, failed_N: NDArray[np.bool_], statuses:
 def _original(
     photos: Photos, vectors_ND: NDArray, failed_N: NDArray[np.bool_], tolerance: float, seed: int
 ) -> dict[str, Any] | None:
-    """Return the original project's table by its own protocol, on photos with a face; it had no others."""
+    """Return the original project's table by its own protocol, which knows only photos with a face."""
     usable = [n for n in np.flatnonzero(~failed_N) if photos.identities[n] is not None]
     identities = [str(photos.identities[n]) for n in usable]
     num_same = sum(count * (count - 1) // 2 for count in Counter(identities).values())
@@ -167,5 +167,5 @@ def _original(
 
 
 def chosen_threshold(figures: Mapping[str, Any]) -> float:
-    """Return the threshold to keep in a model: that of the operating point if one was asked for, else the best one."""
+    """Return the threshold to keep in a model: that of the operating point if there is one, else the best one."""
     return float((figures["operating_point"] or figures)["threshold"])

@@ -16,7 +16,7 @@ def original_table(
     """Return the table of the original project, at the threshold that it calls tolerance.
 
     F-beta is van Rijsbergen's: recall weighs `beta` times as much as precision. Means leave out failed photos. A metric
-    with an empty denominator (precision when nothing is called the same) is None.
+    with an empty denominator is None, such as precision when no pair is called the same.
     """
     called_P = distances_P <= tolerance
     true_positives = int(np.count_nonzero(called_P & same_P))

@@ -29,8 +29,8 @@ _WORDS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no":
 def read_pairs(url: str, photos: Strings, *, seed: int = 0) -> Pairs:
     """Return the pairs of a file: `.txt` in LFW's format, `.csv` or `.parquet` with photo_a, photo_b, same (and fold).
 
-    `pair_lists` says which other lists are read: those of CALFW, CPLFW and AgeDB-30, and folders of CFP. Pairs without
-    folds are dealt into 10 by `seed`, each with its share of both kinds; such folds may share people.
+    `pair_lists` reads the other formats: lists of CALFW, CPLFW and AgeDB-30, and folders of CFP. Pairs without folds
+    are dealt into 10 folds by `seed`, each with its share of both kinds. Such folds may share people.
 
     Raises:
         UserError: another kind of file, a malformed line or row (named by number), no pair whose photos are there.
@@ -57,10 +57,10 @@ def read_pairs(url: str, photos: Strings, *, seed: int = 0) -> Pairs:
 def parse_lfw_pairs(content: bytes, photos: Strings, url: str, *, seed: int = 0) -> Pairs:
     """Return the pairs of LFW's `pairs.txt`.
 
-    The first line holds the number of folds and of pairs of each kind in a fold (or the latter alone: one fold, dealt
-    into 10 here). A line `person i j` is a same pair, `person i other j` a different one; `person i` stands for the
-    photo `person/person_%04d` of any extension, wherever that folder lies under the photo root. `url` names the file in
-    messages.
+    The first line holds the number of folds and the number of pairs of each kind in a fold. If it holds only the
+    latter, the pairs are one fold and are dealt into 10 here. A line `person i j` is a same pair, `person i other j` a
+    different one. `person i` stands for the photo `person/person_%04d` with any extension, wherever that folder lies
+    under the photo root. `url` names the file in messages.
     """
     try:
         lines = content.decode("utf-8-sig").splitlines()
@@ -100,7 +100,7 @@ def parse_lfw_pairs(content: bytes, photos: Strings, url: str, *, seed: int = 0)
 
 
 def _distinct(names_a: pa.Array, names_b: pa.Array, same_P: NDArray[np.bool_], url: str) -> NDArray[np.int64]:
-    """Return the row in which each pair is listed first, whichever of its photos is named first, in order.
+    """Return the row in which each pair is first listed, in rising order. The order of its two photos does not matter.
 
     Raises:
         UserError: a pair is listed as one person and as two.
@@ -118,7 +118,7 @@ def _distinct(names_a: pa.Array, names_b: pa.Array, same_P: NDArray[np.bool_], u
 
 
 def _lfw_pair(line: str) -> tuple[str, str, bool] | None:
-    """Return both photos as `person/stem` and whether they show one person; None for a malformed line."""
+    """Return both photos as `person/stem`, and whether they show one person. None for a malformed line."""
     fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
     match fields:
         case [person, i, j] if i.isdecimal() and j.isdecimal() and int(i) != int(j):
@@ -133,7 +133,7 @@ def _lfw_photo(person: str, number: str) -> str:
 
 
 def _index_by_person_and_stem(photos: Strings, wanted: set[str], url: str) -> dict[str, int]:
-    """Map each wanted `person/stem` to the one photo whose path ends so, whatever its extension."""
+    """Map each wanted `person/stem` to the photo whose path ends with it, with any extension."""
     index: dict[str, int] = {}
     for n, photo in enumerate(texts_of(photos)):
         key = os.path.splitext("/".join(photo.rsplit("/", 2)[-2:]))[0]  # noqa: PTH122  (pathlib is 20 times slower)
@@ -148,8 +148,8 @@ def _index_by_person_and_stem(photos: Strings, wanted: set[str], url: str) -> di
 def _named_pairs(named: NamedPairs, photos: Strings, url: str, seed: int) -> Pairs:
     """Return the pairs of a list of names.
 
-    Without folds, they are those of the order of the list if each then has both kinds, as InsightFace's protocol has
-    them, and else dealt.
+    If the list has no folds, they are runs in the order of the list, as in InsightFace's protocol. If such a run would
+    have pairs of one kind only, the pairs are dealt into folds instead.
     """
     names_a, names_b = pa.array(named.names_a, pa.string()), pa.array(named.names_b, pa.string())
     _refuse_rows(pc.equal(names_a, names_b).to_numpy(zero_copy_only=False), "pair a photo with itself", url)
@@ -170,7 +170,7 @@ def _named_pairs(named: NamedPairs, photos: Strings, url: str, seed: int) -> Pai
 def parse_pairs_table(content: bytes, photos: Strings, url: str, *, seed: int = 0) -> Pairs:
     """Return the pairs of a CSV or Parquet file with columns photo_a, photo_b, same, and perhaps fold.
 
-    `same` holds true or false, 1 or 0, or yes or no. CSV may be parted by commas, semicolons or tabs.
+    `same` holds true or false, 1 or 0, or yes or no. The CSV separator is a comma, a semicolon or a tab.
     """
     table = _read_table(content, url)
     absent = [name for name in ("photo_a", "photo_b", "same") if name not in table.column_names]
@@ -203,10 +203,10 @@ def parse_pairs_table(content: bytes, photos: Strings, url: str, *, seed: int = 
 
 
 def _booleans(column: pa.ChunkedArray, url: str) -> NDArray[np.bool_]:
-    """Return a column of booleans, numbers or words.
+    """Return a column of booleans, numbers or words as booleans.
 
     Raises:
-        UserError: a value means neither yes nor no; the rows are named.
+        UserError: values that mean neither yes nor no. The message names their rows.
     """
     values = column.to_numpy()
     if pa.types.is_string(column.type):
@@ -249,7 +249,7 @@ def dealt_folds(same_P: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
 def _found_pairs(
     a_P: NDArray, b_P: NDArray, same_P: NDArray, fold_P: NDArray, names_a: pa.Array, names_b: pa.Array, url: str
 ) -> Pairs:
-    """Part the pairs whose photos are there from those with an index of -1, which are named and counted."""
+    """Return the pairs with both photos. Pairs with an index of -1 are counted and named."""
     found_P = (a_P >= 0) & (b_P >= 0)
     num_missing = len(found_P) - int(found_P.sum())
     lost_a, lost_b = (

@@ -27,11 +27,12 @@ from lib.faces.images import PHOTO_SUFFIXES
 logger = logging.getLogger(__name__)
 
 CFP_LISTS = {"FF": ("Pair_list_F.txt", "Pair_list_F.txt"), "FP": ("Pair_list_F.txt", "Pair_list_P.txt")}
-"""The lists that the two numbers of a line of each protocol of CFP are of."""
+"""For each protocol of CFP, the two lists that the two numbers of a line refer to."""
 _KINDS = {"same.txt": True, "diff.txt": False}
 
 TAIL = 3
-"""So many last parts of a path are looked up: CFP's photos have the same names in each person's folders."""
+"""A photo is looked up by this many last parts of its path. CFP needs several: its photos have the same names in every
+person's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -172,14 +173,14 @@ def _cfp_photos(url: str) -> dict[str, str]:
 
 
 def places_of(names: set[str], photos: Strings, url: str) -> dict[str, int]:
-    """Return the place of each name among the photos, as far as one is there.
+    """Return the index of the photo of each name, for the names that have one.
 
-    A name is that of a photo whose path it is, whose path ends with it, or whose path it ends with: a list may begin
-    below the photo root or above it. Of several such photos, that counts which lies in a folder of the name of the
-    list's own folder.
+    A list may start its paths at, below or above the photo root. So a name belongs to a photo if the two paths are
+    equal or one ends with the other. If there are several such photos, the one in a folder with the name of the list's
+    own folder is taken.
 
     Raises:
-        UserError: several photos answer to a name.
+        UserError: several photos have the name.
     """
     parts = {name: tuple(name.replace("\\", "/").removeprefix("./").split("/")) for name in names}
     # A photo is looked up by as many last parts as both it and the name have, up to TAIL.
@@ -226,10 +227,10 @@ def texts_of(photos: Strings) -> Any:
 
 
 def list_names(urls: Sequence[str]) -> Mapping[str, str]:
-    """Return what each list is called, by its URL: its file without the suffix; pairs.txt has the name of its folder.
+    """Return the name of each list by its URL: the file name without suffix. For pairs.txt it is the folder's name.
 
     Raises:
-        UserError: two lists would be called the same.
+        UserError: two lists would have the same name.
     """
     names = {url: _list_name(url) for url in urls}
     again = [name for name in names.values() if list(names.values()).count(name) > 1]

@@ -24,14 +24,15 @@ MAX_FOLDS = 32_767
 """Folds are numbered in 16 bits."""
 
 NUM_NAMED = 5
-"""A message names at most so many wrong photos or lines."""
+"""A message names at most this many wrong photos or lines."""
 
 SMALL_FOLD = 8
-"""If a fold has fewer different pairs than so many times the wanted number, all are listed instead of drawn."""
+"""If a fold has fewer different pairs than this many times the wanted number, all are listed and some of them chosen.
+Otherwise pairs are drawn at random."""
 
 
 Strings: TypeAlias = Sequence[str] | pa.Array | pa.ChunkedArray
-"""Names of a list, or of many photos in less memory."""
+"""Names as a list, or as an Arrow array, which takes less memory."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,10 +45,10 @@ class Pairs:
     """Whether both photos show the same person."""
     fold_P: NDArray[np.int16]
     missing_photos: tuple[str, ...] = ()
-    """Photos that are in the file but not in the caller's list; the arrays do not have their pairs."""
+    """Photos that are in the file but not in the caller's list. The arrays leave out their pairs."""
     num_missing_pairs: int = 0
     note: str = ""
-    """A line for the user about these pairs; empty if they are as asked."""
+    """A line for the user about these pairs. Empty if they are as requested."""
 
     def __len__(self) -> int:
         return len(self.a_P)
@@ -64,11 +65,11 @@ def made_pairs(
     """Draw pairs as in LFW: half of one person, half of two, no pair twice, in folds that share no person.
 
     In a fold all people are in equally many pairs, as far as their photos allow. The draw depends on the names and the
-    seed, not on the order of the photos (length N, as `identities`). If there are too few for `num_pairs`, each fold
-    gets as many as it has, still half of each kind, and `note` says so.
+    seed, not on the order of the photos. `photos` and `identities` have length N. If there are too few photos for
+    `num_pairs`, each fold gets as many pairs as it can have, still half of each kind, and `note` says so.
 
     Raises:
-        UserError: not enough people for two folds, or too few pairs asked for the folds.
+        UserError: too few people for two folds, or `num_pairs` is too small for the folds.
     """
     if not 2 <= num_folds <= MAX_FOLDS or num_pairs < 2 * num_folds:
         raise UserError(f"{num_pairs} pairs in {num_folds} folds: at least 2 folds and 2 pairs a fold are needed")
@@ -108,7 +109,7 @@ def _fold_pairs(
 ) -> NDArray[np.int64]:
     """Draw the pairs of a fold, [2 * num, 2], up to `wanted` of each kind: first the same pairs, then the different.
 
-    Person j of the fold has the `count_J[j]` photos at the positions from `start_J[j]` on, which the pairs hold.
+    Pairs hold positions of photos. Those of person j of the fold start at `start_J[j]`, and there are `count_J[j]`.
     """
     num_each = min(wanted, int(_num_same(count_J).sum()), _num_different(count_J))
     same = _draw_same(count_J, num_each, rng)
@@ -121,8 +122,8 @@ def _fold_pairs(
 def original_pairs(photos: Sequence[str], identities: Sequence[str], *, seed: int) -> Pairs:
     """Return the original project's pairs: every two photos of a person, and for each a random photo of someone else.
 
-    Each same pair and its different pair are in the fold of that person (10 folds, or as many as people with two
-    photos). So folds share no person among same pairs, but the random others may come from any fold.
+    A same pair and its different pair are in the fold of that person. There are 10 folds, or as many as there are
+    people with two photos. Same pairs of two folds share no person, but the random others may come from any fold.
 
     Raises:
         UserError: nobody has two photos, or there is only one person.
@@ -221,7 +222,7 @@ def _draw_different(count_J: NDArray[np.int64], num: int, rng: np.random.Generat
 
 
 def _occurrence(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each value how many equal values come before it."""
+    """Return the number of equal values before each value."""
     order = np.argsort(values, kind="stable")
     count = np.bincount(values)
     occurrence = np.empty(len(values), np.int64)

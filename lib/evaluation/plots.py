@@ -18,23 +18,23 @@ from scipy.special import ndtri
 from lib.evaluation.curves import RocCurve, auc, eer
 
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-"""Of the models of a report, or of what else is few."""
+"""Colours of a few things, such as the models of a report."""
 MANY_COLORS = tuple(matplotlib.colormaps["tab20"](n) for n in range(20))
-"""Of the runs of a comparison."""
+"""Colours of the runs of a comparison."""
 SAME_COLOR, DIFFERENT_COLOR = "#0072b2", "#e69f00"
-"""Of the kinds of pairs, for colour-blind eyes too."""
+"""Colours of same and different pairs, which colour-blind readers can tell apart."""
 DPI = 110
 RATE_TICKS = (0.0001, 0.001, 0.01, 0.05, 0.2, 0.5, 0.8)
 NUM_BINS = 60
 MAX_NAMES = 20
-"""Lines or points of a figure that are named in it."""
+"""Largest number of lines or points with a name in a figure."""
 MAX_NAME = 28
-"""Letters of a name in a figure."""
+"""Largest number of letters of a name in a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A run in a figure of two of its properties."""
+    """A run as a point in a figure."""
 
     x: float
     y: float
@@ -101,7 +101,7 @@ def history_plot(
     *,
     is_logarithmic: bool = False,
 ) -> bytes:
-    """Return figures of a training run over its epochs; a gap where an epoch has none."""
+    """Return figures of a training run over its epochs, with a gap at epochs without one."""
     figure, axes = _figure("Epoch", y_label, title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, values in lines.items():
@@ -113,7 +113,7 @@ def history_plot(
 
 
 def front_plot(title: str, x_label: str, points: Sequence[Point], front: Sequence[int]) -> bytes:
-    """Return accuracy in percent, with its interval, over a cost on a logarithmic axis; `front` is joined by a line."""
+    """Return accuracy in percent, with its interval, over a cost on a logarithmic axis. A line joins `front`."""
     figure, axes = _figure(x_label, "Validation accuracy, %", title)
     axes.plot(
         [points[n].x for n in front], [points[n].y for n in front], color="black", linewidth=1.2, label="Pareto front"

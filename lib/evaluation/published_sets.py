@@ -1,4 +1,4 @@
-"""What the evaluations on published sets share: their flags, and what they say of a model."""
+"""The parts that evaluations on published sets share: their flags, and their entries about a model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Plan:
 
 
 def about_model(name: str, embedder: Embedder) -> dict[str, Any]:
-    """Return what `metrics.json` says of a model before it was measured."""
+    """Return a model's entry in `metrics.json`, without its figures."""
     return {
         "name": name,
         "model": storage.redacted(embedder.url),
@@ -46,7 +46,7 @@ def about_model(name: str, embedder: Embedder) -> dict[str, Any]:
 
 
 def about_table(metrics: Mapping[str, Any], measured_on: Mapping[str, str]) -> Table:
-    """Return the table of the models, and of what all of them were measured on: a text by its label."""
+    """Return the table about the models and what they were measured on: labels and texts."""
     models = metrics["models"]
     return Table(
         title="What was measured",
@@ -64,7 +64,7 @@ def about_table(metrics: Mapping[str, Any], measured_on: Mapping[str, str]) -> T
 
 
 def other_template(embedder: Embedder, faces: str, *, strict: bool, advice: str = "") -> list[str]:
-    """Return what to say of a model whose training faces were cut in another way than these faces.
+    """Return a warning if the model's training faces were aligned in another way than these faces.
 
     Raises:
         UserError: with `strict`, such a model.

@@ -1,4 +1,4 @@
-"""What a report says beside its figures: what limits them, and how far one model is ahead of another.
+"""Remarks of a report beside its figures: what limits them, and how far one model is ahead of another.
 
 Shapes: F folds.
 """
@@ -25,7 +25,7 @@ def accuracy_difference(measured: Sequence[Measured]) -> dict[str, float] | None
 
 
 def notes_of(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unknown: int) -> list[str]:
-    """Log and return what limits these figures; `num_unknown` photos of --slices are in no pair."""
+    """Log and return remarks about what limits these figures. `num_unknown` photos of --slices are in no pair."""
     notes = [pairs.note] if pairs.note else []
     for each in measured:
         failed = each.figures["failed_photos"]
@@ -45,7 +45,7 @@ def notes_of(photos: Photos, pairs: Pairs, measured: Sequence[Measured], num_unk
 
 
 def train_note(photos: Photos, lists: Sequence[Pairs], source: Source) -> list[str]:
-    """Return what to say of photos in pairs that a model may be trained on."""
+    """Return a remark about photos in pairs that the model may have been trained on."""
     in_pairs = np.unique(np.concatenate([side_P for pairs in lists for side_P in (pairs.a_P, pairs.b_P)]))
     num_train = sum(photos.splits[n] == "train" for n in in_pairs)
     if not num_train or not isinstance(source, FacesSource):

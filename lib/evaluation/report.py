@@ -22,7 +22,7 @@ DASH = "\N{EN DASH}"
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPhoto:
-    """A photo in the report; `crop` is its aligned face, an encoded picture, None where there is none."""
+    """A photo in the report. `crop` is its aligned face as an encoded picture, None if it has no face."""
 
     name: str
     identity: str
@@ -67,7 +67,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that the page shows; `models` are entries of `metrics.json`."""
+    """Everything that the page shows. `models` are entries of `metrics.json`."""
 
     title: str
     models: Sequence[Mapping[str, Any]]
@@ -86,9 +86,9 @@ def html(report: Report) -> bytes:
 
 
 def render(template: Path, **shown: Any) -> bytes:
-    """Return a page, which may extend those of this folder.
+    """Return a page from its template, which may extend the templates of this folder.
 
-    Every text in it is escaped: names of photos and people are anybody's.
+    Every text in it is escaped, because names of photos and people can hold anything.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _TEMPLATES]),
@@ -98,7 +98,7 @@ def render(template: Path, **shown: Any) -> bytes:
     )
     environment.globals.update(png=_png, jpeg=_jpeg, percent=percent)
     page = environment.get_template(template.name).render(shown)
-    # Names may hold halves of surrogate pairs, from bytes that are no UTF-8.
+    # Names can hold lone surrogates, which stand for bytes that are not UTF-8.
     return page.encode("utf-8", "backslashreplace")
 
 
@@ -115,7 +115,7 @@ def number(value: float | None) -> str:
 
 
 def _figures(models: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of figures: a name, and a text a model."""
+    """Return the table of figures: a label, and one text per model."""
 
     def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
         return percent(value) + (f" ({percent(interval[0])} to {percent(interval[1])})" if interval else "")

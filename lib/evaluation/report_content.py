@@ -1,4 +1,4 @@
-"""From what was measured to what the report shows: pictures of the pairs, plots, tables of text."""
+"""Turns measurements into the content of the report: pictures of pairs, plots, tables of text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,18 +30,19 @@ from lib.recognition.crops import read_crops
 from lib.recognition.face_source import PhotosSource
 
 NUM_SHOWN = 24
-"""Pairs of each kind of error, and suspects of each kind, that the report shows; suspects.csv holds all of those."""
+"""The report shows this many pairs of each kind of error, and suspects of each kind. suspects.csv holds all
+suspects."""
 
 HISTORY_NAME = "history.parquet"
 HISTORY_PLOTS = {
-    # A softmax over many negatives and a triplet's margin have losses of other magnitudes.
+    # A softmax over many negatives and a triplet loss have different magnitudes.
     "Training: loss": ("Loss", ("loss",), True),
     "Training: verification": ("Share", ("accuracy", "auc", "tar_at_far"), False),
 }
-"""Plots of a run's history: what their axis says, what stands in the names of the columns that they show, and whether
-the axis is logarithmic."""
+"""Plots of a run's history: the label of the axis, a part of the names of the columns to show, and whether the axis is
+logarithmic."""
 ORIGINAL_COLUMNS = ("Train Loss", "Test Loss")
-"""Repeated in the history under the names of ours."""
+"""Columns that repeat others under the original project's names."""
 
 SUSPECTS_HEADER = ("model", "kind", "photo", "identity", "other_photo", "other_identity", "distance", "own_distance")
 
@@ -160,7 +161,7 @@ def _count_or_share(value: float | None) -> str:
 
 
 def _about(measured: Sequence[Measured], photos: Photos, metrics: Mapping[str, Any]) -> Table:
-    """Return what was measured on what, so that a page that was passed on still says so."""
+    """Return what was measured and on which data, so that a copied page still says so."""
 
     def row(label: str, values: Sequence[Any]) -> list[str]:
         return [label, *(DASH if value is None else str(value) for value in values)]
@@ -185,7 +186,7 @@ def _about(measured: Sequence[Measured], photos: Photos, metrics: Mapping[str, A
 
 
 def _history_plots(measured: Measured) -> list[Plot]:
-    """Return the training curves of a model that lies in a run."""
+    """Return the training curves of a model in a run folder."""
     run, _, last = measured.embedder.url.rstrip("/").rpartition("/")
     url = storage.join(run, HISTORY_NAME)
     if last != "model" or not storage.exists(url):

@@ -32,7 +32,7 @@ TABLE_FIGURES = ("accuracy", "auc", "eer")
 def set_pairs(one: VerificationSet, *, seed: int = 0) -> Pairs:
     """Return the pairs of a set, as indices into its images, in 10 folds in file order.
 
-    Where such a fold has pairs of one kind only, the pairs are dealt into folds by `seed`, and a note says so.
+    If such a fold has pairs of one kind only, the pairs are dealt into folds by `seed` instead, and a note says so.
     """
     first_P = np.arange(0, 2 * len(one), 2)
     fold_P, note = file_order_folds(len(one)), ""
@@ -45,7 +45,7 @@ def set_pairs(one: VerificationSet, *, seed: int = 0) -> Pairs:
 
 
 def check_set(one: VerificationSet, protocol: Protocol) -> None:
-    """Refuse a set that has no figures, before anything is embedded.
+    """Check that a set can be measured. Jobs do so before they embed anything.
 
     Raises:
         UserError: pairs of one kind only, or too few.
@@ -54,7 +54,7 @@ def check_set(one: VerificationSet, protocol: Protocol) -> None:
 
 
 def check_pairs(name: str, pairs: Pairs, protocol: Protocol) -> None:
-    """Refuse pairs as `check_set` does a set."""
+    """Check that pairs can be measured, as `check_set` does for a set."""
     try:
         roc_curve(np.zeros(len(pairs)), pairs.same_P)
         if protocol == "ours":
@@ -66,7 +66,7 @@ def check_pairs(name: str, pairs: Pairs, protocol: Protocol) -> None:
 
 
 def set_distances(vectors_ND: NDArray[np.floating], failed_N: NDArray[np.bool_], pairs: Pairs) -> NDArray[np.float64]:
-    """Return the Euclidean distance of each pair; pairs of an image that cannot be read are errors."""
+    """Return the Euclidean distance of each pair. A pair with an image that cannot be read is always an error."""
     return failed_as_errors(pair_distances(vectors_ND, pairs.a_P, pairs.b_P), pairs, failed_N)
 
 
@@ -80,8 +80,8 @@ def set_figures(
 ) -> dict[str, Any]:
     """Return accuracy, AUC, EER and TAR@FAR of a set, ready for JSON.
 
-    Our protocol finds the exact best threshold of the other folds, and has a standard error and intervals over people.
-    That of InsightFace is described at `insightface_accuracy`.
+    Our protocol takes the exact best threshold of the other folds, and gives a standard error and intervals over
+    people. `insightface_accuracy` describes the other protocol.
 
     Raises:
         UserError: as `check_set` does; embeddings that are not finite.
@@ -102,9 +102,9 @@ def pair_figures(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return the figures of pairs of photos as `set_figures` does those of a set.
+    """Return the figures of pairs of photos, as `set_figures` does for a set.
 
-    InsightFace's folds are the pairs in the order of their own folds, and of the file within these.
+    For InsightFace's protocol the pairs are ordered by their own folds, and in file order within a fold.
     """
     if protocol == "insightface":
         vectors_ND = unit_vectors(vectors_ND.astype(np.float64))
@@ -143,7 +143,7 @@ def pair_figures(
 
 
 def mean_figures(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the plain mean of the figures of several sets, as papers print it; None where a set has none."""
+    """Return the plain mean of the figures of several sets, as papers print it. None if a set lacks the figure."""
 
     def mean(values: list[float | None]) -> float | None:
         known = [value for value in values if value is not None]
@@ -159,7 +159,7 @@ def mean_figures(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def people_of(one: VerificationSet) -> NDArray[np.int64]:
     """Return a number for the person on each image, [N], as far as the set tells.
 
-    It names nobody. Equal files show one person, and so do the images of a same pair.
+    A set has no names. Two images show one person if their files are equal or they are a same pair.
     """
     place: dict[bytes, int] = {}
     file_N = np.array([place.setdefault(image, len(place)) for image in one.images])
@@ -167,7 +167,7 @@ def people_of(one: VerificationSet) -> NDArray[np.int64]:
 
 
 def linked_people(a_S: NDArray[np.integer], b_S: NDArray[np.integer], num: int) -> NDArray[np.int64]:
-    """Return a number for the person of each of `num` things, [num]: those that pairs join are one person."""
+    """Return a number for the person of each of `num` items, [num]. Items that pairs join are one person."""
     links = coo_array((np.ones(len(a_S), bool), (a_S, b_S)), shape=(num, num))
     people: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
     return people

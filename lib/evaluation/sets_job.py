@@ -1,6 +1,6 @@
 """The evaluate job on verification sets (`--pairs lfw.bin cfp_fp.bin`): `metrics.json` and the report.
 
-The sets bring their own images, so that no faces table and no photos are needed. They are embedded in this process.
+The sets hold their own images, so no faces table and no photos are needed. This process embeds them.
 """
 
 import logging
@@ -33,7 +33,7 @@ class SetsPlan(Plan):
     Attributes:
         sets: URLs of the `.bin` files.
         models: URLs of the models.
-        flip: whether to add the embedding of the mirror image; None as each model says.
+        flip: whether to add the embedding of the mirror image. None leaves it to each model.
     """
 
     sets: tuple[str, ...]
@@ -45,14 +45,15 @@ def evaluate_sets(plan: SetsPlan) -> dict[str, Any]:
     """Measure the models on the sets, write `metrics.json` and the report, and return the first model's means.
 
     Raises:
-        UserError: a file that is no such set, or has no figures; with `strict`, a model trained on other crops.
+        UserError: a file is not a verification set or cannot be measured; with `strict`, a model trained on other
+            crops.
     """
     started = time.monotonic()
     embedders = [_loaded(plan, url) for url in plan.models]
     faces, advice = "the images of verification sets", ", or give photos and a list of pairs"
     notes = [note for each in embedders for note in other_template(each, faces, strict=plan.strict, advice=advice)]
     num_images = 0
-    for url in plan.sets:  # each is read again later: all of them together would take gigabytes
+    for url in plan.sets:  # each is read again later, because all of them together would take gigabytes
         one = read_verification_set(url)
         check_set(one, plan.protocol)
         num_images += len(one.images)
@@ -87,7 +88,7 @@ def write_figures(
     """Log the table, write `metrics.json` and the report, and return the means of the first model.
 
     Args:
-        models: what `metrics.json` says of each, with `sets` and their `mean`.
+        models: entry of each in `metrics.json`, with `sets` and their `mean`.
         curves: for each set the curve of each model.
         urls: of the sets.
     """
@@ -112,7 +113,7 @@ def write_figures(
 def _measured(
     plan: SetsPlan, embedders: Sequence[Embedder]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, RocCurve]]]:
-    """Return what `metrics.json` says of each model, and for each set the curve of each model."""
+    """Return the entry of each model in `metrics.json`, and for each set the curve of each model."""
     models = [{**about_model(name, embedder), "sets": []} for name, embedder in zip(plan.names, embedders, strict=True)]
     curves: dict[str, dict[str, RocCurve]] = {}
     for url in plan.sets:
@@ -137,7 +138,7 @@ def _loaded(plan: SetsPlan, url: str) -> Embedder:
 
 
 def _failed(models: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a line for each set with images that cannot be read; they are the same for every model."""
+    """Return a note for each set with images that cannot be read. They are the same for every model."""
     return [
         f"{one['name']}: {one['num_failed_images']} images are no square pictures and make every pair they are in an "
         "error"

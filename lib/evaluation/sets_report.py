@@ -1,4 +1,4 @@
-"""The table that papers print of verification sets, for the log and as a page."""
+"""The table of verification sets that papers print, for the log and as a page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ def text_table(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sets_page(metrics: Mapping[str, Any], curves: Mapping[str, Mapping[str, RocCurve]]) -> bytes:
-    """Return the report as HTML; `curves` holds for each set the curve of each model."""
+    """Return the report as HTML. `curves` holds the curve of each model for each set."""
     models = metrics["models"]
     text = f"Protocol {metrics['protocol']}: {PROTOCOLS[metrics['protocol']]}. A dash: too few pairs to tell."
     folds = [

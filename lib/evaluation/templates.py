@@ -23,11 +23,11 @@ _READERS, _FILES_AHEAD = 4, 8
 def template_vectors(
     one: IjbSet, files: Sequence[str], *, by_score: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_], Counter[str]]:
-    """Return the vector of each template [T, D] of length 1, which have none [T], and the images without a face.
+    """Return the vector of each template [T, D] of length 1, which templates have none [T], and the failed images.
 
-    A template is the sum over its media of the mean over the images of each, divided by its length. With `by_score`
-    each image is multiplied by the score of its detector first. Images that cannot be read count nowhere. `files` hold
-    the embeddings in the order of the images; one of them is in memory at a time, and few ahead.
+    The images of each media are averaged. The vector of a template is the sum of these means, divided by its length.
+    With `by_score`, each image is first multiplied by its detector's score. Images that cannot be read are left out.
+    `files` hold the embeddings in the order of the images. Only a few of them are in memory at a time.
     """
     statuses: list[str] = []
     with ThreadPoolExecutor(_READERS) as pool:
@@ -56,7 +56,7 @@ def template_vectors(
 
 
 def row_weights(one: IjbSet, is_there_N: NDArray[np.bool_], *, by_score: bool) -> NDArray[np.float64]:
-    """Return what each image counts in its template [R]: one over the number of images of its media there."""
+    """Return the weight of each image in its template [R]: one over the number of images of its media there."""
     is_there_R = is_there_N[one.image_R]
     media_R = np.unique(one.media_R, return_inverse=True)[1]
     group_R = np.unique(one.template_R * (int(media_R.max()) + 1) + media_R, return_inverse=True)[1]
@@ -71,7 +71,7 @@ def _statuses(url: str) -> list[str]:
 
 
 def _embeddings(url: str) -> NDArray[np.float32]:
-    """Return the embeddings [N, D] of a file, zeros where there is none."""
+    """Return the embeddings [N, D] of a file, with zeros for failed images."""
     column = storage.read_parquet(url).column("embedding").combine_chunks()
     vectors_ND = np.zeros((len(column), column.type.list_size), np.float32)
     vectors_ND[column.is_valid().to_numpy(zero_copy_only=False)] = (

@@ -1,7 +1,7 @@
-"""Verification sets as InsightFace gives them away: `lfw.bin`, `cfp_fp.bin`, `agedb_30.bin` and others.
+"""Verification sets as InsightFace publishes them: `lfw.bin`, `cfp_fp.bin`, `agedb_30.bin` and others.
 
-Such a file is a pickle of 2P encoded images and P booleans. A pickle is a program, so none of it is run: this reader
-knows the few things that the files hold, and refuses anything else by name.
+Such a file is a pickle of 2P encoded images and P booleans. A pickle is a program, and this reader never runs it. It
+knows the few things that such files hold, and refuses anything else by name.
 
 Shapes: P pairs.
 """
@@ -28,7 +28,7 @@ MAX_BYTES = 8 * 2**30
 """Far more than any set: the largest known one, of 14,000 images, has 0.1 GB."""
 
 _FIRST_BYTES = (b"\x80", b"(", b"]")
-"""A pickle of protocol 2 and later, and a tuple or a list of earlier ones."""
+"""First bytes of a pickle of protocol 2 or later, and of a tuple or a list in earlier protocols."""
 
 _OPCODES = (
     *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE"),
@@ -44,10 +44,10 @@ _OPCODES = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VerificationSet:
-    """A set: pair p is of the images 2p and 2p + 1, which are aligned to ArcFace's template."""
+    """A verification set. Images 2p and 2p + 1 are pair p. All are aligned to ArcFace's template."""
 
     name: str
-    """That of the file, such as lfw."""
+    """Name of the file without suffix, such as lfw."""
     images: list[bytes]
     """2P encoded pictures."""
     same_P: NDArray[np.bool_]
@@ -63,7 +63,7 @@ def is_verification_set(url: str) -> bool:
 
 
 def set_name(url: str) -> str:
-    """Return what a set is called: its file without the suffix."""
+    """Return the name of a set: that of its file without the suffix."""
     return _path(url).stem
 
 
@@ -75,7 +75,7 @@ def read_verification_set(url: str) -> VerificationSet:
     """Return the set in a `.bin` file.
 
     Raises:
-        UserError: it is not there, is no such set, is cut off, or holds something that is not read (which is named).
+        UserError: the file is missing, cut off or no verification set, or holds something else, which is named.
     """
     num_bytes = storage.file_info(url).num_bytes
     if num_bytes > MAX_BYTES:
@@ -141,7 +141,7 @@ def _booleans(found: Any, url: str) -> NDArray[np.bool_]:
 
 
 class _RefusedError(Exception):
-    """The pickle wants something that no verification set holds."""
+    """The pickle asks for something that no verification set holds."""
 
 
 class _Type:
@@ -236,7 +236,7 @@ class _Unpickler(pickle._Unpickler):
     append: Callable[[Any], None]
 
     def find_class(self, module: Any, name: Any) -> Callable[..., Any]:
-        """Return what stands for a function or a type.
+        """Return the stand-in for a function or a type.
 
         Raises:
             _RefusedError: it is none of those that a set holds.

@@ -1,4 +1,4 @@
-"""Faces through a model in blocks of one size: decoded ahead in threads, fetched while the next block computes.
+"""Embeds faces in blocks of one size. Threads decode ahead, and results are fetched while the next block computes.
 
 Shape suffixes: N faces, H and W pixels, C channels, D embedding dimension.
 """
@@ -36,7 +36,7 @@ class Blocks:
     Args:
         embedder: the model.
         size: faces of a block.
-        is_padded: fill the last block with black images, so that every forward pass has the same shape, and a GPU the
+        is_padded: fill the last block with black images. Then every forward pass has the same shape, and a GPU uses the
             same kernels.
         num_threads: threads that decode.
     """
@@ -53,7 +53,7 @@ class Blocks:
     def __call__(self, faces: Sequence[Mapping[str, Any]], made: Alignment) -> np.ndarray:
         """Return embeddings_ND, float32, of aligned rows of a faces table with the fingerprint `made`.
 
-        A row has its `crop`, and where the model wants another template, its `box` and `landmarks`.
+        A row has its `crop`. If the model needs another template, it has its `box` and `landmarks`, too.
 
         Raises:
             UserError: a crop cannot be decoded; an embedding is not finite; the device has no memory for one face.
@@ -86,7 +86,7 @@ class Blocks:
         return crops_NHWC
 
     def _launched(self, crops_NHWC: np.ndarray) -> list[Pending]:
-        """Start the forward passes of a block, in halves of it once the device has no memory for the whole."""
+        """Start the forward passes of a block, in smaller pieces if the device lacks the memory for all of it."""
         with self._one_at_a_time:
             while True:
                 try:
@@ -108,7 +108,7 @@ class Blocks:
         logger.warning("the GPU has no memory for %d faces at once: going on with fewer", 2 * self._at_once)
 
     def _fetch(self, start: int, crops_NHWC: np.ndarray, launched: list[Pending], embeddings_ND: np.ndarray) -> None:
-        """Wait for a block and write its embeddings. Its crops had to stay until then: the copy may run late."""
+        """Wait for a block and write its embeddings. Its crops must exist until then, because they are copied late."""
         fetched_ND = np.concatenate([pending() for pending in launched])
         rest_ND = embeddings_ND[start : start + len(crops_NHWC)]
         rest_ND[:] = fetched_ND[: len(rest_ND)]

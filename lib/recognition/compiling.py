@@ -4,9 +4,9 @@ from torch import nn
 
 
 def repeated_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a backbone, such as a ConvNeXt or a transformer; none if other parts hold many weights.
+    """Return the blocks of a backbone such as a ConvNeXt or a transformer. None if other parts hold many weights.
 
-    A block is a member of a sequence of modules of one class that is not torch's own, and has none of these inside.
+    Blocks are the members of the innermost sequences of modules of one class, if that class is not torch's own.
     """
     blocks: list[nn.Module] = []
 

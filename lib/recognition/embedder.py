@@ -32,13 +32,13 @@ from lib.storage import exists, join, list_files, redacted
 logger = logging.getLogger(__name__)
 
 COMPILING_PAYS = 1_000_000
-"""Faces a GPU from which compiling pays: it takes up to a minute, and saves some hundredths of a millisecond a face."""
+"""Compiling pays from this many faces per GPU on. It takes up to a minute and saves tens of microseconds per face."""
 
 FlipFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-"""--flip and --no-flip: two flags, because neither means as the model says."""
+"""--flip and --no-flip are two flags, because a third case exists: neither of them, which leaves it to the model."""
 
 Pending = Callable[[], np.ndarray]
-"""Waits for the embeddings_ND of faces that a device computes, and returns them."""
+"""Waits until the device has computed the embeddings_ND, and returns them."""
 
 
 class Embedder(Protocol):
@@ -46,10 +46,10 @@ class Embedder(Protocol):
 
     Attributes:
         url: where it came from.
-        digest: short hash of its weights and of how it treats its input, without the threshold.
+        digest: short hash of its weights and its treatment of the input. The threshold is not part of it.
         embedding_dim: length of an embedding.
-        threshold: Euclidean distance up to which two faces count as one person, None if none was chosen.
-        fingerprint: how its training faces were made; empty if unknown.
+        threshold: Euclidean distance up to which two faces count as one person. None if none was chosen.
+        fingerprint: how its training faces were made. Empty if unknown.
         template: the template of `lib.faces.alignment` for its crops.
         flip: whether an embedding adds that of the mirror image.
     """
@@ -66,10 +66,10 @@ class Embedder(Protocol):
         """Return float32 embeddings_ND of uint8 RGB crops."""
 
     def buffer(self, num: int) -> np.ndarray:
-        """Return an empty array for so many crops of the size that the model takes, uint8 [N, S, S, 3]."""
+        """Return an uninitialised array for `num` crops of the model's size, uint8 [N, S, S, 3]."""
 
     def launch(self, crops_NHWC: np.ndarray) -> Pending:
-        """Start to embed crops of `buffer`, which must stay as they are until the embeddings are there."""
+        """Start to embed crops of `buffer`. They must not change until the embeddings are there."""
 
 
 class TorchEmbedder:
@@ -80,7 +80,7 @@ class TorchEmbedder:
         onnx: what the weights of a file were trained on.
         device: `cpu` or `cuda`.
         precision: its arithmetic.
-        flip: overrules the model's own; None leaves it.
+        flip: whether to add mirror images. None leaves it to the model.
 
     Raises:
         UserError: as `load_model` and `read_face_weights` do; or `device` does not exist.
@@ -113,7 +113,7 @@ class TorchEmbedder:
         return embed(self._model, crops_NHWC, device=self._device, precision=self._precision)
 
     def buffer(self, num: int) -> np.ndarray:
-        """Return an empty array for so many crops, for GPUs in pinned memory."""
+        """Return an uninitialised array for `num` crops. For a GPU it is in pinned memory."""
         return self._upload.empty(num, self._model.spec.image_size, self._model.spec.image_size, 3)
 
     def launch(self, crops_NHWC: np.ndarray) -> Pending:
@@ -124,7 +124,7 @@ class TorchEmbedder:
             return devices.Fetched(self._model.embedded(images_NCHW)).numpy
 
     def compile(self, asked: cluster.Compile, *, size: int, pays: bool) -> bool:
-        """Compile the model for so many crops at once, if that pays and works; return whether it did."""
+        """Compile the model for batches of this size, if that pays and works. Return whether it is compiled."""
         try:
             return devices.compile_module(
                 self._model,
@@ -150,8 +150,8 @@ def load_embedder(
 ) -> Embedder:
     """Return the model of a model folder, of a run folder that holds one, of published weights, or of an .onnx file.
 
-    `onnx` describes the input of a file from elsewhere. Files of this project describe their own. An ONNX file
-    computes in its own arithmetic. `flip` says whether to add mirror images, None as the model says.
+    `onnx` describes the input of a file from elsewhere. Files of this project describe their own input. An ONNX file
+    computes in its own arithmetic. `flip` says whether to add mirror images. None leaves it to the model.
 
     Raises:
         UserError: it does not exist, it is damaged, or `flip` cannot be had.
@@ -166,10 +166,10 @@ class OpenedModel:
     """A model folder or a file of published weights, ready for use.
 
     Attributes:
-        model: in eval mode, on the CPU, with the mirror averaging that was asked for.
+        model: in eval mode, on the CPU, with or without mirror images as requested.
         digest: see `Embedder`.
-        template: of the crops that it wants.
-        own_flip: the mirror averaging that it came with.
+        template: template of its crops.
+        own_flip: whether the model itself adds mirror images.
         is_folder: whether it is a folder, which can keep a threshold.
     """
 
@@ -197,7 +197,7 @@ def open_model(url: str, onnx: OnnxInput, flip: bool | None) -> OpenedModel:
 
 
 def chosen_flip(flip: bool, no_flip: bool) -> bool | None:
-    """Return what --flip and --no-flip ask for; None for what the model says.
+    """Return whether --flip or --no-flip is given. None leaves it to the model.
 
     Raises:
         UserError: both are given.
@@ -208,7 +208,7 @@ def chosen_flip(flip: bool, no_flip: bool) -> bool | None:
 
 
 def with_flip(spec: ModelSpec, flip: bool | None) -> ModelSpec:
-    """Return the model with another mirror averaging, for which its threshold was not chosen; None leaves it as it is.
+    """Return the model with or without mirror images. None leaves it as it is. A change drops the threshold.
 
     Raises:
         UserError: the model gives raw vectors.
@@ -221,7 +221,7 @@ def with_flip(spec: ModelSpec, flip: bool | None) -> ModelSpec:
 
 
 def chosen_gpus(url: str, asked: cluster.Gpus) -> int:
-    """Return how many GPUs of the cluster to use for a model; 0 for an ONNX file that cannot use any."""
+    """Return how many GPUs of the cluster to use for a model. It is 0 for an ONNX file that cannot use any."""
     if asked and cluster.num_gpus() and url.endswith(".onnx") and not runtime_knows_gpus():
         logger.warning("%s runs on the CPUs: this ONNX Runtime has no GPU support", redacted(url))
         asked = 0

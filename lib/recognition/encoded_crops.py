@@ -1,4 +1,4 @@
-"""Embeddings of aligned faces that are encoded pictures in memory: decoded ahead in threads.
+"""Embeddings of aligned faces that are encoded pictures in memory. Threads decode ahead.
 
 Shape suffixes: N images, H and W pixels, D embedding dimension.
 """
@@ -21,14 +21,14 @@ BATCH_SIZE = 64
 _BATCHES_AHEAD = 4
 _MAX_THREADS = 8
 _PLAIN_SIDE = 1024
-"""Sides of a JPEG up to which it costs too little to look at it twice."""
+"""Up to this side, a JPEG is decoded without further checks: it cannot take much memory."""
 _MAX_PIXELS = 16_000_000
 
 
 def embed_images(
     embedder: Embedder, images: Sequence[bytes], *, label: str = "embedding"
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the embedding of each image, [N, D], and which images are no square picture; these have zeros."""
+    """Return the embedding of each image, [N, D], and which images are not square pictures. These have zeros."""
     vectors_ND = np.zeros((len(images), embedder.embedding_dim), np.float32)
     failed_N = np.ones(len(images), bool)
     with ProgressLine(label, unit="image", total=len(images)) as progress:
@@ -42,13 +42,13 @@ def embed_images(
 
 
 def unit_vectors(vectors_ND: np.ndarray) -> np.ndarray:
-    """Return the vectors with length 1; one of length 0 stays as it is."""
+    """Return the vectors scaled to length 1. A vector of length 0 stays as it is."""
     length_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     return vectors_ND / np.where(length_N1 == 0, 1, length_N1)
 
 
 def _decoded_batches(images: Sequence[bytes]) -> Iterator[tuple[int, np.ndarray, NDArray[np.int64]]]:
-    """Yield for each batch its start, its crops [n, S, S, 3] in RGB, and their places in it; some are decoded ahead."""
+    """Yield for each batch its start, its RGB crops [n, S, S, 3], and their places in the batch. It decodes ahead."""
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[tuple[int, Future]] = deque()
@@ -72,7 +72,7 @@ def _decoded_batch(images: Sequence[bytes]) -> tuple[np.ndarray, NDArray[np.int6
 
 
 def decoded_square(image: bytes) -> np.ndarray | None:
-    """Return an encoded crop as 112x112 RGB pixels, uint8; None if it is no picture, or none with equal sides."""
+    """Return an encoded crop as 112x112 RGB pixels, uint8. None if it is not a square picture."""
     side = jpeg_side(image)
     crop_HWC = None
     if side and side <= _PLAIN_SIDE:

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 OPSET = 18
 MAX_DIFFERENCE, MAX_MIRRORED_DIFFERENCE = 1e-3, 1e-5
-"""Largest difference from the model in any value of an embedding, and where the graph adds mirror images. The latter
-have length 1, and differ by 2e-7 with ConvNeXt and EfficientNet."""
+"""Largest difference from the model in any value of an embedding, without and with mirror images in the graph.
+Embeddings with mirror images have length 1. They differ by 2e-7 with ConvNeXt and EfficientNet."""
 
 NUM_CROPS = 64
 """Number of real faces that check and time the file."""
@@ -64,9 +64,9 @@ class ExportConfig:
     """File to write. Default: model.onnx in the run of the model, or beside a file of weights by its name. Of
     faces: the folder to write, which has no default."""
     flip: FlipFlag = False
-    """Add mirror images in the file, although the model does not."""
+    """Add mirror images in the file, even if the model does not."""
     no_flip: FlipFlag = False
-    """Leave mirror images out of the file, although the model adds them."""
+    """Leave mirror images out of the file, even if the model adds them."""
     dry_run: bool = False
     """Check the input, then stop."""
     faces_out: FacesOut = field(default_factory=FacesOut)
@@ -84,7 +84,7 @@ class ExportConfig:
 
 
 class _WholeModel(nn.Module):
-    """The model with its normalisation: takes uint8 RGB faces, returns embeddings."""
+    """The model and its normalisation. It takes uint8 RGB faces and returns embeddings."""
 
     mean_C: torch.Tensor
     std_C: torch.Tensor
@@ -99,13 +99,13 @@ class _WholeModel(nn.Module):
         images_NCHW = standardized(faces, self.mean_C, self.std_C)
         if not self.model.spec.flip:
             return self.model(images_NCHW)
-        # One batch of both, so that the backbone stands in the file once.
+        # One batch of faces and mirror images, so that the file holds the backbone only once.
         both_ND = self.model(torch.cat([images_NCHW, images_NCHW.flip(3)]), raw=True)
         return functional.normalize(both_ND[: len(faces)] + both_ND[len(faces) :], dim=1)
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
-    """Write the ONNX file if it agrees with the model, or the faces; return what the last line says of it."""
+    """Write the ONNX file if it agrees with the model, or the faces. Return the entries of the job's result."""
     layout = Layout(config.data)
     if config.to != "onnx":
         output = absolute_url(str(config.output), "--output")
@@ -151,9 +151,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
 def onnx_bytes(model: EmbeddingModel, digest: str, template: str) -> bytes:
     """Return the model as an ONNX file: input `faces`, uint8 [N, S, S, 3] RGB; output `embeddings`, float32 [N, D].
 
-    N is any number. Normalisation is inside, and so are mirror images where `spec.flip` adds them. The metadata hold
-    the threshold (a Euclidean distance), the fingerprint and the template of the faces, and `digest`, which makes a
-    gallery of the model a gallery of the file too.
+    N is any number. The graph contains the normalisation, and mirror images if `spec.flip` is set. The metadata hold
+    the threshold (a Euclidean distance), the fingerprint and the template of the faces, and `digest`. A gallery of the
+    model has the same digest, so it works with the file, too.
 
     Raises:
         JobError: torch cannot export this backbone.
@@ -223,7 +223,7 @@ def largest_difference(model: EmbeddingModel, exported: OnnxModel, crops_NHWC: n
 
 
 def _rate(run: Callable[[], object], num: int) -> float:
-    """Return how many of `num` faces a second, by the median of a few rounds, fewer where they take long."""
+    """Return the faces per second: the median of a few rounds of `num` faces, of fewer rounds if they are slow."""
     seconds: list[float] = []
     while len(seconds) < TIMED_ROUNDS and sum(seconds) < TIMED_SECONDS:
         start = time.perf_counter()

@@ -43,7 +43,7 @@ class FacesSource:
         run_id: of the version of the table.
         file_names: of the parts below `url`.
         num_rows: of each of them.
-        rows: rows to embed of each file, ascending; None for all rows of all files.
+        rows: rows to embed of each file, in rising order. None for all rows of all files.
     """
 
     url: str
@@ -182,8 +182,8 @@ def photos_source(
 ) -> PhotosSource:
     """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
 
-    Forgotten photos are left out. With `unnamed_too` the file gives identities but does not choose photos: photos that
-    it does not list are used too, and listed ones that do not exist are left out.
+    Forgotten photos are left out. With `unnamed_too`, the file gives identities but does not choose photos: photos that
+    it does not list are used, too, and photos that it lists but do not exist are left out.
 
     Raises:
         UserError: as `read_manifest` does; or no photo is in these splits.

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 def read_face_weights(url: str, wanted: OnnxInput) -> tuple[EmbeddingModel, bytes]:
     """Return the model of a file of weights, in eval mode, on the CPU, and what its digest is made of.
 
-    Its vectors are those of the file: there is no head. `wanted` says what the weights were trained on, as for ONNX
-    files: BGR is told to the first layer, so that the model takes RGB.
+    The model has no head, so its vectors are those of the file. `wanted` describes the input that the weights were
+    trained on, as for ONNX files. For BGR the first layer is reordered, so that the model takes RGB.
 
     Raises:
         UserError: no such file, a damaged one, no iResNet, weights that do not fit, or an input that it cannot have.
@@ -55,6 +55,6 @@ def read_face_weights(url: str, wanted: OnnxInput) -> tuple[EmbeddingModel, byte
 
 
 def _in_rgb(values: tuple[float, float, float], color: str) -> tuple[float, float, float]:
-    """Return statistics of RGB values of 0 to 1 for those of pixels of 0 to 255 in an order of colours."""
+    """Return statistics of RGB values in 0-1, from those of pixels in 0-255 in the given order of colours."""
     red, green, blue = (value / 255 for value in (values[::-1] if color == "bgr" else values))
     return red, green, blue

@@ -29,8 +29,8 @@ def nearest(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the indices [B, K] and Euclidean distances [B, K] of the nearest gallery faces, the nearest first.
 
-    K is `num`, or the size of a smaller gallery. Ties are in the order of the gallery. `approximate` may miss a few;
-    the distances it returns are exact. `auto` is exact unless the graph is faster.
+    K is `num`, or the size of a smaller gallery. Ties are in the order of the gallery. `approximate` can miss a few
+    faces, but the distances it returns are exact. `auto` is exact unless the graph is faster.
 
     Raises:
         UserError: the gallery is empty, or the vectors have different lengths.

@@ -75,9 +75,9 @@ class IdentifyConfig:
     gpus: cluster.Gpus = "auto"
     """GPUs to embed on. auto: all of the cluster. 0: none."""
     flip: FlipFlag = False
-    """Add the embedding of the mirror image, although the model does not say so, as for --gallery."""
+    """Add the embedding of the mirror image, even if the model does not. --gallery must be made in the same way."""
     no_flip: FlipFlag = False
-    """Leave mirror images out, although the model adds them, as for --gallery."""
+    """Leave mirror images out, even if the model adds them. --gallery must be made in the same way."""
     strict: bool = False
     """Stop if the photos cannot be aligned as the model's training faces were. Without it the job warns."""
     dry_run: bool = False

@@ -1,4 +1,4 @@
-"""New models with initial weights: from a model of this project, from a file of weights, or random."""
+"""Makes new models with initial weights: from a model of this project, from a file of weights, or random."""
 
 import dataclasses
 import logging
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
     """Return a new model in training mode whose weights `init` names; its mean and std follow the weights.
 
-    `init` is a run or model folder of this project (the head is taken too where its shapes fit), or what
-    `lib.recognition.weights.load_pretrained` takes. The layers that stay random follow torch's global seed. A head of
-    one layer starts as the identity after a backbone whose published weights give embeddings of that length.
+    `init` is a run or model folder of this project, or what `lib.recognition.weights.load_pretrained` takes. From a
+    folder the head is taken, too, if its shapes fit. Random layers follow torch's global seed. If the backbone's
+    published weights already give embeddings of the wanted length, a head of one layer starts as the identity.
 
     Raises:
         UserError: no such weights, or they do not fit `spec`; JobError: `hub` was asked for and does not answer.
@@ -38,7 +38,7 @@ def initial_model(spec: ModelSpec, init: str) -> EmbeddingModel:
 
 
 def _start_as_identity(head: nn.Sequential) -> None:
-    """Make a head of one square layer leave its input as it is; others stay random."""
+    """Set a head of one square layer to the identity. Other heads stay random."""
     layer = head[0]
     if len(head) == 1 and isinstance(layer, nn.Linear) and layer.in_features == layer.out_features:
         nn.init.eye_(layer.weight)

@@ -23,9 +23,9 @@ _LAST_SIDE = IMAGE_SIZE // 16
 
 
 class Block(nn.Module):
-    """A residual block; its second convolution has the stride.
+    """A residual block. Its second convolution has the stride.
 
-    With `may_skip` the shortcut of a block of one width has no weights.
+    With `may_skip`, the shortcut of a block that keeps its width has no weights.
     """
 
     def __init__(self, width_in: int, width: int, stride: int, *, may_skip: bool = False) -> None:
@@ -43,7 +43,7 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return the map plus what the layers make of it."""
+        """Return the sum of the shortcut and the layers."""
         made_NCHW = self.prelu(self.bn2(self.conv1(self.bn1(x_NCHW))))
         made_NCHW = self.bn3(self.conv2(made_NCHW))
         return made_NCHW + (x_NCHW if self.downsample is None else self.downsample(x_NCHW))
@@ -56,7 +56,7 @@ def _stage(width_in: int, width: int, depth: int, *, may_skip: bool) -> nn.Seque
 
 
 class IResNet(nn.Module):
-    """The network for images of 112 pixels; its features are ArcFace's embedding before it is scaled to length 1.
+    """The network for images of 112 pixels. Its features are ArcFace's embedding before scaling to length 1.
 
     Raises:
         ValueError: another image size, because the linear layer takes a map of 7x7; or a classifier is asked for.

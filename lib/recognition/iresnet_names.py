@@ -1,8 +1,8 @@
-"""Which iResNet a state dict holds, and its tensors under the names that `lib.recognition.iresnet` gives them.
+"""Recognises which iResNet a state dict holds, and renames its tensors as in `lib.recognition.iresnet`.
 
 InsightFace names stages (`layer1.0.conv1`), CVLface and AdaFace number all blocks (`body.0.res_layer.1`). Their
-networks differ in one place: the first block of InsightFace halves its input by a convolution, that of the others by
-taking every second pixel.
+networks differ in one place. InsightFace's first block halves its input by a convolution. The others take every second
+pixel.
 """
 
 import re
@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch  # takes seconds, which who asks for names alone need not wait
+    import torch  # takes seconds, and callers that need only names should not wait
 
 Tensors = dict[str, "torch.Tensor"]
 
@@ -45,7 +45,7 @@ _CVLFACE_INNER = {
 
 
 def under_our_names(tensors: Tensors) -> Tensors:
-    """Return CVLface's tensors under InsightFace's names, without a prefix and what stands beside; others as they are.
+    """Return CVLface's tensors under InsightFace's names, without prefix and extra tensors. Others stay as they are.
 
     The last BatchNorm of CVLface has no weight and no bias, which InsightFace writes as ones and zeros.
     """
@@ -66,7 +66,7 @@ def under_our_names(tensors: Tensors) -> Tensors:
 
 
 def _our_name(name: str, starts: list[int]) -> str:
-    """Return our name of one of CVLface's tensors; stage s + 1 begins with block `starts[s]`."""
+    """Return our name of one of CVLface's tensors. Stage s + 1 begins with block `starts[s]`."""
     place, _, kind = name.rpartition(".")
     if place in _CVLFACE_OUTER:
         return f"{_CVLFACE_OUTER[place]}.{kind}"

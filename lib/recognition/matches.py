@@ -1,4 +1,4 @@
-"""The nearest gallery faces of each probe: as a table, as CSV, as a contact sheet, and as figures of identification.
+"""The nearest gallery faces of each probe, as a table, CSV, contact sheet and figures of identification.
 
 Shapes: B probes with a face, N rows of the probes, K matches of each.
 """
@@ -108,8 +108,8 @@ class Matches:
     def open_set(self, *, several: bool) -> dict[str, Any]:
         """Return the figures of open-set identification, by the identities of the probes.
 
-        With `several`, each face of a photo is a probe. A photo with several faces is then left out, because nobody
-        says which of them is the person.
+        With `several`, each face of a photo is a probe. Photos with several faces are left out, because the list does
+        not say which face the name belongs to.
 
         Raises:
             UserError: no photo with one face has a name.

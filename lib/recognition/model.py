@@ -33,19 +33,19 @@ WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 
 REPLACED_WITHIN_S = (0.5, 1.0, 2.0)
-"""Pauses before a folder whose files do not belong together is read again: a training may be replacing them."""
+"""Pauses before a folder with files of two models is read again. A training may be replacing them."""
 
 VALIDATION_SPLIT = "val"
-"""Stands as `split` in the metrics of a model that only training has measured."""
+"""Value of `split` in the metrics of a model that only training has measured."""
 
 Precision = Literal["fp32", "bf16"]
 
 
 class EmbeddingModel(nn.Module):
-    """A timm backbone's pooled features, through the head, to embeddings.
+    """A timm backbone with a head that turns its pooled features into embeddings.
 
-    The head is linear layers with ReLU between them. It has no norm of its own: timm's ConvNeXt ends its pooled
-    features with the LayerNorm that stands before the classifier, so the default head is LayerNorm and Linear.
+    The head is linear layers with ReLU between them. It has no norm of its own. timm's ConvNeXt applies LayerNorm to
+    its pooled features, so its default head is LayerNorm and Linear.
 
     Attributes:
         is_pretrained: whether `initial_model` found weights for the backbone.
@@ -66,15 +66,15 @@ class EmbeddingModel(nn.Module):
         self.head = nn.Sequential(*layers[:-1])
 
     def forward(self, images_NCHW: torch.Tensor, *, raw: bool = False) -> torch.Tensor:
-        """Return float32 embeddings_ND of images from `normalized_images`; `raw` ones keep their own length."""
+        """Return float32 embeddings_ND of images from `normalized_images`. With `raw` they are not scaled."""
         embeddings_ND = self.head(self.backbone(images_NCHW)).float()
         return functional.normalize(embeddings_ND, dim=1) if self.spec.normalize and not raw else embeddings_ND
 
     def embedded(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings_ND that users of the model get; those of a step of training are `forward`'s.
+        """Return the embeddings_ND for users of the model. Training uses `forward`.
 
-        With `spec.flip` they are the sum of the raw vectors of each image and of its mirror image, scaled to length 1,
-        as InsightFace's `eval/verification.py` has it.
+        With `spec.flip`, an embedding is the sum of the raw vectors of an image and of its mirror image, scaled to
+        length 1, as in InsightFace's `eval/verification.py`.
         """
         if not self.spec.flip:
             embeddings_ND: torch.Tensor = self(images_NCHW)
@@ -84,7 +84,7 @@ class EmbeddingModel(nn.Module):
 
 def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
     with quick_imports():
-        import timm  # takes seconds, which who only reads a ModelSpec need not wait
+        import timm  # takes seconds, and callers that only read a ModelSpec should not wait
 
         from lib.recognition import iresnet as iresnet  # makes its networks models of timm
 
@@ -96,7 +96,7 @@ def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
         # Vision transformers fix the image size when they are built; convolutions take any.
         fixed_size = {"img_size": image_size} if timm.get_pretrained_cfg_value(name, "fixed_input_size") else {}
         backbone = timm.create_model(name, pretrained=False, num_classes=0, **fixed_size)
-        # One forward finds the true feature count, which timm's attributes tell for most models only.
+        # One forward pass finds the true feature count. timm's attributes are right for most models only.
         with torch.no_grad():
             features_ND = backbone.eval()(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -109,7 +109,7 @@ def _create_backbone(name: str, image_size: int) -> tuple[nn.Module, int]:
 
 
 def resized_crops(crops_NHWC: np.ndarray, image_size: int) -> np.ndarray:
-    """Return uint8 crops of `image_size` pixels: each output pixel the mean of the area it covers.
+    """Return uint8 crops of `image_size` pixels. Each output pixel is the mean of the area that it covers.
 
     Raises:
         UserError: anything but uint8 of shape [N, H, W, 3].
@@ -140,9 +140,9 @@ def standardized(crops_NHWC: torch.Tensor, mean_C: torch.Tensor, std_C: torch.Te
 def _statistics(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean_C and std_C on the device, made once: making them in every step would stop a GPU each time.
+    """Return mean_C and std_C on the device, from a cache. Making them in every step would make a GPU wait.
 
-    Nothing that torch traces may call this: the tracer's stand-ins for tensors would stay in the cache.
+    Code that torch traces must not call this, because the tracer's stand-ins for tensors would stay in the cache.
     """
     with torch.inference_mode(mode=False):
         return torch.tensor(mean, device=device), torch.tensor(std, device=device)
@@ -156,9 +156,9 @@ def embed(
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
 ) -> np.ndarray:
-    """Return float32 embeddings_ND of uint8 RGB crops, of any size; the model is moved to `device`, its mode is kept.
+    """Return float32 embeddings_ND of uint8 RGB crops of any size. The model moves to `device` and keeps its mode.
 
-    The same crops in the same batches give the same bits; in other batches the last digits may differ.
+    The same crops in the same batches give the same bits. In other batches the last digits can differ.
 
     Raises:
         UserError: anything but uint8 of shape [N, H, W, 3].
@@ -168,7 +168,7 @@ def embed(
     embeddings_ND = np.empty((len(crops_NHWC), model.spec.embedding_dim), np.float32)
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
     try:
-        # Only the forward stands in inference mode: parameters moved inside it could not be trained any more.
+        # Only the forward pass is in inference mode: parameters that are moved in it can no longer be trained.
         with torch.inference_mode(), autocast:
             for start in range(0, len(crops_NHWC), batch_size):
                 batch = slice(start, start + batch_size)
@@ -184,7 +184,7 @@ def embed(
 def save_model(model: EmbeddingModel, url: str, spec: ModelSpec | None = None) -> None:
     """Write the model folder `url`: weights, model card, and `model.json` last, which makes the folder a model.
 
-    `spec` tells more of the model than its own does, such as what it reached.
+    `spec` may tell more than the model's own, such as its metrics.
     """
     spec = spec or model.spec
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -204,10 +204,10 @@ def load_model(url: str) -> EmbeddingModel:
 
 
 def read_model(url: str) -> tuple[ModelSpec, bytes]:
-    """Return the description and the weights of the folder `url`, of one and the same model.
+    """Return the description and the weights in the folder `url`.
 
     Raises:
-        UserError: no such folder, a file of it is missing or of another version, or they stay those of two models.
+        UserError: no such folder, a file is missing or of another version, or the two files are of different models.
     """
     spec_url = join(url, SPEC_NAME)
     if not exists(spec_url):
@@ -237,7 +237,7 @@ def built_model(spec: ModelSpec, weights: bytes, url: str) -> EmbeddingModel:
 
 
 def was_evaluated(url: str) -> bool:
-    """Return whether the model in the folder `url` has a threshold, and not just the one of training's own validation.
+    """Return whether the model in the folder `url` has a threshold from an evaluation, not only from training.
 
     Raises:
         UserError: the folder is no model.
@@ -247,9 +247,10 @@ def was_evaluated(url: str) -> bool:
 
 
 def keep_threshold(url: str, threshold: float, metrics: Mapping[str, Any], *, flip: bool | None = None) -> None:
-    """Write a threshold, and the figures it was chosen by, into the description and the card of the model folder `url`.
+    """Write a threshold and its figures into the description and the card of the model folder `url`.
 
-    `flip` is that of the embeddings it was chosen on, and becomes the model's; None leaves it as it is.
+    `flip` says whether the threshold is for embeddings with mirror images. It is stored in the model. None leaves the
+    model's own.
 
     Raises:
         UserError, JobError: the folder is no model, or cannot be written to.

@@ -12,8 +12,8 @@ Face embeddings are biometric data: in many places they may be made and kept onl
 and they must be protected and deleted like the photos they come from.
 
 Do not let it decide alone about anyone's access, work, benefits or liberty. Error rates differ between groups of
-people, ages and cameras, the more so where the training photos leave some out: measure them on photos of the people it
-will meet, and choose the threshold there. It does not tell a live face from a picture of one.
+people, ages and cameras, above all between groups that the training photos leave out. Measure them on photos of the
+people it will meet, and choose the threshold there. It does not tell a live face from a picture of one.
 """
 
 

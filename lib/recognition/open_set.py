@@ -1,4 +1,4 @@
-"""Open-set identification: how many known people are named, and how many strangers are taken for one of them.
+"""Open-set identification: how many known people are found, and how many strangers are taken for one of them?
 
 A probe is mated if its person is in the gallery, else non-mated. TPIR, the true positive identification rate, is the
 share of mated probes whose nearest gallery face is their person's and lies within the threshold. FPIR, the false
@@ -22,17 +22,17 @@ from lib.resampling import percentiles
 FPIRS = (0.001, 0.01, 0.1)
 
 MIN_FALSE_POSITIVES = 10
-"""Strangers who must be taken for somebody at an FPIR, for the threshold there to mean anything."""
+"""An FPIR is reported only if it amounts to at least this many strangers. With fewer its threshold means nothing."""
 
 RESAMPLES = 500
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probes:
-    """Searches whose answer is known, in rising order of distance.
+    """Searches with a known answer, in rising order of distance.
 
     Attributes:
-        person_B: who it really is, by number.
+        person_B: the true person, as a number.
         is_mated_B: whether that person is in the gallery.
         distance_B: of the nearest gallery face; infinite for a photo without a face.
         is_right_B: whether that face is the person's.
@@ -63,8 +63,8 @@ def probes_of(
 def open_set_figures(probes: Probes, threshold: float, *, seed: int = 0) -> dict[str, Any]:
     """Return TPIR and FPIR at the threshold, TPIR at fixed FPIRs, and rank 1 of the mated, ready for JSON.
 
-    Each with its 95 % interval under another draw of people (bootstrap over identities). None stands where there are no
-    probes of the kind, or too few strangers for that FPIR. `rank_1` asks for no threshold.
+    Each has its 95 % interval by a bootstrap over identities. A figure is None if there are no probes of its kind, or
+    too few strangers for its FPIR. `rank_1` needs no threshold.
     """
     weight_B = np.ones(len(probes.person_B))
     at_all = _rates(probes, weight_B, threshold)
@@ -113,7 +113,7 @@ def open_set_line(figures: dict[str, Any]) -> str:
 
 
 def _rates(probes: Probes, weight_B: NDArray[np.float64], threshold: float) -> dict[str, float]:
-    """Return every rate with these weights of the probes, NaN where no probe of its kind has any."""
+    """Return every rate with these weights of the probes. A rate is NaN if all probes of its kind have weight 0."""
     mated_B = weight_B * probes.is_mated_B
     num_named_B = np.append(0.0, np.cumsum(mated_B * probes.is_right_B))
     num_taken_B = np.append(0.0, np.cumsum(weight_B - mated_B))
@@ -130,7 +130,7 @@ def _rates(probes: Probes, weight_B: NDArray[np.float64], threshold: float) -> d
         "rank_1": share(num_named_B[with_face], num_mated),
     }
     for fpir in FPIRS:
-        # The threshold lies just below the first stranger too many, and below all probes as near as that one.
+        # The threshold lies just below the first stranger that is one too many, and below all probes at that distance.
         last = int(np.searchsorted(num_taken_B, fpir * num_strangers * (1 + 1e-9), side="right")) - 1
         if last < len(probes.distance_B):
             last = int(np.searchsorted(probes.distance_B, probes.distance_B[last]))

