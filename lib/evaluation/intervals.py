@@ -42,8 +42,7 @@ def bootstrap_intervals(
 ) -> dict[str, Any]:
     """Return 95 % percentile intervals of accuracy, AUC, EER and TAR@FAR, from resampling people.
 
-    `point` is a corner of the curve. With it, the result has the intervals of FAR and TAR at its threshold, too:
-    `point_far` and `point_tar`.
+    With `point`, a corner of the curve, the result has `point_far` and `point_tar` at its threshold, too.
 
     Pairs of one person are not independent, so people are resampled, not pairs. If a person is drawn m times, its same
     pairs count m times. If two people are drawn m and n times, their different pairs count m * n times (the vertex
