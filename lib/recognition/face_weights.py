@@ -25,8 +25,9 @@ def read_face_weights(url: str, wanted: OnnxInput) -> tuple[EmbeddingModel, byte
     Raises:
         UserError: no such file, a damaged one, no iResNet, weights that do not fit, or an input that it cannot have.
     """
-    if wanted.layout != "nchw" or wanted.input_size not in (None, ARCFACE_SIZE):
-        raise UserError(f"--layout and --input-size are for ONNX files: {url!r} takes {ARCFACE_SIZE} pixels")
+    if wanted.layout != "nchw" or wanted.input_size not in (None, ARCFACE_SIZE) or wanted.model_output:
+        flags = "--layout, --input-size and --model-output"
+        raise UserError(f"{flags} are for ONNX files: {url!r} takes {ARCFACE_SIZE} pixels")
     content = read_weights(url)
     tensors = under_our_names(tensors_of(content, url))
     backbone = backbone_of(tensors)

@@ -19,6 +19,7 @@ import onnxruntime
 from lib.errors import UserError
 from lib.faces.alignment import ARCFACE, EYES
 from lib.recognition.model import resized_crops
+from lib.recognition.onnx_outputs import embedding_output
 from lib.recognition.onnx_session import GPU_PROVIDER, REFUSED, first_line, open_session
 from lib.storage import read_bytes
 
@@ -49,6 +50,8 @@ class OnnxInput:
     """Model from elsewhere: order of the color channels."""
     input_size: int | None = None
     """ONNX model: side of the input, in pixels. Default: what the file says, else 112."""
+    model_output: str | None = None
+    """ONNX model: name of the output that holds the embedding. Default: the first, if no other could be one."""
     mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
     """Model from elsewhere: value subtracted from pixels of 0 to 255, per channel."""
     std: tuple[float, float, float] = (127.5, 127.5, 127.5)
@@ -70,8 +73,9 @@ class OnnxModel:
     the vectors as the file gives them.
 
     Raises:
-        UserError: the file is no ONNX model, keeps data elsewhere, or its input or output does not fit; mirror images
-            that cannot be left out, or for which vectors would have to stay raw.
+        UserError: the file is no ONNX model, keeps data elsewhere, its input or output does not fit, or several of its
+            outputs could be the embedding; mirror images that cannot be left out, or for which vectors would have to
+            stay raw.
     """
 
     def __init__(self, url: str, wanted: OnnxInput, *, device: str = "cpu", flip: bool | None = None) -> None:
@@ -82,8 +86,7 @@ class OnnxModel:
         self._wanted = wanted
         self.threshold: float | None = self._about.get("threshold")
         self.fingerprint: Mapping[str, Any] = self._about.get("fingerprint", {})
-        taken = "" if self._about else json.dumps(asdict(wanted), sort_keys=True)
-        self.digest = self._about.get("digest") or hashlib.sha256(content + taken.encode()).hexdigest()[:16]
+        self.digest = self._about.get("digest") or self._digest(content)
         self._adds_mirror = self._must_add_mirror(flip)
         self.flip = self._adds_mirror or bool(self._about.get("flip"))
         if self._adds_mirror:
@@ -93,17 +96,16 @@ class OnnxModel:
             self.template = self._about.get("template") or self.fingerprint.get("template", EYES)
         else:
             self.template = ARCFACE
-        if not (self._session.get_inputs() and self._session.get_outputs()):
+        if not (self._session.get_inputs() and self._output_names()):
             raise UserError(f"{url!r} has no input or no output: give a model that takes one picture")
         self._input = self._session.get_inputs()[0]
-        self._output = self._vector_output()
         first = self._input.shape[0] if self._input.shape else None
         on_gpu = GPU_PROVIDER in self._session.get_providers()
         self._at_once = AT_ONCE["cuda" if on_gpu else "cpu"]
         self._batch_size = first if isinstance(first, int) and first > 0 else None
         self._dtype = _DTYPES.get(self._input.type, np.float32)
         self._size = self._about.get("image_size") or self._input_size()
-        self.embedding_dim = self._probe()
+        self._output, self.embedding_dim = self._probe()
 
     def embed(self, crops_NHWC: np.ndarray) -> np.ndarray:
         """Return float32 embeddings_ND of uint8 RGB crops of any size."""
@@ -120,8 +122,16 @@ class OnnxModel:
         """Return what the file gives for crops of its size, float32 [N, D]."""
         images = self._images(crops_NHWC)
         at_once = self._batch_size or self._at_once
-        vectors = [self._run(images[n : n + at_once]) for n in range(0, len(images), at_once)] or [self._run(images)]
+        starts = range(0, len(images), at_once) or [0]
+        vectors = [self._run(images[n : n + at_once], [self._output])[0] for n in starts]
         return np.concatenate(vectors).reshape(len(images), -1).astype(np.float32)
+
+    def _digest(self, content: bytes) -> str:
+        """Return the digest of somebody's file. That its first output is named changes nothing."""
+        taken = asdict(self._wanted)
+        if taken["model_output"] in (None, *self._output_names()[:1]):
+            del taken["model_output"]
+        return hashlib.sha256(content + json.dumps(taken, sort_keys=True).encode()).hexdigest()[:16]
 
     def _must_add_mirror(self, flip: bool | None) -> bool:
         if self._about.get("flip"):
@@ -155,13 +165,13 @@ class OnnxModel:
             images = images.transpose(0, 3, 1, 2)
         return np.ascontiguousarray(images, self._dtype)
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        """Return the output for these images; a file with a fixed batch is padded with empty images."""
+    def _run(self, images: np.ndarray, names: list[str]) -> list[np.ndarray]:
+        """Return these outputs for images; a file with a fixed batch is padded with empty images."""
         missing = max(0, (self._batch_size or 0) - len(images))
         batch = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
         try:
-            output = np.asarray(self._session.run([self._output], {self._input.name: batch})[0])
-            return output[: len(images)] if missing and output.ndim else output
+            outputs = [np.asarray(each) for each in self._session.run(names, {self._input.name: batch})]
+            return [each[: len(images)] if missing and each.ndim else each for each in outputs]
         except REFUSED as error:
             raise UserError(
                 f"{self.url!r} does not take faces of shape {list(images.shape)}, {images.dtype}; its input is "
@@ -179,13 +189,9 @@ class OnnxModel:
             return f"a model of three colours is needed, not {channels}"
         return "correct --input-size" if self._wanted.input_size else "give the right one by --input-size"
 
-    def _vector_output(self) -> str:
-        """Return the first output with one vector per face; some files return its norm, one number, before it."""
-        outputs = self._session.get_outputs()
-        for each in outputs:
-            if not (each.shape and (len(each.shape) < 2 or each.shape[1:] == [1])):
-                return str(each.name)
-        return str(outputs[0].name)
+    def _output_names(self) -> list[str]:
+        """Return the outputs that are arrays; classifiers of other libraries give maps, too."""
+        return [str(each.name) for each in self._session.get_outputs() if each.type.startswith("tensor(")]
 
     def _input_size(self) -> int:
         if len(self._session.get_inputs()) != 1:
@@ -216,17 +222,11 @@ class OnnxModel:
             return f"give --layout {other}"
         return "a model that takes squares is needed"
 
-    def _probe(self) -> int:
-        """Return the length of an embedding, which the file may not state."""
-        output = self._run(self._images(np.zeros((1, self._size, self._size, 3), np.uint8)))
-        if output.ndim < 2 or output.shape[0] != 1 or output.size < 2 or output.dtype.kind != "f":
-            others = ", ".join(each.name for each in self._session.get_outputs() if each.name != self._output)
-            raise UserError(
-                f"{self.url!r} gives {output.dtype} of shape {list(output.shape)} for one face in its output "
-                f"{self._output!r}: one vector per face is needed"
-                + (f"; save a copy without the other outputs ({others}), or with the vector first" if others else "")
-            )
-        return int(output.size)
+    def _probe(self) -> tuple[str, int]:
+        """Return the output with the embedding and its length, which the file may not state."""
+        names = self._output_names()
+        outputs = self._run(self._images(np.zeros((1, self._size, self._size, 3), np.uint8)), names)
+        return embedding_output(self.url, dict(zip(names, outputs, strict=True)), self._wanted.model_output)
 
 
 def _own_metadata(url: str, session: onnxruntime.InferenceSession) -> dict[str, Any]:

@@ -248,6 +248,6 @@ def test_bad_files_are_refused_in_one_line(cvlface: Tensors, insightface_url: st
         load_embedder(str(tmp_path / "plain.pt"))
     with pytest.raises(UserError, match="does not exist"):
         load_embedder(str(tmp_path / "gone.pth"))
-    for wanted in (OnnxInput(layout="nhwc"), OnnxInput(input_size=224)):
+    for wanted in (OnnxInput(layout="nhwc"), OnnxInput(input_size=224), OnnxInput(model_output="fc1")):
         with pytest.raises(UserError, match="takes 112 pixels"):
             load_embedder(insightface_url, wanted)

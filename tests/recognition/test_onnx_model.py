@@ -252,13 +252,17 @@ def foreign_file(path: Path, nodes: list, *, outputs: tuple[str, ...] = ("vector
         helper.make_node("ReduceMean", ["floats"], ["means"], axes=[3], keepdims=0),
         helper.make_node("Reshape", ["means", "flat"], ["vector"]),
         helper.make_node("ReduceL2", ["vector"], ["norm"], axes=[1], keepdims=1),
+        helper.make_node("Identity", ["means"], ["map"]),
+        helper.make_node("ReduceMax", ["vector"], ["score"], axes=[1], keepdims=0),
+        helper.make_node("Pad", ["vector", "wider"], ["logits"]),
     ]
+    wider = numpy_helper.from_array(np.array([0, 0, 0, 904], np.int64), "wider")
     half = numpy_helper.from_array(np.float32(0.5), "half")
     large = numpy_helper.from_array(np.array([30_000, 30_000], np.int64), "large")
     taken = [helper.make_tensor_value_info("faces", TensorProto.FLOAT, (batch, 3, 32, 32))]
-    dims = {"vector": 96, "norm": 1, "made": None}
-    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, dims[name]]) for name in outputs]
-    graph = helper.make_graph([*nodes, *rest], "g", taken, given, [flat, half, large])
+    dims = {"vector": [96], "norm": [1], "score": [], "map": [3, 32], "logits": [1000], "made": [None]}
+    given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, *dims[name]]) for name in outputs]
+    graph = helper.make_graph([*nodes, *rest], "g", taken, given, [flat, half, large, wider])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     path.write_bytes(model.SerializeToString())
     return str(path)
@@ -279,9 +283,9 @@ def test_many_faces_are_run_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.
     sizes = []
     run = OnnxModel._run
 
-    def counting(self: OnnxModel, images: np.ndarray) -> np.ndarray:
+    def counting(self: OnnxModel, images: np.ndarray, names: list[str]) -> list[np.ndarray]:
         sizes.append(len(images))
-        return run(self, images)
+        return run(self, images, names)
 
     monkeypatch.setattr(OnnxModel, "_run", counting)
     together = model.embed(crops(20))
@@ -289,11 +293,57 @@ def test_many_faces_are_run_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_array_equal(together[9:10], model.embed(crops(20)[9:10]))
 
 
-def test_the_vector_is_taken_where_the_norm_comes_first(tmp_path: Path) -> None:
-    model = OnnxModel(foreign_file(tmp_path / "a.onnx", PLAIN, outputs=("norm", "vector")), OnnxInput())
-    plain = OnnxModel(foreign_file(tmp_path / "b.onnx", PLAIN), OnnxInput())
-    assert model.embedding_dim == 96
-    np.testing.assert_array_equal(model.embed(crops()), plain.embed(crops()))
+def test_the_first_output_is_the_embedding_beside_a_norm(tmp_path: Path) -> None:
+    plain = OnnxModel(foreign_file(tmp_path / "a.onnx", PLAIN), OnnxInput())
+    for outputs in (("vector", "norm"), ("vector", "norm", "score"), ("vector", "norm", "map")):
+        model = OnnxModel(foreign_file(tmp_path / "b.onnx", PLAIN, outputs=outputs), OnnxInput())
+        assert model.embedding_dim == 96
+        np.testing.assert_array_equal(model.embed(crops()), plain.embed(crops()))
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 8])
+@pytest.mark.parametrize(
+    ("outputs", "why"),
+    [
+        (("norm", "vector"), r"norm \[N, 1\], vector \[N, 96\], and the first, 'norm', is not one vector a face"),
+        (("logits", "vector"), r"logits \[N, 1000\], vector \[N, 96\], and 2 of them could be the embedding"),
+        (("vector", "logits"), r"vector \[N, 96\], logits \[N, 1000\], and 2 of them could be the embedding"),
+        (("vector", "norm", "logits"), "and 2 of them could be the embedding"),
+        (("map", "vector"), r"map \[N, 3, 32\], vector \[N, 96\], and the first, 'map', is not one vector a face"),
+        (("norm", "map"), "and none of them is one vector a face"),
+    ],
+)
+def test_what_could_be_another_embedding_is_not_guessed(
+    tmp_path: Path, outputs: tuple[str, ...], why: str, batch: int | str
+) -> None:
+    url = foreign_file(tmp_path / "a.onnx", PLAIN, outputs=outputs, batch=batch)
+    with pytest.raises(UserError, match=f"{why}: name the right one by --model-output NAME$"):
+        OnnxModel(url, OnnxInput())
+
+
+@pytest.mark.parametrize("outputs", [("norm", "vector"), ("logits", "vector"), ("vector", "logits", "norm")])
+def test_the_output_that_is_named_is_taken(tmp_path: Path, outputs: tuple[str, ...]) -> None:
+    plain = OnnxModel(foreign_file(tmp_path / "a.onnx", PLAIN), OnnxInput())
+    url = foreign_file(tmp_path / "b.onnx", PLAIN, outputs=outputs)
+    named = OnnxModel(url, OnnxInput(model_output="vector"))
+    np.testing.assert_array_equal(named.embed(crops()), plain.embed(crops()))
+    with pytest.raises(UserError, match=rf"has no output 'fc1': name one by --model-output, out of {outputs[0]} \[N,"):
+        OnnxModel(url, OnnxInput(model_output="fc1"))
+
+
+def test_a_named_output_that_is_no_vector_is_told(tmp_path: Path) -> None:
+    url = foreign_file(tmp_path / "a.onnx", PLAIN, outputs=("vector", "norm"))
+    with pytest.raises(UserError, match=r"shape \[1, 1\] for one face in its output 'norm': one vector per face"):
+        OnnxModel(url, OnnxInput(model_output="norm"))
+
+
+def test_another_output_is_another_model_and_the_first_one_named_is_none(tmp_path: Path) -> None:
+    url = foreign_file(tmp_path / "a.onnx", PLAIN, outputs=("vector", "norm"))
+    assert OnnxModel(url, OnnxInput(model_output="vector")).digest == OnnxModel(url, OnnxInput()).digest
+    url = foreign_file(tmp_path / "b.onnx", PLAIN, outputs=("vector", "logits"))
+    named = [OnnxModel(url, OnnxInput(model_output=name)) for name in ("vector", "logits")]
+    assert [model.embedding_dim for model in named] == [96, 1000]
+    assert named[0].digest != named[1].digest
 
 
 def test_a_file_that_normalises_its_input_itself_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
