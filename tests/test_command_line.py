@@ -22,7 +22,7 @@ WITH_SECRETS = (
     "ftp2://user:sec-ret@host/folder?a=sign-ature&b=1",
 )
 URL_FLAGS = {
-    "preprocess.py": ("--data", "--photos", "--identities", "--faces", "--detector-weights"),
+    "preprocess.py": ("--data", "--photos", "--photo-list", "--identities", "--faces", "--detector-weights"),
     "train.py": ("--data", "--faces", "--init", "--from-sweep", "--cache-dir"),
     "embed.py": ("--data", "--model", "--faces", "--photos", "--identities", "--output", "--detector-weights"),
     "evaluate.py": (

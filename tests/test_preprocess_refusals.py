@@ -9,6 +9,17 @@ from PIL import Image
 from tests.job_runner import run_here
 
 
+def test_a_list_of_photos_decides_which_are_planned(sample_data: Path, tmp_path: Path) -> None:
+    names = [line.rsplit(" ", 1)[0] for line in (sample_data / "identities.txt").read_text().splitlines()]
+    (tmp_path / "few names.txt").write_text("".join(f"{name}\n" for name in [*names[:7], "gone.jpg"]))
+    flags = ("--data", str(sample_data), "--faces", str(tmp_path / "out"), "--photo-list")
+    done = run_here("preprocess.py", *flags, str(tmp_path / "few names.txt"), "--dry-run")
+    assert (done.status, done.result["photos"]) == (0, 8), done.errors
+    refused = run_here("preprocess.py", *flags, str(tmp_path / "few names.txt"), "--photos-format", "zip")
+    assert refused.status == 2
+    assert "leave --photos-format zip out" in refused.errors
+
+
 def test_dry_run_writes_nothing(sample_data: Path, tmp_path: Path) -> None:
     done = run_here("preprocess.py", "--data", str(sample_data), "--faces", str(tmp_path / "out"), "--dry-run")
     assert done.status == 0

@@ -5,19 +5,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pyarrow as pa
 
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.identities import folder_identities, read_identities
-from lib.faces.images import PHOTO_SUFFIXES
+from lib.faces.identities import ANY_LISTED, folder_identities, read_identities
 from lib.faces.photo_database import PhotoDatabase, columns_of, quoted
+from lib.faces.scanning import check_scanned, scan
 from lib.faces.sources.folder import FolderSource
-from lib.faces.sources.source import SCAN_SCHEMA, ContainerSource, Source
+from lib.faces.sources.source import ContainerSource, Source
 from lib.faces.splits import Splits, names_in
-from lib.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +129,12 @@ def read_manifest(
     """
     database = PhotoDatabase()
     has_list = identities_url is not None and storage.exists(identities_url)
-    num, num_bytes = _scan(source, database)
-    _check_scanned(source, database, num, has_list=has_list)
+    num, num_bytes = scan(source, database)
+    check_scanned(source, database, num, has_list=has_list)
     if has_list:
-        read_identities(identities_url or "", database, photos_url=source.url, min_listed_share=min_listed_share)
-        _join(database, missing_too=isinstance(source, FolderSource), required=identities_required)
+        share = min_listed_share if source.list_url is None else ANY_LISTED  # a list of photos may name a few of them
+        read_identities(identities_url or "", database, photos_url=source.url, min_listed_share=share)
+        _join(database, source, required=identities_required)
     else:
         _take_identities(source, database, identities_url, required=identities_required)
     chosen = splits or Splits(seed=split_seed)
@@ -149,56 +148,21 @@ def read_manifest(
     )
 
 
-def _scan(source: Source, database: PhotoDatabase) -> tuple[int, int]:
-    """Make the table `scanned` of the photos of a source; return their number and the sum of their sizes.
-
-    The database keeps no order, so each photo gets its `place`.
-    """
-    database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)}, place bigint)")
-    num = 0
-    with ProgressLine("listing", unit="photo") as progress:
-        for shard in source.shards():
-            for batch in source.scan(shard):
-                places = pa.array(np.arange(num, num + len(batch)))
-                database.append("scanned", pa.Table.from_batches([batch]).append_column("place", places))
-                num += len(batch)
-                progress.update(num)
-    return num, int(database.value("select coalesce(sum(num_bytes), 0) from scanned"))
-
-
-def _check_scanned(source: Source, database: PhotoDatabase, num: int, *, has_list: bool) -> None:
-    shown = storage.redacted(source.url)
-    if isinstance(source, FolderSource):
-        if not num and not has_list:
-            kinds = f" ({_counted(source.passed_over)} lie there)" if source.passed_over else ""
-            raise UserError(
-                f"{shown} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} are read, and .parquet, .rec, .tar, .zip "
-                "and .arrow files of photos"
-            )
-        return
-    if not num:
-        raise UserError(f"{shown} holds no rows")
-    num_distinct = database.value("select count(distinct photo) from scanned")
-    if num_distinct != num:
-        raise UserError(
-            f"column {source.columns.photo!r} of {shown} names {num} photos by {num_distinct} names: name a column of "
-            "distinct keys by --photo-column"
-        )
-
-
-def _join(database: PhotoDatabase, *, missing_too: bool, required: bool) -> None:
+def _join(database: PhotoDatabase, source: Source, *, required: bool) -> None:
     """Make the table `known` of photos with the identities of the table `listed`.
 
-    In a folder, listed photos that do not exist become rows too, and a photo without a line has no identity.
+    In a folder, listed photos that do not exist become rows too, and a photo without a line has no identity. A list of
+    photos is complete by itself.
     """
-    nobody = f"case when l.identity is null then '{table.NO_IDENTITY}' end" if missing_too or required else "null"
+    in_folder = isinstance(source, FolderSource)
+    nobody = f"case when l.identity is null then '{table.NO_IDENTITY}' end" if in_folder or required else "null"
     database.run(
         f"""create table known as
         select s.photo, l.identity, {nobody} as status, s.source, s."group", s."row", s.num_bytes, s.mark,
             s.place
         from scanned s left join listed l using (photo)"""
     )
-    if missing_too:
+    if in_folder and source.list_url is None:
         database.run(
             f"""insert into known select photo, identity, '{table.MISSING}', {_NOTHING}, null
             from listed anti join scanned using (photo)"""
@@ -291,7 +255,3 @@ def _assign_splits(database: PhotoDatabase, splits: Splits) -> None:
     )
     for name in ("split_of", "known", "scanned"):
         database.run(f"drop table {name}")
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))

