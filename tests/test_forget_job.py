@@ -30,7 +30,7 @@ from lib.recognition.model import keep_threshold
 from lib.training.cache_building import build_cache
 from lib.training.face_cache import FaceCache
 from lib.training.suspects import SuspectLog
-from lib.training.triplets import UsageCounter
+from lib.training.usage import usage_table
 from tests.job_runner import RayHead, finish, kill_session, run_here, start_job, wait_until
 
 pytestmark = pytest.mark.timeout(600)
@@ -75,9 +75,7 @@ def write_run(run: Path, cache: FaceCache, faces_run_id: str) -> None:
     run.joinpath("config.json").write_text(
         json.dumps({"faces_run_id": faces_run_id, "fingerprint": {}, "init": "none"})
     )
-    usage = UsageCounter(len(cache))
-    usage.counts_3N += 1
-    pq.write_table(usage.table(cache.photos), run / "usage.parquet")
+    pq.write_table(usage_table(cache.photos, np.ones((3, len(cache)), np.int32)), run / "usage.parquet")
     rows = np.arange(len(cache) - 1)
     suspects = SuspectLog()
     suspects.add(rows, rows + 1, np.linspace(0.1, 0.9, len(rows)))

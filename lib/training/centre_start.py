@@ -19,7 +19,7 @@ from torch.nn import functional
 from lib import storage
 from lib.recognition.model import EmbeddingModel
 from lib.recognition.spec import INIT_NAMES, SPEC_NAME, WEIGHTS_SUFFIXES, ModelSpec
-from lib.training import checkpoints, collective
+from lib.training import checkpoint_parts, checkpoints, collective
 from lib.training.centre_store import CentreStore
 from lib.training.embedding_passes import EmbeddingPass
 from lib.training.face_cache import FaceCache
@@ -85,7 +85,7 @@ def _take_earlier(centres: CentreStore, init: str, names: Sequence[str]) -> npt.
     if not (place_R >= 0).any():
         return is_kept_R
     wanted = range(int(place_R[place_R >= 0].min()), int(place_R.max()) + 1)
-    for start, tensors in checkpoints.read_parts(run_url, progress, wanted):
+    for start, tensors in checkpoint_parts.read_centres(run_url, progress, wanted):
         earlier_CSD = tensors["centres"]
         here = np.flatnonzero((place_R >= start) & (place_R < start + len(earlier_CSD)) & ~is_kept_R)
         if earlier_CSD.shape[1:] != centres.centres_RSD.shape[1:]:

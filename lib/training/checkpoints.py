@@ -1,9 +1,8 @@
-"""Checkpoints: everything that a run needs to resume, in one file, and the centres of identities in files beside it.
+"""Checkpoints: everything that a run needs to resume, in one file, and what the workers share in files beside it.
 
 The files are safetensors, so loading one from a shared bucket runs nobody's code. The name contains the progress; the
-newest intact file counts. The files of centres are in a folder of the same name, each for a range of identities. They
-are written first, so a checkpoint whose own file exists is complete. The progress can be read without torch, which
-takes seconds to import.
+newest intact file counts. The files of `checkpoint_parts` are in a folder of the same name. They are written first, so
+a checkpoint whose own file exists is complete. The progress can be read without torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +79,8 @@ class Progress:
     """Whether a recipe may freeze stages: the weights are pretrained, and timm tells the backbone's stages."""
     num_centres: int = 0
     """Identities whose centres are stored beside the checkpoint."""
+    num_counted: int = 0
+    """Photos whose use is stored beside the checkpoint; 0 in an older one, which has it inside."""
     sums: dict[str, float] = field(default_factory=dict)
     """Sums of the present epoch so far."""
 
@@ -100,55 +100,30 @@ def write(run_url: str, progress: Progress, tensors: Tensors) -> None:
     Raises:
         JobError: the storage is full or does not answer, after several tries; earlier checkpoints are unchanged.
     """
-    _write(run_url, _name(progress), tensors, {STATE_KEY: json.dumps(asdict(progress))})
-    kept = sorted(_names(run_url))[-NUM_KEPT:]
-    for name in {info.path.partition("/")[0] for info in storage.list_files(storage.join(run_url, FOLDER))}:
+    write_file(run_url, name_of(progress), tensors, {STATE_KEY: json.dumps(asdict(progress))})
+    _remove_but(run_url, sorted(_names(run_url))[-NUM_KEPT:])
+
+
+def remove_unfinished(run_url: str) -> None:
+    """Remove the parts of checkpoints that were never completed. No worker of the run may be writing."""
+    _remove_but(run_url, _names(run_url))
+
+
+def _remove_but(run_url: str, kept: list[str]) -> None:
+    """Remove all but these checkpoints: the own file first, so that what is there is complete at any moment."""
+    found = {info.path.partition("/")[0] for info in storage.list_files(storage.join(run_url, FOLDER))}
+    for name in sorted(found, key=lambda name: not name.endswith(SUFFIX)):
         if _is_checkpoint(name) and name.removesuffix(SUFFIX) + SUFFIX not in kept:
             remove = storage.remove if name.endswith(SUFFIX) else storage.remove_tree
             remove(storage.join(run_url, FOLDER, name))
 
 
-def write_part(run_url: str, progress: Progress, start: int, tensors: Tensors) -> None:
-    """Write the tensors of consecutive identities from `start` on; `write` then completes the checkpoint.
+def write_file(run_url: str, name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """Write one file of a checkpoint, with several tries.
 
     Raises:
         JobError: as `write`.
     """
-    num = len(next(iter(tensors.values())))
-    name = f"centres-{start:012d}-{start + num:012d}{SUFFIX}"
-    _write(run_url, storage.join(_name(progress).removesuffix(SUFFIX), name), tensors)
-
-
-def read_parts(run_url: str, progress: Progress, identities: range) -> Iterator[tuple[int, Tensors]]:
-    """Yield the first identity and the tensors of each part with some of the identities, one at a time.
-
-    Raises:
-        UserError: a part is damaged, or some are missing.
-    """
-    import safetensors.torch
-
-    folder = storage.join(run_url, FOLDER, _name(progress).removesuffix(SUFFIX))
-    advice = f"remove {storage.redacted(folder)}{SUFFIX}, and the run goes on from the checkpoint before"
-    reached = identities.start
-    for info in storage.list_files(folder, suffix=SUFFIX):
-        found = re.fullmatch(r"centres-(\d{12,})-(\d{12,})\.safetensors", info.path)
-        start, stop = (int(number) for number in found.groups()) if found else (0, 0)
-        if start >= identities.stop or stop <= identities.start:
-            continue
-        url = storage.join(folder, info.path)
-        try:
-            tensors = safetensors.torch.load(storage.read_bytes(url))
-        except (safetensors.SafetensorError, ValueError) as error:
-            raise UserError(f"{storage.redacted(url)} is damaged ({error}): {advice}") from error
-        if start > reached or any(len(tensor) != stop - start for tensor in tensors.values()):
-            break
-        yield start, tensors
-        reached = stop
-    if reached < identities.stop:
-        raise UserError(f"{storage.redacted(folder)} lacks the centres of identity {reached}: {advice}")
-
-
-def _write(run_url: str, name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
     import safetensors.torch
 
     data = safetensors.torch.save(
@@ -231,7 +206,8 @@ def _progress(data: bytes) -> Progress:
     return Progress(**json.loads(head["__metadata__"][STATE_KEY]))
 
 
-def _name(progress: Progress) -> str:
+def name_of(progress: Progress) -> str:
+    """Return the name of a checkpoint's own file."""
     return f"epoch-{progress.epoch:06d}-step-{progress.step:010d}{SUFFIX}"
 
 

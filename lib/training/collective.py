@@ -43,6 +43,45 @@ def summed(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
     return total.numpy()
 
 
+def wait_for_all() -> None:
+    """Return when all workers have come here. A broadcast does not do that: it waits for the first worker alone."""
+    summed(np.ones(1))
+
+
+def exchanged(rows_XK: npt.NDArray[np.integer], counts_W: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Return the rows [Y, K] that all workers have for this one. Of the own rows the first worker gets the first
+    `counts_W[0]`, the second the next `counts_W[1]`, …
+    """
+    if num_workers() == 1:
+        return rows_XK
+    given = torch.from_numpy(counts_W.astype(np.int64))
+    taken = torch.empty_like(given)
+    dist.all_to_all_single(taken, given)
+    received = torch.empty((int(taken.sum()), rows_XK.shape[1]), dtype=torch.int64)
+    dist.all_to_all_single(received, torch.from_numpy(rows_XK), taken.tolist(), given.tolist())
+    return received.numpy()
+
+
+def in_turn(mine_MK: npt.NDArray[Number]) -> list[npt.NDArray[Number]] | None:
+    """Return the rows of all workers on worker 0, one worker after the other, and None on the others."""
+    if num_workers() == 1:
+        return [mine_MK]
+    mine = torch.from_numpy(np.ascontiguousarray(mine_MK))
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(num_workers())]
+    dist.all_gather(lengths, torch.tensor([len(mine)]))
+    if rank():
+        if len(mine):
+            dist.send(mine, dst=0)
+        return None
+    parts = [mine.numpy()]
+    for source, length in enumerate(lengths[1:], start=1):
+        part = torch.empty((int(length), *mine.shape[1:]), dtype=mine.dtype)
+        if len(part):
+            dist.recv(part, src=source)
+        parts.append(part.numpy())
+    return parts
+
+
 def interleaved(mine_MD: npt.NDArray[np.float32], num_rows: int) -> npt.NDArray[np.float32]:
     """Return all rows [N, D] where worker r of W holds rows r, r + W, r + 2 W, …"""
     world = num_workers()

@@ -62,6 +62,7 @@ class Worker:
         checkpoint = checkpoints.load_newest(config.run_url)
         if self.rank == 0:
             storage.remove_unfinished(config.run_url)
+            checkpoints.remove_unfinished(config.run_url)
         self._reports = Reports(control, is_first=self.rank == 0)
         self._reports.status("reading the faces")
         self.data = open_data(config, device, job.faces_run_id, job.sources)
@@ -134,7 +135,7 @@ class Worker:
             if record:
                 progress = record.end_epoch(state.progress, outcome, state.evaluated)
                 state.best_scores_P = record.best_scores_P
-            self._saving.after_epoch(state, progress, outcome.usage_3N, outcome.suspects)
+            self._saving.after_epoch(state, progress, outcome.suspects, self.data.train.photos)
             if not state.progress.finished and stage_of(self._job.config, state.progress.epoch) != state.progress.stage:
                 state, record = self._next_stage()
         if record:
@@ -193,7 +194,7 @@ class Worker:
         return EpochOutcome(
             sums=steps.sums,
             figures=self._figures(),
-            usage_3N=collective.summed(self.state.usage.counts_3N),
+            usage=self.state.usage.statistics(),
             suspects=all_suspects(self.state),
             staleness=self._mined.store.staleness(self.state.progress.step) if self._mined and self.rank == 0 else {},
             num_corrupt=len(self.data.train.failed_rows),

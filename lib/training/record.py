@@ -1,4 +1,4 @@
-"""The record of a run: history, best model, usage and suspects. Worker 0 writes it after each epoch."""
+"""The record of a run: history, best model and suspects. Worker 0 writes it after each epoch."""
 
 import dataclasses
 import math
@@ -20,7 +20,6 @@ from lib.training.history import MODEL_FOLDER, History, has_plateaued, is_overfi
 from lib.training.schedule import Phase, next_phase
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
-from lib.training.triplets import UsageCounter
 from lib.training.validation import Figures
 
 Floats = npt.NDArray[np.float32]
@@ -36,8 +35,8 @@ class EpochOutcome:
     sums: dict[str, float]
     """Over all steps of all workers, by `lib.training.objective.SUM_NAMES`."""
     figures: Figures
-    usage_3N: npt.NDArray[np.int32]
-    """Of all workers, since the run began."""
+    usage: dict[str, float]
+    """Statistics of the use of the photos, by all workers, since the run began."""
     suspects: SuspectLog
     """Of all workers, since the run began."""
     staleness: dict[str, float]
@@ -76,7 +75,6 @@ class RunRecord:
         self._control = control
         self._history = History(config.run_url, next_epoch=progress.epoch)
         self._notes: list[str] = []
-        self._usage = UsageCounter(len(cache))
 
     def note(self, text: str) -> None:
         """Write a note for the user into the log and the next row of the history."""
@@ -84,12 +82,11 @@ class RunRecord:
         self._control.tell.remote(line=text)
 
     def end_epoch(self, progress: Progress, outcome: EpochOutcome, model: EmbeddingModel) -> Progress:
-        """Write the epoch's row, the model if it is the best so far, usage and suspects; return the next progress.
+        """Write the epoch's row, the model if it is the best so far, and suspects; return the next progress.
 
         The checkpoint comes after this. If it is lost, the epoch is done again and its row is written again.
         """
         config, figures = self._config, outcome.figures
-        self._usage.counts_3N = outcome.usage_3N
         row = self._row(progress, outcome)
         value = figure_of(row, config.validation.best_by)
         is_best, progress = self._compared(value, progress, figures, row)
@@ -102,8 +99,6 @@ class RunRecord:
         if is_best or (value is None and finished):
             self._save_model(model, progress, row, figures)
         self._write_suspects(outcome.suspects)
-        if finished:
-            self._write_usage()
         self._control.tell.remote(line=_line(row, config))
         return dataclasses.replace(
             progress,
@@ -196,7 +191,7 @@ class RunRecord:
             "num_workers": collective.num_workers(),
             **{f"store_{name}": value for name, value in outcome.staleness.items()},
             "store_num_filled": outcome.num_filled,
-            **self._usage.statistics(),
+            **outcome.usage,
             "num_corrupt_crops": outcome.num_corrupt,
         }
 
@@ -240,11 +235,6 @@ class RunRecord:
             },
         )
         save_model(model, storage.join(config.run_url, MODEL_FOLDER), spec)
-
-    def _write_usage(self) -> None:
-        if self._usage.counts_3N.any():
-            usage_url = storage.join(self._config.run_url, "usage.parquet")
-            storage.write_parquet(usage_url, self._usage.table(self._cache.photos))
 
     def _write_suspects(self, suspects: SuspectLog) -> None:
         if len(suspects):

@@ -4,8 +4,7 @@ import dataclasses
 import time
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 
 from lib.errors import JobStopped
 from lib.training import collective
@@ -34,9 +33,11 @@ class Saving:
         self._last_saved = time.monotonic()
 
     def after_epoch(
-        self, state: TrainingState, progress: Progress | None, usage_3N: npt.NDArray[np.int32], suspects: SuspectLog
+        self, state: TrainingState, progress: Progress | None, suspects: SuspectLog, photos: pa.ChunkedArray
     ) -> None:
         """Save, and take worker 0's `progress` on all workers; the others pass None.
+
+        At the end of the run, the use of the photos, by their names, is written before that.
 
         Raises:
             JobStopped: a signal asked the run to stop, and epochs are left.
@@ -44,7 +45,10 @@ class Saving:
         state.progress, is_leaving = collective.broadcast(
             None if progress is None else (progress, self._requests.is_asked())
         )
-        self._save(state, state.progress, usage_3N, suspects)
+        if state.progress.finished:
+            state.usage.settle()
+            state.usage.write(self._run_url, photos)
+        self._save(state, state.progress, suspects)
         if is_leaving and not state.progress.finished:
             raise JobStopped
 
@@ -61,7 +65,7 @@ class Saving:
             return
         step.settle()
         progress = dataclasses.replace(state.progress, anchors_done=done, sums=sums.over_all_workers())
-        self._save(state, progress, collective.summed(state.usage.counts_3N), all_suspects(state))
+        self._save(state, progress, all_suspects(state))
         if request == LEAVE:
             raise JobStopped
 
@@ -70,10 +74,8 @@ class Saving:
             return LEAVE
         return SAVE if time.monotonic() - self._last_saved > self._checkpoint_s else GO_ON
 
-    def _save(
-        self, state: TrainingState, progress: Progress, usage_3N: npt.NDArray[np.int32], suspects: SuspectLog
-    ) -> None:
-        state.save(self._run_url, progress, usage_3N, suspects)
+    def _save(self, state: TrainingState, progress: Progress, suspects: SuspectLog) -> None:
+        state.save(self._run_url, progress, suspects)
         self._last_saved = time.monotonic()
 
 

@@ -6,21 +6,18 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lib import device as devices
 from lib.recognition.model import EmbeddingModel, ModelSpec
-from lib.training import checkpoints, collective
+from lib.training import checkpoint_parts, checkpoints, collective
 from lib.training.averaging import AveragedWeights
 from lib.training.centre_store import CentreBlock, CentreStore
 from lib.training.checkpoints import Checkpoint, Progress
 from lib.training.freezing import checkpoint_activations, fix_statistics, freeze_stages
 from lib.training.settings import TrainConfig
 from lib.training.suspects import SuspectLog
-from lib.training.triplets import UsageCounter
-
-Counts = npt.NDArray[np.int32]
+from lib.training.usage import loaded_usage
 
 
 class TrainingState:
@@ -32,7 +29,8 @@ class TrainingState:
         averaged: the average of its weights, None with `--ema 0`.
         centres: this worker's part of them, None where the loss has none.
         best_scores_P: of the validation pairs, by the best epoch; None where there is none.
-        usage, suspects: counts and findings of this worker; a checkpoint has those of all workers.
+        usage: how often photos were used; each worker holds the counts of its own.
+        suspects: what this worker has found; a checkpoint has the findings of all workers.
     """
 
     def __init__(
@@ -47,7 +45,7 @@ class TrainingState:
         num_identities: int = 0,
         stage: int = 0,
     ) -> None:
-        """Load a checkpoint. Only the first worker takes the counts, so that the sum over all workers is right.
+        """Load a checkpoint. Only the first worker takes the suspects, which each worker adds to.
 
         The optimiser starts anew if its state is from another `stage` of the recipe, which may train other weights.
 
@@ -69,9 +67,7 @@ class TrainingState:
         optimizer = checkpoints.without_prefix("optimizer", tensors)
         if optimizer and checkpoint.progress.stage == stage:
             checkpoints.restore_optimizer(self.optimizer, optimizer)
-        self.usage = UsageCounter(num_photos)
-        if is_first and "usage" in tensors:
-            self.usage.counts_3N = tensors["usage"].numpy().copy()
+        self.usage = loaded_usage(config.run_url, checkpoint, num_photos)
         self.suspects = SuspectLog.from_tensors(checkpoints.without_prefix("suspects", tensors) if is_first else {})
         self._random_state = tensors.get("random_state") if is_first else None
         self.best_scores_P = tensors["best_scores"].numpy().copy() if "best_scores" in tensors else None
@@ -79,7 +75,7 @@ class TrainingState:
         if config.objective.terms.centre is not None:
             self.centres = _loaded_centres(config, spec, checkpoint, device, num_identities)
         num_centres = 0 if self.centres is None else self.centres.num_identities
-        self.progress = dataclasses.replace(self.progress, stage=stage, num_centres=num_centres)
+        self.progress = dataclasses.replace(self.progress, stage=stage, num_centres=num_centres, num_counted=num_photos)
 
     @property
     def evaluated(self) -> EmbeddingModel:
@@ -114,20 +110,21 @@ class TrainingState:
         self.model.zero_grad(set_to_none=True)
         torch.set_rng_state(random_state)
 
-    def save(self, run_url: str, progress: Progress, usage_3N: Counts, suspects: SuspectLog) -> None:
-        """Write a checkpoint with the counts and suspects of all workers.
+    def save(self, run_url: str, progress: Progress, suspects: SuspectLog) -> None:
+        """Write a checkpoint with the suspects of all workers.
 
-        Every worker calls this. Each writes its own centres; then the first writes the rest.
+        Every worker calls this. Each writes its own centres and counts; when all have, the first writes the rest.
 
         Raises:
             JobError: the storage is full or does not answer; earlier checkpoints are unchanged.
         """
+        self.usage.save(run_url, progress)
         centre_norms = {}
         if self.centres is not None:
             for block in self.centres.blocks():
-                checkpoints.write_part(run_url, progress, block.start, block.tensors)
-            collective.broadcast(True)
+                checkpoint_parts.write_centres(run_url, progress, block.start, block.tensors)
             centre_norms = {"centre_norms": self.centres.norms.sums_3}
+        collective.wait_for_all()
         if not self._is_first:
             return
         averaged = self.averaged.state_dict() if self.averaged is not None else {}
@@ -141,7 +138,6 @@ class TrainingState:
                 **checkpoints.prefixed("suspects", suspects.to_tensors()),
                 **centre_norms,
                 **({} if self.best_scores_P is None else {"best_scores": torch.from_numpy(self.best_scores_P)}),
-                "usage": torch.from_numpy(usage_3N),
                 "random_state": torch.get_rng_state(),
             },
         )
@@ -170,7 +166,7 @@ def _loaded_centres(
     )
     if checkpoint.progress.num_centres:
         centres.norms.sums_3 = checkpoint.tensors["centre_norms"].to(device)
-        for start, tensors in checkpoints.read_parts(config.run_url, checkpoint.progress, centres.identities):
+        for start, tensors in checkpoint_parts.read_centres(config.run_url, checkpoint.progress, centres.identities):
             centres.load(CentreBlock(start, tensors))
     return centres
 

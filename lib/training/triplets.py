@@ -1,4 +1,4 @@
-"""The photos of an epoch: triplets, or batches of people x photos, and how often each photo was used.
+"""The photos of an epoch: triplets, or batches of people x photos.
 
 Every draw depends on (seed, epoch, rank) and the labels alone, so a repeated epoch draws the same.
 
@@ -13,14 +13,11 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from lib.errors import UserError
 from lib.training.mining import random_negatives
 
 Ints = npt.NDArray[np.integer]
-
-ROLES = ("anchor", "positive", "negative")
 
 _NO_PHOTO = np.iinfo(np.int64).max
 
@@ -231,35 +228,3 @@ def shuffled_photos(
     order = np.random.default_rng((seed, epoch)).permutation(np.flatnonzero(index.usable_N))[rank::num_workers]
     for start in itertools.count(0, size):
         yield order[(start + np.arange(size)) % len(order)][:, None]
-
-
-class UsageCounter:
-    """How often each photo was anchor, positive and negative.
-
-    Attributes:
-        counts_3N: int32, a row for each of `ROLES`; a checkpoint keeps it, and the sum is that of all ranks.
-    """
-
-    def __init__(self, num_photos: int) -> None:
-        self.counts_3N = np.zeros((len(ROLES), num_photos), np.int32)
-
-    def add(self, anchors: Ints, positives: Ints, negatives: Ints) -> None:
-        """Count the rows of some triplets."""
-        for counts_N, rows in zip(self.counts_3N, (anchors, positives, negatives), strict=True):
-            np.add.at(counts_N, rows.ravel(), 1)
-
-    def statistics(self) -> dict[str, float]:
-        """Return the mean and standard deviation of the use count of the photos used, and how many were used."""
-        uses_N = self.counts_3N.sum(axis=0, dtype=np.int64)
-        used = uses_N[uses_N > 0]
-        return {
-            "mean_uses": float(used.mean()) if len(used) else 0.0,
-            "std_uses": float(used.std()) if len(used) else 0.0,
-            "num_photos_used": len(used),
-            "share_never_used": 1 - len(used) / max(len(uses_N), 1),
-        }
-
-    def table(self, photos: pa.Array | pa.ChunkedArray) -> pa.Table:
-        """Return the counts with the names of the photos, the content of `usage.parquet`."""
-        counts = {role: pa.array(counts_N) for role, counts_N in zip(ROLES, self.counts_3N, strict=True)}
-        return pa.table({"photo": photos, **counts})

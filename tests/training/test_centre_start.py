@@ -49,7 +49,7 @@ def finished(worker: Worker, data: Path) -> str:
     """Save the state and a model as a run does that has trained; return the run's folder."""
     state = worker.state
     assert state.centres is not None
-    state.save(worker.config.run_url, state.progress, state.usage.counts_3N, all_suspects(worker.state))
+    state.save(worker.config.run_url, state.progress, all_suspects(worker.state))
     save_model(state.evaluated, str(data / "runs" / "run" / "model"))
     return worker.config.run_url
 

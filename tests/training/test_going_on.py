@@ -1,6 +1,7 @@
 """A run goes on as itself: with what it has found, with its own settings, and past no damage."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from lib.faces.table import read_success
 from lib.parts import present_files
 from lib.recognition.model import ModelSpec
 from lib.training import checkpoints
-from lib.training.control import WorkerJob
+from lib.training.control import StopRequests, WorkerJob
 from lib.training.first_checkpoint import begin
 from lib.training.loop import Worker
 from lib.training.record import EpochOutcome, RunRecord
@@ -52,7 +53,7 @@ def gone_on(worker: Worker) -> Worker:
 def test_suspects_found_before_a_restart_stay(config: TrainConfig) -> None:
     worker = begun(config)
     worker.state.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
-    worker.state.save(config.run_url, worker.state.progress, worker.state.usage.counts_3N, all_suspects(worker.state))
+    worker.state.save(config.run_url, worker.state.progress, all_suspects(worker.state))
     assert len(gone_on(worker).state.suspects) == 1
 
 
@@ -60,7 +61,7 @@ def test_a_checkpoint_of_an_older_version_has_none(config: TrainConfig) -> None:
     assert len(gone_on(begun(config)).state.suspects) == 0
 
 
-def test_the_usage_stands_before_the_last_checkpoint_does(config: TrainConfig) -> None:
+def test_the_usage_stands_before_the_last_checkpoint_does(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job killed between the two finds the run finished, and writes nothing any more."""
     worker = begun(config)
     record = RunRecord(config, worker.state.progress, worker.data.train, CONTROL)
@@ -68,15 +69,24 @@ def test_the_usage_stands_before_the_last_checkpoint_does(config: TrainConfig) -
     outcome = EpochOutcome(
         sums=dict.fromkeys(names, 1.0),
         figures=Figures(row={}, loss=1.0, loss_random=1.0, variance=1.0, metrics={}),
-        usage_3N=np.ones((3, len(worker.data.train)), np.int32),
+        usage={},
         suspects=SuspectLog(),
         staleness={},
         num_corrupt=0,
         num_filled=0,
         seconds=dict.fromkeys(("train", "data_wait", "store_wait", "refresh", "epoch"), 1.0),
     )
-    assert record.end_epoch(worker.state.progress, outcome, worker.state.evaluated).finished
-    assert storage.read_parquet(storage.join(config.run_url, "usage.parquet")).num_rows == len(worker.data.train)
+    progress = record.end_epoch(worker.state.progress, outcome, worker.state.evaluated)
+    assert progress.finished
+    usage_url = storage.join(config.run_url, "usage.parquet")
+    monkeypatch.setattr(StopRequests, "is_asked", lambda _: False)
+    monkeypatch.setattr(worker.state, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    worker.state.usage.add(*np.zeros((3, 2), np.int64))
+    for each in (replace(progress, finished=False), progress):
+        assert not storage.exists(usage_url)
+        with pytest.raises(KeyboardInterrupt):
+            worker._saving.after_epoch(worker.state, each, SuspectLog(), worker.data.train.photos)
+    assert storage.read_parquet(usage_url)["anchor"].to_pylist() == [2, *[0] * (len(worker.data.train) - 1)]
     assert "- init: none" in storage.read_bytes(storage.join(config.run_url, "model", "README.md")).decode()
 
 

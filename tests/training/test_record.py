@@ -50,7 +50,7 @@ class Run:
                 metrics={"threshold": 0.5},
                 scores_P=np.array([accuracy], np.float32) if self.config.validation.best_by != "loss" else None,
             ),
-            usage_3N=np.ones((3, len(self.cache)), np.int32),
+            usage={},
             suspects=SuspectLog(),
             staleness={},
             num_corrupt=0,
@@ -137,14 +137,6 @@ def test_overfitting_is_told(tmp_path: Path) -> None:
     for val_loss, train_loss in ((0.5, 0.5), (0.6, 0.4), (0.7, 0.3)):
         run.end_epoch(0.8, val_loss, train_loss)
     assert any(line.startswith("overfitting: for 2 epochs") for line in run.lines)
-
-
-def test_the_last_epoch_writes_how_often_photos_were_used(tmp_path: Path) -> None:
-    run = Run(tmp_path, epochs=2)
-    assert not run.end_epoch(0.7).finished
-    assert not (tmp_path / "runs" / "default" / "usage.parquet").exists()
-    assert run.end_epoch(0.6).finished
-    assert (tmp_path / "runs" / "default" / "usage.parquet").exists()
 
 
 @pytest.mark.parametrize("accuracy", [0.7])

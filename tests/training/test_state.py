@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lib import device as devices
+from lib import storage
 from lib.errors import UserError
 from lib.recognition.model import EmbeddingModel, ModelSpec
-from lib.training import checkpoints, collective
+from lib.training import checkpoint_parts, checkpoints, collective
 from lib.training.batches import TrainingBatch
 from lib.training.cache_building import build_cache
 from lib.training.checkpoints import Progress
@@ -71,11 +72,12 @@ def test_a_state_that_was_saved_trains_on_to_the_same_weights(
     state = begun(config, len(cache))
     train(state, config, cache, range(3))
     state.suspects.add(np.array([1]), np.array([9]), np.array([0.97]))
-    state.save(config.run_url, state.progress, state.usage.counts_3N, state.suspects)
+    state.save(config.run_url, state.progress, state.suspects)
     again = loaded(config, len(cache))
     assert again.progress == state.progress
     assert again.progress.step == 3
-    np.testing.assert_array_equal(again.usage.counts_3N, state.usage.counts_3N)
+    assert state.usage.counts_3M.any()
+    np.testing.assert_array_equal(again.usage.counts_3M, state.usage.counts_3M)
     assert len(again.suspects) == 1
     for each in (state, again):
         train(each, config, cache, range(3, 6))
@@ -83,16 +85,6 @@ def test_a_state_that_was_saved_trains_on_to_the_same_weights(
         assert torch.equal(again.centres.centres_RSD, state.centres.centres_RSD)
     for name, tensor in state.evaluated.state_dict().items():
         torch.testing.assert_close(again.evaluated.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
-
-
-def test_workers_beside_the_first_count_from_nothing(cache: FaceCache, tmp_path: Path) -> None:
-    config = TrainConfig.of(data=str(tmp_path), batch_size=24)
-    state = begun(config, len(cache))
-    train(state, config, cache, range(2))
-    state.save(config.run_url, state.progress, state.usage.counts_3N, state.suspects)
-    other = loaded(config, len(cache), is_first=False)
-    assert not other.usage.counts_3N.any(), "the sum over all workers would count twice"
-    assert other.progress.step == 2
 
 
 def test_torch_draws_the_same_in_an_epoch_that_begins_again(cache: FaceCache, tmp_path: Path) -> None:
@@ -109,7 +101,7 @@ def centres_of(folder: Path, cache: FaceCache) -> tuple[TrainConfig, TrainingSta
     config = TrainConfig.of(data=str(folder), batch_size=24, loss="arcface")
     state = begun(config, len(cache))
     train(state, config, cache, range(2))
-    state.save(config.run_url, state.progress, state.usage.counts_3N, state.suspects)
+    state.save(config.run_url, state.progress, state.suspects)
     return config, state
 
 
@@ -127,6 +119,34 @@ def test_three_workers_go_on_with_the_centres_of_one(
         parts.append(centres.centres_RSD)
     assert [len(part) for part in parts] == [2, 3, 3]
     assert torch.equal(torch.cat(parts), state.centres.centres_RSD)
+
+
+@pytest.mark.parametrize("name", ["usage-000000", "centres-000000000000-000000000008"])
+def test_a_checkpoint_is_not_there_before_all_its_parts_are(
+    cache: FaceCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config, state = centres_of(tmp_path, cache)
+    real_write, written = storage.write_bytes, []
+
+    def killed_before(url: str, data: bytes) -> None:
+        if written and name in written[-1]:
+            raise KeyboardInterrupt
+        written.append(url)
+        real_write(url, data)
+
+    monkeypatch.setattr(storage, "write_bytes", killed_before)
+    train(state, config, cache, range(2, 4))
+    with pytest.raises(KeyboardInterrupt):
+        state.save(config.run_url, state.progress, state.suspects)
+    monkeypatch.setattr(storage, "write_bytes", real_write)
+    folder = Path(config.run_url, checkpoints.FOLDER)
+    assert len(list(folder.glob("*step-0000000004/*"))) == len(written)
+    again = loaded(config, len(cache))
+    assert again.progress.step == 2
+    assert again.usage.counts_3M.sum() * 2 == state.usage.counts_3M.sum()
+    checkpoints.remove_unfinished(config.run_url)
+    assert not list(folder.glob("*step-0000000004"))
+    assert loaded(config, len(cache)).progress.step == 2
 
 
 def test_more_workers_than_identities_are_refused(
@@ -156,9 +176,11 @@ def test_centres_of_old_checkpoints_go_and_those_of_unfinished_ones_too(cache: F
     config, state = centres_of(tmp_path, cache)
     assert state.centres is not None
     block = next(state.centres.blocks())
-    checkpoints.write_part(config.run_url, dataclasses.replace(state.progress, step=3), block.start, block.tensors)
+    checkpoint_parts.write_centres(
+        config.run_url, dataclasses.replace(state.progress, step=3), block.start, block.tensors
+    )
     for step in (4, 5, 6):
         progress = dataclasses.replace(state.progress, step=step)
-        state.save(config.run_url, progress, state.usage.counts_3N, state.suspects)
+        state.save(config.run_url, progress, state.suspects)
     folders = sorted(path.name for path in Path(config.run_url, checkpoints.FOLDER).iterdir() if any(path.glob("*")))
     assert folders == ["epoch-000001-step-0000000005", "epoch-000001-step-0000000006"]

@@ -204,7 +204,7 @@ def test_an_automatic_batch_is_the_usual_one_on_a_cpu_and_stays_what_it_was_foun
     worker = made(faces, tmp_path / "b", batch_size="auto")
     assert worker.config.batch_size == 24, "people of 4 photos"
     progress = dataclasses.replace(worker.state.progress, step=1)
-    worker.state.save(worker.config.run_url, progress, worker.state.usage.counts_3N, worker.state.suspects)
+    worker.state.save(worker.config.run_url, progress, worker.state.suspects)
     monkeypatch.setattr(devices, "largest_batch", lambda *_, **__: 1000)
     job = WorkerJob(
         config=dataclasses.replace(worker.config, batch_size="auto"),

@@ -4,13 +4,12 @@ import collections
 import itertools
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import UserError
-from lib.training.triplets import IdentityBatchSampler, PhotoIndex, UsageCounter, draw_triplets
+from lib.training.triplets import IdentityBatchSampler, PhotoIndex, draw_triplets
 
 # Two identities or more, at least one of them with two photos.
 label_lists = st.lists(st.integers(0, 8), min_size=3, max_size=60).filter(
@@ -174,27 +173,6 @@ def test_a_batch_that_cannot_be_filled_is_refused(changes):
     index = PhotoIndex(labels_of([2, 2, 3, 1]))
     with pytest.raises(UserError):
         IdentityBatchSampler(index=index, **{"num_people": 3, "num_photos": 2, "seed": 0, **changes})
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), max_size=40), st.integers(0, 40))
-def test_use_is_counted_as_a_plain_loop_counts_it_and_ranks_add_up(triplets, split):
-    rows_T3 = np.array(triplets, np.int32).reshape(-1, 3)
-    first, second = UsageCounter(10), UsageCounter(10)
-    first.add(*rows_T3[:split].T)
-    second.add(*rows_T3[split:].T)
-    first.counts_3N += second.counts_3N
-
-    uses = collections.Counter(itertools.chain.from_iterable(triplets))
-    statistics = first.statistics()
-    assert statistics["num_photos_used"] == len(uses)
-    assert statistics["share_never_used"] == pytest.approx(1 - len(uses) / 10)
-    assert statistics["mean_uses"] == pytest.approx(np.mean(list(uses.values())) if uses else 0)
-    assert statistics["std_uses"] == pytest.approx(np.std(list(uses.values())) if uses else 0)
-    table = first.table(pa.array([f"photo {n}" for n in range(10)]))
-    assert table.column_names == ["photo", "anchor", "positive", "negative"]
-    for role, rows_T in zip(("anchor", "positive", "negative"), rows_T3.T, strict=True):
-        assert table[role].to_pylist() == np.bincount(rows_T, minlength=10).tolist()
 
 
 def test_photos_of_single_people_take_places_in_a_batch_each_once_a_round():
