@@ -26,6 +26,7 @@ import tyro
 
 from lib.faces.manifest import read_manifest
 from lib.faces.part_plan import PartPlan, plan_parts
+from lib.faces.photo_flags import PhotoFlags
 from lib.faces.photo_parts import part_item
 from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.preprocess_worker import PartWorker
@@ -92,7 +93,7 @@ def measure(folder: Path, images: int, turns: int) -> dict[str, Any]:
     records = folder / "set" / "train.rec"
     records.parent.mkdir(parents=True)
     write_records(records, images)
-    config = PreprocessConfig(data=str(folder), photos=str(records.parent), aligned="arcface-112")
+    config = PreprocessConfig(data=str(folder), photos=str(records.parent), reading=PhotoFlags(aligned="arcface-112"))
     source = open_source(str(records.parent))
     began = time.process_time()
     plan = planned(config, source, folder)

@@ -14,6 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from lib.flags import groups_of
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "flags.md"
 INTRODUCTION = """\
@@ -80,7 +82,7 @@ def _section(config: type, heading: str, sections: dict[type, str]) -> Iterator[
     for name, kind, prefix in nested:
         if kind in sections:
             after = f", each after `{prefix}`: `{prefix}data` and so on" if prefix else ""
-            groups = [each for each, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
+            groups = groups_of(kind)
             if prefix and groups:
                 after += f"; the groups of flags add their names, as in `{prefix}{groups[0]}.`"
             yield f"And the flags of [{sections[kind]}](#{sections[kind].replace(' ', '-')}){after}.\n"

@@ -78,11 +78,27 @@ def _one_line_refusals(config_type: type) -> Iterator[None]:
         yield
 
 
+def groups_of(config_type: type) -> list[str]:
+    """Return the nested configurations whose names stand in flags where prefixes do; `arg(name="")` has no name."""
+    hints = get_type_hints(config_type, include_extras=True)
+    nameless = {
+        name for name, hint in hints.items() if any(getattr(mark, "name", None) == "" for mark in _marks_of(hint))
+    }
+    return [name for name, kind in get_type_hints(config_type).items() if is_dataclass(kind) and name not in nameless]
+
+
+def _marks_of(hint: Any) -> Sequence[Any]:
+    return getattr(hint, "__metadata__", ())
+
+
 def _flag_names(config_type: type, prefix: str = "", *, is_prefixed: bool | None = None) -> Iterator[str]:
     is_prefixed = _is_prefixed(config_type) if is_prefixed is None else is_prefixed
-    for name, kind in get_type_hints(config_type).items():
+    kinds = get_type_hints(config_type)
+    groups = groups_of(config_type)
+    for name, kind in kinds.items():
         if is_dataclass(kind) and isinstance(kind, type):
-            yield from _flag_names(kind, f"{prefix}{name}." if is_prefixed else "", is_prefixed=is_prefixed)
+            within = f"{prefix}{name}." if name in groups else prefix
+            yield from _flag_names(kind, within if is_prefixed else "", is_prefixed=is_prefixed)
         else:
             yield prefix + name
 

@@ -24,7 +24,16 @@ WITH_SECRETS = (
 URL_FLAGS = {
     "preprocess.py": ("--data", "--photos", "--photo-list", "--identities", "--faces", "--detector-weights"),
     "train.py": ("--data", "--faces", "--init", "--from-sweep", "--cache-dir"),
-    "embed.py": ("--data", "--model", "--faces", "--photos", "--identities", "--output", "--detector-weights"),
+    "embed.py": (
+        "--data",
+        "--model",
+        "--faces",
+        "--photos",
+        "--photo-list",
+        "--identities",
+        "--output",
+        "--detector-weights",
+    ),
     "evaluate.py": (
         "--data",
         "--model",

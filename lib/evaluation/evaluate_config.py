@@ -13,6 +13,7 @@ from lib.evaluation.set_figures import Protocol
 from lib.evaluation.verification_sets import is_verification_set, set_name
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter, face_filter
+from lib.faces.photo_flags import PhotoFlags
 from lib.recognition.embedder import FlipFlag, chosen_flip
 from lib.recognition.onnx_model import OnnxInput
 
@@ -29,7 +30,8 @@ class EvaluateConfig:
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     photos: str | None = None
-    """Raw photos instead of a faces table. They are aligned as each model needs it."""
+    """Raw photos instead of a faces table, in any format that preprocess takes. They are aligned as each model needs
+    it."""
     identities: str | None = None
     """File of lines "photo-name identity" for --photos. Default: identities.txt beside the photos, else their
     folders."""
@@ -81,6 +83,7 @@ class EvaluateConfig:
     """Stop if the faces were made with other settings than a model's training faces. Without it the job warns."""
     dry_run: bool = False
     """Check models, photos and pairs and print the plan, then stop."""
+    reading: Annotated[PhotoFlags, tyro.conf.arg(name="")] = field(default_factory=PhotoFlags)
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class EvaluateConfig:
             raise UserError(f"--model is given {len(self.model)} times: one model, or two side by side")
         if self.faces is not None and self.photos is not None:
             raise UserError("--faces and --photos are both given: choose one")
+        self.reading.check_used(has_photos=self.photos is not None)
         self._check_ijb()
         self._check_pairs()
         if self.split not in (*table.SPLITS, "all"):

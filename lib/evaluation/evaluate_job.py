@@ -216,6 +216,7 @@ def _source(config: EvaluateConfig, layout: Layout, embedder: Embedder) -> Sourc
         replace(extraction_settings(embedder, config.detector_weights), policy="prominent"),
         split_seed=config.split_seed,
         splits=config.splits,
+        reading=config.reading,
     )
 
 

@@ -33,9 +33,12 @@ Run = tuple[str, int]
 """The key of a part, and the number of its photos."""
 
 
-def content_of(fingerprint: Mapping[str, Any], max_megapixels: float, image_column: str) -> str:
+def content_of(
+    fingerprint: Mapping[str, Any], max_megapixels: float, image_column: str, *, is_verified: bool = False
+) -> str:
     """Return a digest of the settings that decide the rows of a photo."""
-    return digest_of([json.dumps(fingerprint, sort_keys=True), str(max_megapixels), image_column])
+    content = digest_of([json.dumps(fingerprint, sort_keys=True), str(max_megapixels), image_column])
+    return digest_of([content, "verify"]) if is_verified else content
 
 
 def plan_parts(manifest: Manifest, content: str, earlier: Mapping[str, Any] | None = None) -> PartPlan:

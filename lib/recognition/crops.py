@@ -8,10 +8,10 @@ import pyarrow.compute as pc
 
 from lib import storage
 from lib.faces import table
-from lib.faces.extraction import FaceExtractor
 from lib.faces.manifest import Manifest
-from lib.faces.photo_parts import PhotoReader, part_item
+from lib.faces.photo_parts import part_item
 from lib.recognition.face_source import PhotosSource, Source
+from lib.recognition.photo_faces import PhotoFaces
 
 
 def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
@@ -24,11 +24,11 @@ def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
             sorted({form for name in set(names) for form in (name, name.rpartition("#")[0])}), pa.string()
         )
         photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files))
-        reader = PhotoReader(source.files, FaceExtractor(source.settings))
+        faces = PhotoFaces(*source.how())
         plan = replace(source, manifest=Manifest.of(photos)).parts()
         for part in plan.parts:
-            for made in reader.rows(part_item(plan, part)).values():
-                crops |= {row["photo"]: row["crop"] for row in made.rows if row.get("crop")}
+            for _, rows, _ in faces.tables(part_item(plan, part)):
+                crops |= {row["photo"]: row["crop"] for row in rows.to_pylist() if row["crop"]}
         return crops
     for file_name in source.file_names:
         url = storage.join(source.url, file_name)

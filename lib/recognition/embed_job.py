@@ -15,6 +15,7 @@ from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
 from lib.faces import table
+from lib.faces.photo_flags import PhotoFlags
 from lib.faces.tombstones import read_tombstones
 from lib.layout import Layout
 from lib.part_workers import Processed, Share, run_parts
@@ -40,12 +41,12 @@ from lib.recognition.embedder import (
 from lib.recognition.embeddings_table import counts_of
 from lib.recognition.face_source import (
     FacesSource,
+    PhotosSource,
     Source,
     check_source,
     faces_source,
     photos_source,
     shared_items,
-    source_settings,
 )
 from lib.recognition.onnx_model import OnnxInput
 from lib.recognition.spec import WEIGHTS_SUFFIXES
@@ -67,7 +68,8 @@ class EmbedConfig:
     faces: str | None = None
     """Faces table. Default: faces/ below --data."""
     photos: str | None = None
-    """Raw photos instead of a faces table. They are aligned as the model's training faces were."""
+    """Raw photos instead of a faces table, in any format that preprocess takes. They are aligned as the model's
+    training faces were."""
     identities: str | None = None
     """File of lines "photo-name identity" for --photos. Default: identities.txt beside the photos, else their
     folders."""
@@ -95,11 +97,13 @@ class EmbedConfig:
     """Replace embeddings that were made with another model or other settings. They stay until the new ones are done."""
     dry_run: bool = False
     """Check the input and print the plan, then stop."""
+    reading: Annotated[PhotoFlags, tyro.conf.arg(name="")] = field(default_factory=PhotoFlags)
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:
         if self.faces is not None and self.photos is not None:
             raise UserError("--faces and --photos are both given: choose one")
+        self.reading.check_used(has_photos=self.photos is not None)
         unknown = [split for split in self.splits if split not in table.SPLITS]
         if unknown or not self.splits:
             raise UserError(f"--splits is {' '.join(self.splits) or 'empty'}: allowed are {', '.join(table.SPLITS)}")
@@ -125,6 +129,7 @@ def embed_job(config: EmbedConfig) -> dict[str, Any]:
             split_seed=config.split_seed,
             splits=config.splits,
             tombstones=read_tombstones(config.data),
+            reading=config.reading,
         )
     else:
         source = faces_source(layout.faces(config.faces), config.splits)
@@ -236,10 +241,11 @@ def _embed_parts(
             num_faces=num_all // max(1, share.num_workers),
         )
         model = (embedder.url, onnx, embedder.flip)
+        photos = source.how() if isinstance(source, PhotosSource) else None
         return run_parts(
             shared_items([item for item, _ in todo], output),
             EmbedWorker,
-            (model, output, source_settings(source), source.fingerprint, _model(embedder), how),
+            (model, output, photos, source.fingerprint, _model(embedder), how),
             unit="face",
             num_done=num_done,
             num_all=num_all,

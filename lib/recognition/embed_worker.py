@@ -16,14 +16,15 @@ from lib.cluster import Precision
 from lib.device_errors import is_lost
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.extraction import ExtractionSettings, FaceExtractor, settings_from_fingerprint
-from lib.faces.photo_parts import PhotoReader
+from lib.faces.aligned import AlignedCrops
+from lib.faces.extraction import ExtractionSettings, settings_from_fingerprint
 from lib.faces.sources.source import Source as PhotoFiles
 from lib.part_workers import end_worker, summary
 from lib.recognition import embeddings_table
 from lib.recognition.blocks import CPU_BLOCK, GPU_BLOCK, Blocks
 from lib.recognition.embedder import COMPILING_PAYS, TorchEmbedder, load_embedder
 from lib.recognition.onnx_model import OnnxInput
+from lib.recognition.photo_faces import PhotoFaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class EmbedWorker:
         self,
         model_source: tuple[str, OnnxInput | None, bool],
         output: str,
-        photos: tuple[PhotoFiles, ExtractionSettings] | None,
+        photos: tuple[PhotoFiles, ExtractionSettings, AlignedCrops | None] | None,
         fingerprint: dict[str, Any],
         model: dict[str, Any],
         how: "Computing",
@@ -73,10 +74,7 @@ class EmbedWorker:
         self._output = output
         self._schema = embeddings_table.schema(model["embedding_dim"], json.dumps(fingerprint), json.dumps(model))
         self._made = settings_from_fingerprint(fingerprint).alignment
-        self._reader = None
-        if photos is not None:
-            files, settings = photos
-            self._reader = PhotoReader(files, FaceExtractor(settings))
+        self._photo_faces = PhotoFaces(*photos) if photos is not None else None
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """Process one item of a source, and return its summary, once its files are written."""
@@ -99,15 +97,15 @@ class EmbedWorker:
 
     def _rows(self, item: dict[str, Any]) -> Iterator[tuple[str, pa.Table, int]]:
         """Yield each file, its rows of a faces table, and their number of photos."""
-        if self._reader is None:
+        if self._photo_faces is None:
             rows = storage.read_parquet(item["faces"], table.REQUIRED)
             if item["rows"] is not None:
                 rows = rows.take(json.loads(item["rows"]))
             yield item["name"], rows, len(rows)
             return
         names = json.loads(item["names"])
-        for split, made in self._reader.rows(item).items():
-            yield names[split], pa.Table.from_pylist(made.rows, schema=pa.schema(table.REQUIRED)), made.num_photos
+        for split, rows, num_photos in self._photo_faces.tables(item):
+            yield names[split], rows, num_photos
 
 
 def _with_embeddings(rows: pa.Table, has_crop_N: np.ndarray, embeddings_ND: np.ndarray, schema: pa.Schema) -> pa.Table:

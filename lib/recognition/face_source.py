@@ -9,15 +9,15 @@ from typing import Any
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.aligned import UNKNOWN
+from lib.faces.aligned import UNKNOWN, AlignedCrops
 from lib.faces.alignment import EYES
 from lib.faces.extraction import ExtractionSettings, fingerprint, settings_from_fingerprint
 from lib.faces.identities import ANY_LISTED
 from lib.faces.manifest import Manifest, read_manifest
 from lib.faces.part_plan import content_of, plan_parts
+from lib.faces.photo_flags import PhotoFlags
 from lib.faces.photo_parts import part_item
 from lib.faces.plan_files import PartPlan, copy_shard
-from lib.faces.sources.opening import open_source
 from lib.faces.sources.source import Source as PhotoFiles
 from lib.faces.tombstones import Tombstones, without_forgotten
 from lib.parts import (
@@ -27,10 +27,7 @@ from lib.parts import (
     part_name,
     split_in,
 )
-from lib.recognition.embedder import (
-    Embedder,
-    check_fingerprint,
-)
+from lib.recognition.embedder import Embedder, check_fingerprint
 
 _READERS = 16
 
@@ -82,11 +79,12 @@ class FacesSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PhotosSource:
-    """Raw photos to embed; faces are detected on the way."""
+    """Raw photos to embed; faces are detected on the way, unless they are aligned crops already."""
 
     files: PhotoFiles
     manifest: Manifest
     settings: ExtractionSettings
+    aligned: AlignedCrops | None = None
 
     @property
     def url(self) -> str:
@@ -96,7 +94,7 @@ class PhotosSource:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the faces."""
-        return fingerprint(self.settings)
+        return self.aligned.fingerprint() if self.aligned else fingerprint(self.settings)
 
     def origin(self) -> dict[str, Any]:
         """Return what embeddings say of where they are from."""
@@ -112,9 +110,17 @@ class PhotosSource:
 
     def parts(self) -> PartPlan:
         """Return the parts, which are those of a faces table of these photos."""
-        return plan_parts(
-            self.manifest, content_of(self.fingerprint, self.settings.max_megapixels, self.files.columns.image)
+        content = content_of(
+            self.fingerprint,
+            self.settings.max_megapixels,
+            self.files.columns.image,
+            is_verified=self.aligned is not None and self.aligned.verify,
         )
+        return plan_parts(self.manifest, content)
+
+    def how(self) -> tuple[PhotoFiles, ExtractionSettings, AlignedCrops | None]:
+        """Return the photos and how to make their faces, the arguments of `PhotoFaces`."""
+        return self.files, self.settings, self.aligned
 
     def items(self, model: str) -> list[tuple[dict[str, Any], list[str], int]]:
         """Return for each part the item for a worker, its files by a model of this digest, and its number of photos."""
@@ -179,6 +185,7 @@ def photos_source(
     with_identities: bool = True,
     unnamed_too: bool = False,
     tombstones: Tombstones | None = None,
+    reading: PhotoFlags | None = None,
 ) -> PhotosSource:
     """Return the photos of these splits, with identities from a file (identities.txt beside them), else their folders.
 
@@ -191,10 +198,13 @@ def photos_source(
     if identities_url is not None and not storage.exists(identities_url):
         raise UserError(f"--identities {identities_url} does not exist: correct the path, or leave the flag out")
     beside = storage.join(photos_url.rstrip("/").rpartition("/")[0], "identities.txt")
-    files = open_source(photos_url)
+    listed = (identities_url or beside) if with_identities else None
+    reading = reading or PhotoFlags()
+    has_list = listed is not None and storage.exists(listed)
+    files = reading.source(photos_url, with_identities=not has_list, identities_required=False)
     manifest = read_manifest(
         files,
-        (identities_url or beside) if with_identities else None,
+        listed,
         split_seed=split_seed,
         identities_required=False,
         min_listed_share=ANY_LISTED,  # the list may cover more photos than these
@@ -205,7 +215,7 @@ def photos_source(
     kept = manifest.only(" or ".join(f"split = '{split}'" for split in splits))
     if not len(kept):
         raise UserError(f"{photos_url} has no photo in split {', '.join(splits)}: name others by --splits")
-    return PhotosSource(files=files, manifest=kept, settings=settings)
+    return PhotosSource(files=files, manifest=kept, settings=settings, aligned=reading.crops(settings.alignment))
 
 
 def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[str]:
@@ -219,13 +229,9 @@ def check_source(source: Source, embedder: Embedder, *, strict: bool) -> list[st
     if aligned in (EYES, UNKNOWN) and made != embedder.template:
         raise UserError(
             f"the model {storage.redacted(embedder.url)} wants faces aligned as {embedder.template}, and faces made "
-            f"with --aligned {aligned} have no landmarks to align them by: run jobs/preprocess.py with --aligned "
-            f"{embedder.template} if the crops are so aligned, else without --aligned over the photos themselves"
+            f"with --aligned {aligned} have no landmarks to align them by: "
+            f"{'give' if isinstance(source, PhotosSource) else 'run jobs/preprocess.py with'} --aligned "
+            f"{embedder.template} if the crops are so aligned, else no --aligned and the photos themselves"
         )
     next_step = "run jobs/preprocess.py with the model's settings (in its README.md), or give --photos"
     return check_fingerprint(source.fingerprint, embedder, strict=strict, next_step=next_step)
-
-
-def source_settings(source: Source) -> tuple[PhotoFiles, ExtractionSettings] | None:
-    """Return the photos and how to make their faces; None for a faces table."""
-    return (source.files, source.settings) if isinstance(source, PhotosSource) else None

@@ -17,6 +17,7 @@ from lib.config import absolute_url, default_data_url
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import POLICIES
+from lib.faces.photo_flags import PhotoFlags
 from lib.layout import Layout
 from lib.recognition.crops import read_crops
 from lib.recognition.embed_job import embed_source, model_name
@@ -46,7 +47,7 @@ class IdentifyConfig:
     """Find out who is in photos."""
 
     photos: str
-    """Photos to identify: a folder of any depth, or Parquet files with image bytes."""
+    """Photos to identify: a folder of any depth, or any format that preprocess takes."""
     data: str = field(default_factory=default_data_url)
     """Folder or URL that holds everything, such as s3://bucket/folder. Default: $DATA_URL, else ./data."""
     model: str | None = None
@@ -82,6 +83,7 @@ class IdentifyConfig:
     """Stop if the photos cannot be aligned as the model's training faces were. Without it the job warns."""
     dry_run: bool = False
     """Check model, gallery and photos, then stop."""
+    reading: Annotated[PhotoFlags, tyro.conf.arg(name="")] = field(default_factory=PhotoFlags)
     onnx: Annotated[OnnxInput, tyro.conf.arg(name="")] = field(default_factory=OnnxInput)
 
     def __post_init__(self) -> None:
@@ -125,7 +127,7 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     storage.write_bytes(storage.join(output, CSV_NAME), matches_csv(rows))
     measured = {}
     if config.identities is not None:
-        measured = {"open_set": matches.open_set(several=config.faces_policy == "all")}
+        measured = {"open_set": matches.open_set(several=config.faces_policy == "all" and not source.aligned)}
     probe_photos, gallery_photos = matches.shown()
     sheet = matches.sheet(read_crops(source, probe_photos), _gallery_crops(config, gallery_photos))
     storage.write_bytes(storage.join(output, SHEET_NAME), sheet)
@@ -151,6 +153,7 @@ def _probes(config: IdentifyConfig, embedder: Embedder) -> PhotosSource:
         replace(extraction_settings(embedder, config.detector_weights), policy=config.faces_policy),
         with_identities=config.identities is not None,
         unnamed_too=True,
+        reading=config.reading,
     )
 
 

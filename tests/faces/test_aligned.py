@@ -16,6 +16,7 @@ from lib.faces.alignment import Alignment, alignment_matrix
 from lib.faces.extraction import fingerprint, fingerprint_differences, settings_from_fingerprint
 from lib.faces.manifest import read_manifest
 from lib.faces.part_plan import plan_parts
+from lib.faces.photo_flags import PhotoFlags
 from lib.faces.photo_parts import part_item
 from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.preprocess_worker import PartWorker
@@ -122,7 +123,8 @@ def test_raw_photos_can_be_aligned_to_the_template_of_published_models() -> None
 
 def test_the_job_writes_the_parts(tmp_path):
     insightface(tmp_path / "train.rec", [picture(112, 112)] * 40, [float(n // 2) for n in range(40)])
-    config = PreprocessConfig(data=str(tmp_path / "d"), photos=str(tmp_path / "train.rec"), aligned="arcface-112")
+    reading = PhotoFlags(aligned="arcface-112")
+    config = PreprocessConfig(data=str(tmp_path / "d"), photos=str(tmp_path / "train.rec"), reading=reading)
     source = config.source()
     manifest = read_manifest(source, None, split_seed=0, identities_required=True)
     worker: Any = PartWorker(config, source, config.fingerprint(), 1, False)
@@ -147,5 +149,7 @@ def test_the_job_writes_the_parts(tmp_path):
     ],
 )
 def test_flags_that_cannot_be(flags, message):
+    reading = {name: value for name, value in flags.items() if name in ("aligned", "verify")}
+    others = {name: value for name, value in flags.items() if name not in reading}
     with pytest.raises(UserError, match=message):
-        PreprocessConfig(**flags)
+        PreprocessConfig(reading=PhotoFlags(**reading), **others)
