@@ -40,16 +40,12 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
         terminal().leave_word("failed: a process of Ray died while it started: killed, or out of memory; run it again")
         try:
-            with ray_watch.watched_start(daemons, lambda: _last_words(folder / "r")), lean_start():
+            with ray_watch.watched_start(daemons, lambda: _explained(folder)), lean_start():
                 # A folder inside ours, because Ray opens its own folder to everybody.
                 ray.init(address="local", include_dashboard=False, _temp_dir=f"{folder}/r", runtime_env=dict(python))
         except Exception as error:
             ray.shutdown()
-            reason = _last_words(folder / "r") or " ".join(str(error).split())[:300] or type(error).__name__
-            raise JobError(
-                f"Ray does not start on this machine: {reason}: free space in {folder.parent} and /dev/shm, or set "
-                "RAY_TMPDIR to a folder on another disk, and run the same command again; --verbose shows what Ray says"
-            ) from error
+            raise JobError(_explained(folder, " ".join(str(error).split())[:300] or type(error).__name__)) from error
         finally:
             terminal().leave_word("")
         try:
@@ -61,6 +57,15 @@ def started(python: Mapping[str, str]) -> Iterator[None]:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+
+
+def _explained(folder: Path, otherwise: str = "") -> str:
+    """Return why Ray does not start and what to do: what a daemon said at its death, or `otherwise`; "" for neither."""
+    reason = _last_words(folder / "r") or otherwise
+    return reason and (
+        f"Ray does not start on this machine: {reason}: free space in {folder.parent} and /dev/shm, or set RAY_TMPDIR "
+        "to a folder on another disk, and run the same command again; --verbose shows what Ray says"
+    )
 
 
 def _last_words(folder: Path) -> str:

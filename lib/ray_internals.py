@@ -18,7 +18,7 @@ def lean_start() -> Iterator[None]:
 
     Ray has no settings for this: `include_dashboard=False` still starts the dashboard's process.
     """
-    from ray._private import ray_constants, services, utils
+    from ray._private import node, ray_constants, services, utils
     from ray._private.node import Node
 
     replacements: list[tuple[Any, str, Any]] = [
@@ -31,6 +31,7 @@ def lean_start() -> Iterator[None]:
         # The raylet waits for its agent, which starts in half the time without the dashboard's packages.
         (utils, "get_dashboard_dependency_error", ImportError),
         (services, "get_node", _node_as_soon_as_it_is_there),
+        (node, "wait_for_persisted_port", _port_without_the_lock),
     ]
     before = [getattr(owner, name) for owner, name, _ in replacements]
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
@@ -59,6 +60,25 @@ def _node_as_soon_as_it_is_there(gcs_address: str, node_id: str) -> Any:
     while all(node["NodeID"] != node_id for node in state.node_table()) and time.monotonic() < give_up:
         time.sleep(LOOK_EVERY_S)
     return state.get_node(node_id)
+
+
+def _port_without_the_lock(folder: str, node_id: str, name: str, timeout_ms: int) -> int:
+    """Return the port that a daemon has written into a file.
+
+    Ray's own function holds Python's global lock while it waits. No thread could notice then that the daemon is dead.
+    """
+    from ray._raylet import wait_for_persisted_port  # type: ignore[attr-defined]
+
+    give_up = time.monotonic() + timeout_ms / 1000
+    while True:
+        try:
+            port: int = wait_for_persisted_port(folder, node_id, name, timeout_ms=0)
+        except RuntimeError:  # it is not there yet
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(LOOK_EVERY_S)
+        else:
+            return port
 
 
 def read_token_settings() -> None:

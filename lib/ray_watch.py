@@ -23,7 +23,8 @@ ABSENT_LIMIT_S = 10.0
 """How long a head may be silent. A slow one, or one that was restarted with its state, answers again."""
 SIGNAL_GRACE_S = 1.5
 """A signal to the whole process group ends Ray's daemons before this process handles it."""
-REPORT_LIMIT_S = 8.0
+REPORT_LIMIT_S = 1.0
+"""How long Ray's start may take to report that a daemon is dead."""
 LEAVE_LIMIT_S = 45.0
 SIGNALLED_LEAVE_LIMIT_S = 5.0
 
@@ -37,6 +38,7 @@ A driver that is just starting waits for the raylet, and none of its threads run
 wait for the head for a minute.
 """
 
+_GOES_ON = "what is done stays, and the same command goes on from here"
 _NAMES = {"gcs_server": "Ray's head service (gcs_server)", "raylet": "Ray's raylet on this machine"}
 
 
@@ -58,11 +60,11 @@ def watched(daemons: Mapping[str, int], address: str | None = None) -> Iterator[
 
 
 @contextmanager
-def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callable[[], str]) -> Iterator[None]:
-    """End this process with one line if a daemon is killed while Ray starts, which would hang for a minute and abort.
+def watched_start(daemons: Callable[..., Mapping[str, int]], explained: Callable[[], str]) -> Iterator[None]:
+    """End this process with one line if a daemon dies while Ray starts, which would hang for a minute and abort.
 
-    `daemons` maps the names of daemons to process ids, of those that are `alive` or of those that are not. A daemon
-    that dies of an error of its own has `last_words`. Ray's start reports them, if it does not hang.
+    `daemons` maps the names of daemons to process ids, of those that are `alive` or of those that are not. If a daemon
+    dies of an error of its own, `explained` returns the line for the user. If it is killed, that is empty.
     """
     started = threading.Event()
     guards: list[subprocess.Popen[bytes]] = []
@@ -76,10 +78,8 @@ def watched_start(daemons: Callable[..., Mapping[str, int]], last_words: Callabl
             seen.update(now)
             if not guards and now.keys() >= _NAMES.keys():
                 guards.append(subprocess.Popen(["/bin/sh", "-c", _GUARD, "sh", *(str(now[name]) for name in _NAMES)]))
-            words = last_words() if dead else ""
-            if dead and not started.wait(REPORT_LIMIT_S if words else 1.0):
-                of_this = f"{_NAMES[dead[0]]} has died: killed, or out of memory"
-                _end(f"Ray does not start on this machine: {words}" if words else of_this)
+            if dead and not started.wait(REPORT_LIMIT_S):
+                _end(explained() or f"{_NAMES[dead[0]]} has died: killed, or out of memory; {_GOES_ON}")
 
     thread = threading.Thread(target=watch, daemon=True, name="ray-start-watch")
     thread.start()
@@ -108,13 +108,13 @@ def limited_leave() -> Iterator[None]:
         while not done.wait(0.2):
             limit_s = SIGNALLED_LEAVE_LIMIT_S if end_of_a_signal() else LEAVE_LIMIT_S
             if time.monotonic() - started > limit_s:
-                _end(reason)
+                _end(f"{reason}; {_GOES_ON}")
 
     threading.Thread(target=wait, daemon=True, name="ray-leave").start()
     try:
         yield
     except (StopSignal, KeyboardInterrupt):
-        _end(reason)
+        _end(f"{reason}; {_GOES_ON}")
     finally:
         done.set()
 
@@ -152,14 +152,14 @@ def _watch(daemons: dict[str, int], place: tuple[str, int] | None, leaving: thre
         while True:
             # Checked before `leaving`: a dead daemon also raises an error in the main thread, which then leaves Ray.
             for descriptor, _ in dead.poll(200):
-                _end(f"{_NAMES[names[descriptor]]} has died: killed, or out of memory")
+                _end(f"{_NAMES[names[descriptor]]} has died: killed, or out of memory; {_GOES_ON}")
             if leaving.is_set():
                 return
             if place is not None and time.monotonic() >= next_check:
                 if _answers(place):
                     seen = time.monotonic()
                 elif time.monotonic() - seen > ABSENT_LIMIT_S and not leaving.is_set():
-                    _end(f"the Ray cluster at {place[0]}:{place[1]} no longer answers")
+                    _end(f"the Ray cluster at {place[0]}:{place[1]} no longer answers; {_GOES_ON}")
                 next_check = time.monotonic() + CHECK_EVERY_S
     finally:
         for descriptor in names:
@@ -178,7 +178,7 @@ def _end(reason: str) -> NoReturn:
     """Print the reason in one line and end, without Ray's exit handlers. Ray's own daemons end with this process."""
     ours = terminal()
     ours.mute_others()
-    failed = f"failed: {reason}; what is done stays, and the same command goes on from here"
+    failed = f"failed: {reason}"
     ours.leave_word(failed)  # Ray may end this process meanwhile
     deadline = time.monotonic() + SIGNAL_GRACE_S
     while end_of_a_signal() is None and time.monotonic() < deadline:
