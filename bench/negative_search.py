@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from lib.training.feature_store import FeatureStore
 from lib.training.mining import CandidatePool, Floats, Ints, draw_candidates, exact_negatives, search
+from lib.training.shard_places import ANYWHERE
 
 DIM = 128
 NUM_CANDIDATES = 2_000
@@ -122,7 +123,7 @@ def compare_ways(features_ND: Floats, labels_N: Ints, batch_size: int) -> dict[s
     lists_of = dict(enumerate(features_ND.tolist()))
     person_of = dict(enumerate(labels_N.tolist()))
     photos = list(lists_of)
-    store = FeatureStore.create(f"bench {batch_size}", labels_N, dim=DIM, num_shards=1)
+    store = FeatureStore.create(f"bench {batch_size}", labels_N, dim=DIM)
     store.write(np.arange(NUM_PHOTOS), features_ND, step=0)
     store.flush()
 
@@ -173,7 +174,7 @@ def compare_places(num_photos: int, batch_size: int, num_shards: int) -> dict[st
     features_ND, labels_N = draw_photos(num_photos)
     anchors = np.random.default_rng(1).integers(0, num_photos, (NUM_ROUNDS + 1, batch_size))
     store = FeatureStore.create(
-        f"places {num_photos} {batch_size} {num_shards}", labels_N, dim=DIM, num_shards=num_shards
+        f"places {num_photos} {batch_size} {num_shards}", labels_N, dim=DIM, places=num_shards * ANYWHERE
     )
     store.write(np.arange(num_photos), features_ND, step=0)
     store.flush()

@@ -81,6 +81,16 @@ def _port_without_the_lock(folder: str, node_id: str, name: str, timeout_ms: int
             return port
 
 
+def unreserved_by_node() -> dict[str, dict[str, float]]:
+    """Return what is left of the resources of each live node of the connected cluster, by the node's id.
+
+    Ray's public functions tell the sum over the nodes alone.
+    """
+    from ray._private.state import available_resources_per_node
+
+    return dict(available_resources_per_node())
+
+
 def read_token_settings() -> None:
     """Make Ray read the environment variables of its token again.
 

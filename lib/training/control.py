@@ -10,8 +10,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lib.errors import JobError, UserError
 from lib.recognition.spec import ModelSpec
-from lib.training.feature_store import NAMESPACE
 from lib.training.settings import TrainConfig
+from lib.training.shard_places import NAMESPACE
 from lib.training.validation_sources import ValidationSources
 
 

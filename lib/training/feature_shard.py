@@ -17,6 +17,9 @@ from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
 NEVER = -1
 """Stamp of a row without a feature."""
 
+BYTES_OF_LABEL_AND_STAMP = 8
+"""Beside the feature of a row, both int32."""
+
 Value = TypeVar("Value")
 
 
@@ -31,26 +34,28 @@ class Answer(Generic[Value]):
 class Shard:
     """The features of rows `start` to `stop`. This is a plain object, which Ray wraps as an actor."""
 
-    def __init__(self, *, start: int, stop: int, dim: int) -> None:
+    def __init__(self, *, start: int, stop: int, dim: int, precision: str = "float32") -> None:
         self.start = start
         self.signature = uuid.uuid4().hex
-        self.features_ND = np.zeros((stop - start, dim), np.float32)
-        self.labels_N = np.full(stop - start, NEVER, np.int64)
-        self.stamps_N = np.full(stop - start, NEVER, np.int64)
+        self.features_ND = np.zeros((stop - start, dim), precision)
+        self.labels_N = np.full(stop - start, NEVER, np.int32)
+        self.stamps_N = np.full(stop - start, NEVER, np.int32)
+        self._largest = np.float32(np.finfo(precision).max)
         self._epoch_of_means = NEVER
         self._means: dict[int, list[Any]] = {}
 
     def write(self, rows_B: Ints, features_BD: Floats, labels_B: Ints, step: int) -> None:
         """Keep the features, computed at `step`, of the photos `rows_B`."""
         local_B = rows_B - self.start
-        self.features_ND[local_B] = features_BD
+        # Of a range that float16 has too; only raw outputs of a model that diverges are larger.
+        self.features_ND[local_B] = np.clip(features_BD, -self._largest, self._largest)
         self.labels_N[local_B] = labels_B
         self.stamps_N[local_B] = step
 
     def read(self, rows_B: Ints) -> Answer[tuple[Floats, Bools]]:
         """Return the features of the photos `rows_B`, and which of them have one."""
         local_B = rows_B - self.start
-        return self._signed((self.features_ND[local_B], self.stamps_N[local_B] != NEVER))
+        return self._signed((self.features_ND[local_B].astype(np.float32, copy=False), self.stamps_N[local_B] != NEVER))
 
     def search(
         self,
@@ -65,7 +70,7 @@ class Shard:
         filled_P = self.stamps_N[local_P] != NEVER
         negatives = mining.search(
             queries_BD,
-            self.features_ND.take(local_P, axis=0),
+            self.features_ND.take(local_P, axis=0).astype(np.float32, copy=False),
             rows_P,
             blocked,
             beyond_squared_B=beyond_squared_B,
@@ -109,7 +114,7 @@ class Shard:
 
     def features(self) -> Answer[Floats]:
         """Return all features, zeros where there is none."""
-        return self._signed(self.features_ND)
+        return self._signed(self.features_ND.astype(np.float32, copy=False))
 
     def _signed(self, value: Value) -> Answer[Value]:
         return Answer(signature=self.signature, value=value)

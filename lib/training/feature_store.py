@@ -6,7 +6,7 @@ the other, are in the order of the rows, and another number of shards only means
 Queries go to the shards; the workers do not search in copies. A query of 256 anchors among 200,000 photos of 128
 dimensions, sent one step ahead, costs the training process 3.0 ms. A search in a copy in shared memory costs 2.9 ms,
 but making the copy takes 80 to 140 ms each time (0.4 to 1.8 s for 1,000,000 photos), and it is out of date at once
-(`bench/negative_search.py`). There is one shard on each node: four on one node take 5.4 ms.
+(`bench/negative_search.py`). `lib.training.shard_places` spreads them over nodes: four on one node take 5.4 ms.
 
 A shard that dies comes back empty. Its rows then are no negatives and count as the stalest. The refresh, which embeds
 the stalest photos, fills them again. Meanwhile the other shards answer.
@@ -17,23 +17,22 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import ray
-from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, ObjectLostError, RayActorError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from lib.errors import JobError, UserError
+from lib.errors import JobError
 from lib.training import confusable, mining
-from lib.training.feature_shard import NEVER, Shard
+from lib.training.feature_shard import NEVER
 from lib.training.mining import Bools, Floats, Ints, Negatives, Pairs
+from lib.training.shard_places import ANYWHERE, NAMESPACE, actor_name, start_shards
 
 logger = logging.getLogger(__name__)
 
 Policy = Literal["hard", "semihard", "exact"]
-
-NAMESPACE = "conv-facenet"
 
 MAX_WRITES_IN_FLIGHT = 16
 """Unfinished writes of a client before it waits for one. This bounds the memory that waits for a slow shard."""
@@ -79,34 +78,29 @@ class FeatureStore:
         self._writes: list[Any] = []
 
     @classmethod
-    def create(cls, run: str, labels_N: Ints, *, dim: int, num_shards: int | None = None) -> FeatureStore:
-        """Start empty shards, by default one on each node. They end with the process that created them.
+    def create(
+        cls,
+        run: str,
+        labels_N: Ints,
+        *,
+        dim: int,
+        precision: str = "float32",
+        places: Sequence[Mapping[str, Any]] = ANYWHERE,
+    ) -> FeatureStore:
+        """Start empty shards with these options of Ray, one for each. They end with the process that created them.
 
         Raises:
             UserError: a run of this name has a store already.
         """
-        num_shards = num_shards or sum(node["Alive"] for node in ray.nodes())
-        bounds = _bounds(len(labels_N), num_shards)
-        # No CPU is reserved: a shard must come back on a cluster whose every CPU trains. No argument is in the object
-        # store: Ray cannot restart an actor after those are gone.
-        remote = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy="SPREAD")(Shard)
-        shards: list[Any] = []
-        try:
-            for index in range(num_shards):
-                actor = remote.options(name=_actor_name(run, index), namespace=NAMESPACE)
-                shards.append(actor.remote(start=int(bounds[index]), stop=int(bounds[index + 1]), dim=dim))
-        except ActorAlreadyExistsError:
-            for shard in shards:
-                ray.kill(shard)
-            raise UserError(
-                f"a run named {run!r} is training on this cluster already: wait for it, or choose another --name"
-            ) from None
+        shards = start_shards(
+            run, _bounds(len(labels_N), len(places)).tolist(), dim=dim, precision=precision, places=places
+        )
         return cls(shards, labels_N, dim)
 
     @classmethod
     def connect(cls, run: str, labels_N: Ints, *, dim: int, num_shards: int) -> FeatureStore:
         """Return a worker's access to the shards that the driver has created with the same arguments."""
-        shards = [ray.get_actor(_actor_name(run, index), namespace=NAMESPACE) for index in range(num_shards)]
+        shards = [ray.get_actor(actor_name(run, index), namespace=NAMESPACE) for index in range(num_shards)]
         return cls(shards, labels_N, dim)
 
     @property
@@ -208,7 +202,10 @@ class FeatureStore:
         deadline = time.monotonic() + limit_s
         while all(part is None for part in self.collect([shard.stamps.remote() for shard in self._shards])):
             if time.monotonic() > deadline:
-                raise JobError("no shard of the feature store answers: the cluster has lost the nodes that hold it")
+                raise JobError(
+                    "no shard of the feature store answers: the cluster has lost the nodes that held it, and no other "
+                    "node has the memory for it"
+                )
             time.sleep(1)
 
     def missing(self) -> Ints:
@@ -294,7 +291,3 @@ class FeatureStore:
 
 def _bounds(num_rows: int, num_shards: int) -> Ints:
     return np.linspace(0, num_rows, num_shards + 1).astype(np.int64)
-
-
-def _actor_name(run: str, index: int) -> str:
-    return f"features of {run}: {index}"

@@ -277,7 +277,7 @@ def exact_negatives(
 ) -> Negatives:
     """Return for each anchor the nearest photo of all other identities, in chunks of bounded memory.
 
-    `first_row` is the row of the first feature, if the arrays are a part of all photos.
+    The features may be float16. `first_row` is the row of the first feature, if the arrays are a part of all photos.
     """
     parts = [no_negatives(len(queries_BD))]
     for start in range(0, len(features_ND), CHUNK_ROWS):
@@ -285,7 +285,7 @@ def exact_negatives(
         parts.append(
             search(
                 queries_BD,
-                features_ND[chunk],
+                features_ND[chunk].astype(np.float32, copy=False),
                 first_row + np.arange(start, start + len(features_ND[chunk])),
                 own_pairs(labels_B, labels_N[chunk]),
                 ceiling=ceiling,

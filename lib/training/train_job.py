@@ -27,6 +27,7 @@ from lib.training.feature_store import FeatureStore
 from lib.training.history import MODEL_FOLDER, read_rows, run_result
 from lib.training.recipe import TableCounts, all_settings, with_recipe
 from lib.training.settings import TrainConfig
+from lib.training.shard_places import ANYWHERE, StoreSize, place_shards
 from lib.training.tracking import Tracking, about_run
 from lib.training.triplets import PhotoIndex
 from lib.training.validation_sources import ValidationSources, read_sources
@@ -187,7 +188,8 @@ def _run_workers(job: WorkerJob, labels_N: np.ndarray) -> dict[str, Any] | None:
     config = with_devices(job.config)
     resources = worker_resources(config)
     control = create_control(config.run_url)
-    store = create_store(config, labels_N)
+    most = resources.num_workers if isinstance(resources.num_workers, int) else resources.num_workers[1]
+    store = create_store(config, labels_N, num_workers=most)
     is_local = cluster.is_local()
     # Gradients on GPUs travel by nccl; arrays of the CPU then still travel by gloo.
     backend = "cpu:gloo,cuda:nccl" if config.gpus else "gloo"
@@ -216,8 +218,18 @@ def _run_workers(job: WorkerJob, labels_N: np.ndarray) -> dict[str, Any] | None:
     return ray.get(control.result.remote())
 
 
-def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_shards: int | None = None) -> FeatureStore | None:
-    """Start the feature store of a run if it mines negatives; by default with one shard on each node."""
+def create_store(config: TrainConfig, labels_N: np.ndarray, *, num_workers: int | None = None) -> FeatureStore | None:
+    """Start the feature store of a run if it mines negatives: for so many workers, or for one on this node.
+
+    Raises:
+        UserError: the nodes have too little memory for it.
+    """
     if config.negatives == "random":
         return None
-    return FeatureStore.create(config.run_url, labels_N, dim=config.model.embedding_dim, num_shards=num_shards)
+    dim, precision = config.model.embedding_dim, config.mining.feature_precision
+    places = ANYWHERE
+    if num_workers is not None:
+        num_people = int(labels_N.max(initial=-1)) + 1
+        size = StoreSize(num_photos=len(labels_N), num_people=num_people, dim=dim, precision=precision)
+        places = tuple(place_shards(size, num_workers))
+    return FeatureStore.create(config.run_url, labels_N, dim=dim, precision=precision, places=places)

@@ -87,7 +87,7 @@ def _run_here(
     """Run the worker on a thread of this process, and report each epoch to Tune."""
     config = job.config
     control = _own_control(config.run_url)
-    store = create_store(config, labels_N, num_shards=1)  # the store is on the trial's node, so one shard is enough
+    store = create_store(config, labels_N)  # one worker, so one shard is enough
     job = replace(job, num_shards=store.num_shards if store else 0, use_gpu=use_gpu)
     errors: list[BaseException] = []
 

@@ -14,6 +14,7 @@ from lib.training import confusable, feature_store, mining
 from lib.training.feature_shard import NEVER, Shard
 from lib.training.feature_store import FeatureStore
 from lib.training.mining import NO_ROW, Negatives
+from lib.training.shard_places import ANYWHERE
 from tests.job_runner import RayHead, wait_until
 from tests.training.whole_search import mined_negatives
 
@@ -30,7 +31,7 @@ def make_store() -> Iterator[Callable[..., FeatureStore]]:
     stores: list[FeatureStore] = []
 
     def make(run: str, num_shards: int) -> FeatureStore:
-        stores.append(FeatureStore.create(run, labels(), dim=DIM, num_shards=num_shards))
+        stores.append(FeatureStore.create(run, labels(), dim=DIM, places=num_shards * ANYWHERE))
         return stores[-1]
 
     yield make
@@ -40,7 +41,7 @@ def make_store() -> Iterator[Callable[..., FeatureStore]]:
 
 @pytest.fixture(scope="module")
 def shared_store(connected_head: RayHead) -> FeatureStore:
-    return FeatureStore.create(RUN, labels(), dim=DIM, num_shards=3)
+    return FeatureStore.create(RUN, labels(), dim=DIM, places=3 * ANYWHERE)
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_writes_in_flight_are_bounded(store: FeatureStore) -> None:
 
 def test_a_second_run_of_one_name_is_refused_and_the_first_goes_on(store: FeatureStore) -> None:
     with pytest.raises(UserError, match="choose another --name"):
-        FeatureStore.create(RUN, labels(), dim=DIM, num_shards=3)
+        FeatureStore.create(RUN, labels(), dim=DIM, places=3 * ANYWHERE)
     assert len(store.missing()) == 0
 
 
