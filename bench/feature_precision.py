@@ -2,7 +2,7 @@
 
     python -m bench.feature_precision --photos 20000 200000 1000000
 
-Unit vectors of people with about 20 photos each, one of them near (a trained model) and one far apart. Prints how many of
+Unit vectors of people with about 20 photos each, near to each other (a trained model) or far apart. Prints how many of
 the 11 nearest photos of 500 are the same, how many are in the same place, and how often the nearest photo of another
 person is the same.
 """

@@ -1,4 +1,4 @@
-"""Folders for temporary files that only this user can enter, and that do not outlive their job for long."""
+"""Folders on this node's own disk: for temporary files of a job, and for what the next job uses again."""
 
 import fcntl
 import os
@@ -10,6 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SURELY_LOCKED_S = 60.0
+
+
+def node_scratch() -> Path:
+    """Return the folder of this node for what outlives a job.
+
+    That is $NODE_SCRATCH, and without it the temporary folder. In a Slurm job that is /tmp, because TMPDIR goes with
+    the job, and a job that is queued again would find nothing.
+    """
+    if named := os.environ.get("NODE_SCRATCH"):
+        return Path(named)
+    return Path("/tmp") if "SLURM_JOB_ID" in os.environ else Path(tempfile.gettempdir())  # noqa: S108 - see above
 
 
 @contextmanager

@@ -6,6 +6,7 @@
 
 # shellcheck source=/dev/null
 if [ -f slurm/site.sh ]; then . slurm/site.sh; fi
+if [ -n "${NODE_SCRATCH:-}" ]; then export NODE_SCRATCH; fi # train keeps its crops there
 
 job_folder=${NODE_SCRATCH:-/tmp}/ray-$SLURM_JOB_ID
 export TMPDIR=$job_folder/tmp PYTHONPATH=$PWD USER=${USER:-$(id -un)}

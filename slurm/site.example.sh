@@ -9,7 +9,8 @@
 # CONTAINER_MOUNTS=(/shared/faces)     # folders that your flags name; the project and DATA_URL are mounted already
 # CONTAINER_PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin
 
-# Fast local disk, for Ray's files and copies of the crops. Keep the path short: socket paths have at most 107 bytes.
+# Fast local disk, for Ray's files and copies of the crops, which stay for the next job: not a folder of one job.
+# Keep the path short: socket paths have at most 107 bytes.
 # NODE_SCRATCH=/local/scratch
 
 # Network for Ray, NCCL and gloo. Default: the network of the address that Slurm uses for the node.

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from lib.training.face_cache import EncodedCrops, decode_jpeg, plain
+from lib.training.face_cache import Crops, decode_jpeg, plain
 
 Image = npt.NDArray[np.uint8]
 
@@ -155,7 +155,7 @@ class Making:
     def fill(
         self,
         images_NHWC: Image,
-        crops: EncodedCrops,
+        crops: Crops,
         rows_N: npt.NDArray[np.integer],
         draws_NK: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,14 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.face_filter import EVERY_FACE, FaceFilter
+from lib.threads import ahead
 from lib.training.cache_files import CACHE_SCHEMA, NO_SPACE, ROWS_PER_BATCH, disk_full, made_once, written
 from lib.training.face_names import READ_AHEAD, limited_identities, part_urls, read_names, usable
 
 logger = logging.getLogger(__name__)
+
+COPY_THREADS = 8
+"""Parts that are read at once. They are in memory meanwhile, with some 10 MB each."""
 
 FORMAT_VERSION = 1
 """Part of the file's name. Increase it when the content changes."""
@@ -73,7 +78,7 @@ def build_cache(
         NoFacesError: no photo of these splits is aligned.
         UserError: the faces folder is absent or not finished, a part of it is damaged, the limit leaves nobody, or
             `cache_dir` cannot be written to or holds a file of that name that is not ours.
-        JobError: the disk is full.
+        CacheFullError: the disk is full.
     """
     folder = Path(cache_dir)
     success = table.read_success(faces_url, run_id=run_id)
@@ -96,8 +101,7 @@ def _build(
 ) -> None:
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         num_bytes_needed = sum(pool.map(_num_bytes, urls))
-    if photos_limit:
-        kept = Only(column="identity", names=limited_identities(read_names(urls, "identity", taken), photos_limit))
+    kept = within_limit(urls, photos_limit, kept, taken)
     if kept is not None:
         names = read_names(urls, kept.column)
         num_kept = pc.sum(pc.is_in(names, value_set=kept.names)).as_py() or 0
@@ -128,6 +132,13 @@ def _build(
     logger.info("made %s: %d crops, %.1f MB", path, num_rows, path.stat().st_size / 1e6)
 
 
+def within_limit(urls: Sequence[str], photos_limit: int, only: Only | None, taken: FaceFilter) -> Only | None:
+    """Return the faces of `build_cache` in these parts: `only`, or the people within a limit."""
+    if not photos_limit:
+        return only
+    return Only(column="identity", names=limited_identities(read_names(urls, "identity", taken), photos_limit))
+
+
 def _num_bytes(url: str) -> int:
     """Return the size of the copied columns in bytes, from the file's footer."""
     with storage.open_parquet(url) as file:
@@ -142,24 +153,40 @@ def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter)
 
 
 def _equal_batches(urls: Sequence[str], only: Only | None, taken: FaceFilter) -> Iterator[pa.RecordBatch]:
-    """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter."""
+    """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter. Several parts are read at once."""
     pending: list[pa.RecordBatch] = []
     num_pending = 0
-    for url in urls:
-        with storage.open_parquet(url, table.columns(*CACHE_SCHEMA.names, "status")) as file:
-            taken.check(file.schema_arrow, storage.redacted(url))
-            for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status", *taken.columns]):
-                kept = batch.filter(usable(batch, taken)).select(CACHE_SCHEMA.names)
-                if only is not None:
-                    kept = only.kept(kept)
-                # A missing crop is later counted and named like one that cannot be decoded.
-                kept = kept.set_column(2, "crop", kept["crop"].fill_null(b""))
-                pending.append(kept.cast(CACHE_SCHEMA))
+    pool = ThreadPoolExecutor(COPY_THREADS)
+    try:
+        for batches in ahead(pool, partial(_kept_rows, only, taken), urls, num_ahead=COPY_THREADS):
+            for kept in batches:
+                pending.append(kept)
                 num_pending += len(kept)
-                if num_pending >= ROWS_PER_BATCH:
+                while num_pending >= ROWS_PER_BATCH:
                     joined = pa.concat_batches(pending)
                     yield joined[:ROWS_PER_BATCH]
                     pending = [joined[ROWS_PER_BATCH:]]
                     num_pending -= ROWS_PER_BATCH
+    finally:
+        pool.shutdown(cancel_futures=True)
     if num_pending:
         yield pa.concat_batches(pending)
+
+
+def _kept_rows(only: Only | None, taken: FaceFilter, url: str) -> list[pa.RecordBatch]:
+    """Return the aligned faces of a part that are wanted. Crops are read only where there are any."""
+    with storage.open_parquet(url, table.columns(*CACHE_SCHEMA.names, "status")) as file:
+        taken.check(file.schema_arrow, storage.redacted(url))
+        if only is not None:
+            names = file.read(columns=[only.column])[only.column]
+            if not pc.any(pc.is_in(names, value_set=only.names)).as_py():
+                return []
+        batches = []
+        for batch in file.iter_batches(ROWS_PER_BATCH, columns=[*CACHE_SCHEMA.names, "status", *taken.columns]):
+            kept = batch.filter(usable(batch, taken)).select(CACHE_SCHEMA.names)
+            if only is not None:
+                kept = only.kept(kept)
+            # A missing crop is later counted and named like one that cannot be decoded.
+            kept = kept.set_column(2, "crop", kept["crop"].fill_null(b""))
+            batches.append(kept.cast(CACHE_SCHEMA))
+        return batches

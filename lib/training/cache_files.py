@@ -8,15 +8,15 @@ import fcntl
 import logging
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
 
 from lib.errors import JobError, UserError
+from lib.scratch import node_scratch
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,21 @@ CACHE_SCHEMA = pa.schema(
 )
 
 
+class CacheFullError(JobError):
+    """The disk of `--cache-dir` has too little room."""
+
+    def __init__(self, folder: Path, needed: str) -> None:
+        """Say what is `needed` there."""
+        super().__init__(f"--cache-dir {str(folder)!r} is full: {needed}; make room or choose another folder")
+
+
 def default_folder() -> str:
-    """Return this user's own folder of caches on this node, and make it if it does not exist.
+    """Return this user's own folder of caches on this node, and make it if it does not exist. It outlives a job.
 
     Raises:
         UserError: a link, a file, or another user's folder has its name.
     """
-    folder = Path(tempfile.gettempdir()) / f"conv-facenet-{os.geteuid()}"
+    folder = node_scratch() / f"conv-facenet-{os.geteuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -69,6 +77,8 @@ def made_once(path: Path, cache_dir: str, build: Callable[[], None]) -> str:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(path.with_suffix(".lock"), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
+        if error.errno in NO_SPACE:
+            raise CacheFullError(folder, "it has no room for another file") from error
         raise UserError(f"--cache-dir {cache_dir!r} cannot be written to ({error}): choose another folder") from error
     with os.fdopen(lock, "wb"), _locked(lock, path):
         if not _is_there(path):
@@ -97,11 +107,12 @@ def _is_there(path: Path) -> bool:
 
 
 def _remove_old(folder: Path) -> None:
-    for path in folder.glob("faces-*.arrow"):
-        unused_s = time.time() - max(path.stat().st_atime, path.stat().st_mtime)
-        if unused_s > KEPT_DAYS * 24 * 3600:
-            logger.info("removing %s, which no training has used for %d days", path, unused_s // (24 * 3600))
-            path.unlink(missing_ok=True)
+    for path in (*folder.glob("faces-*.arrow"), *folder.glob("faces-*.unfinished")):
+        with suppress(FileNotFoundError):
+            unused_s = time.time() - max(path.stat().st_atime, path.stat().st_mtime)
+            if unused_s > KEPT_DAYS * 24 * 3600:
+                logger.info("removing %s, which no training has used for %d days", path, unused_s // (24 * 3600))
+                path.unlink()
 
 
 @contextmanager
@@ -115,11 +126,8 @@ def _locked(descriptor: int, path: Path) -> Iterator[None]:
     yield
 
 
-def disk_full(folder: Path, num_bytes_needed: int) -> JobError:
-    return JobError(
-        f"--cache-dir {str(folder)!r} is full: the crops need {num_bytes_needed:,} bytes there; "
-        "make room or choose another folder"
-    )
+def disk_full(folder: Path, num_bytes_needed: int) -> CacheFullError:
+    return CacheFullError(folder, f"the crops need {num_bytes_needed:,} bytes there")
 
 
 def write_batches(path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lib.training.augmentation import Making
-from lib.training.face_cache import EncodedCrops
+from lib.training.face_cache import Crops, EncodedCrops
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Decoders:
         self,
         making: Making,
         images_NHWC: Image,
-        crops: EncodedCrops,
+        crops: Crops,
         rows_N: npt.NDArray[np.integer],
         draws_NK: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
@@ -91,7 +91,7 @@ class Decoders:
         )
         return np.concatenate([np.empty(0, bool), *failed])
 
-    def _fill_part(self, making: Making, images_NHWC: Image, crops: EncodedCrops, *work: Any) -> npt.NDArray[np.bool_]:
+    def _fill_part(self, making: Making, images_NHWC: Image, crops: Crops, *work: Any) -> npt.NDArray[np.bool_]:
         decoder = self._free.get()
         try:
             if decoder is None:

@@ -1,9 +1,11 @@
-"""Random access to crops: each node has one memory-mapped Arrow file, made by `cache_building`.
+"""Random access to crops: each node has one memory-mapped Arrow file, made by `cache_building`. Where its disk has no
+room for that, the crops are read from the table (`table_crops`).
 
 Shape suffixes: N photos (rows), H and W pixels.
 """
 
 import logging
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -41,6 +43,25 @@ def plain(jpeg: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8] | Non
     return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
 
 
+class Crops(Protocol):
+    """The encoded crops of a table, by row; several threads may read at once."""
+
+    path: str
+    """Of a cache file that other processes can open too; empty if there is none."""
+
+    def names(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+        """Return the photo and the identity of each row."""
+        ...
+
+    def crop_bytes(self, row: int) -> npt.NDArray[np.uint8]:
+        """Return the encoded crop."""
+        ...
+
+    def at_hand(self, rows: npt.NDArray[np.integer], /) -> "Crops":
+        """Return what has the crops of these rows ready."""
+        ...
+
+
 class EncodedCrops:
     """The encoded crops of a cache file; several threads may read at once."""
 
@@ -50,14 +71,23 @@ class EncodedCrops:
         self._file = pa.ipc.open_file(pa.memory_map(path))
         self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
 
+    def names(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+        """Return the photo and the identity of each row, in the memory of the mapped file."""
+        photos, identities = ([batch[name] for batch in self._batches] for name in ("photo", "identity"))
+        return pa.chunked_array(photos, pa.string()), pa.chunked_array(identities, pa.string())
+
     def crop_bytes(self, row: int) -> npt.NDArray[np.uint8]:
         """Return the encoded crop, a view into the mapped file."""
         batch, place = divmod(row, ROWS_PER_BATCH)
         return np.frombuffer(self._batches[batch].column(2)[place].as_buffer(), np.uint8)
 
+    def at_hand(self, _: npt.NDArray[np.integer], /) -> "EncodedCrops":
+        """Return the same: the system reads what is asked for."""
+        return self
 
-class FaceCache(EncodedCrops):
-    """The crops of a cache file and their identities, by row.
+
+class FaceCache:
+    """The crops of a table and their identities, by row.
 
     Attributes:
         photos: names of the photos, in Arrow's memory.
@@ -67,11 +97,12 @@ class FaceCache(EncodedCrops):
         failed_rows: rows that could not be decoded, so far.
     """
 
-    def __init__(self, path: str) -> None:
-        """Map the file; only the names are read."""
-        super().__init__(path)
-        self.photos: pa.ChunkedArray = pa.chunked_array([batch["photo"] for batch in self._batches])
-        names = pa.chunked_array([batch["identity"] for batch in self._batches])
+    def __init__(self, source: str | Crops) -> None:
+        """Map a cache file, or take other crops; only the names are read."""
+        self._crops: Crops = EncodedCrops(source) if isinstance(source, str) else source
+        self.path = self._crops.path
+        self.crop_bytes, self.at_hand = self._crops.crop_bytes, self._crops.at_hand
+        self.photos, names = self._crops.names()
         sorted_names = names.unique().sort()
         self.identities: list[str] = sorted_names.to_pylist()
         self.labels_N: npt.NDArray[np.int32] = pc.index_in(names, sorted_names).to_numpy()
@@ -91,8 +122,9 @@ class FaceCache(EncodedCrops):
         side = size or self.crop_size
         images_NHWC = np.zeros((len(rows), side, side, 3), np.uint8)
         failed_N = np.zeros(len(rows), bool)
+        crops = self.at_hand(rows)
         for place, row in enumerate(rows.tolist()):
-            pixels = plain(self.crop_bytes(row), side)
+            pixels = plain(crops.crop_bytes(row), side)
             if pixels is None:
                 failed_N[place] = True
                 self.note_failed(row)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -90,6 +91,17 @@ def limited_identities(identities: pa.ChunkedArray, photos_limit: int) -> pa.Arr
             "so raise it"
         )
     return pa.array([each["values"] for each in people[:num_kept]], pa.string())
+
+
+def chosen_people(labels_N: npt.NDArray[np.integer], max_photos: int, seed: int) -> npt.NDArray[np.integer]:
+    """Return the labels of whole people, in an order by the seed, up to so many photos; two people at least.
+
+    Of the people who were chosen, all are chosen again.
+    """
+    people = np.random.default_rng(seed).permutation(np.unique(labels_N))
+    counts = np.bincount(labels_N)[people]
+    num_people = max(2, int(np.searchsorted(np.cumsum(counts), max_photos, side="right")))
+    return np.sort(people[:num_people])
 
 
 def _hash(identity: str) -> bytes:

@@ -276,7 +276,8 @@ class RunSettings:
     """Services that get settings and figures beside TensorBoard: mlflow:URI (a server or a folder), wandb,
     wandb:PROJECT."""
     cache_dir: str = ""
-    """Folder on each node for its copy of the crops. Default: conv-facenet-<user id>/ in the temporary folder."""
+    """Folder on each node for its copy of the crops. Default: conv-facenet-<user id>/ in $NODE_SCRATCH, else in the
+    temporary folder (in /tmp in a Slurm job)."""
     from_sweep: str = ""
     """Folder of a sweep. Its winner's settings become the defaults; flags you give still win."""
 

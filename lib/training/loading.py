@@ -73,7 +73,7 @@ class BatchLoader:
             draws_NK = draws(task.first_draw, len(rows_N), seed=self.seed, epoch=self.epoch, rank=self.rank)
         making = Making(level=self.level, crop_size=self.cache.crop_size, size=self.size)
         fill = making.fill if self.decoders is None else self.decoders.filling(making)
-        failed_N = fill(images_NHWC, self.cache, rows_N, draws_NK)
+        failed_N = fill(images_NHWC, self.cache.at_hand(rows_N), rows_N, draws_NK)
         for row in rows_N[failed_N].tolist():
             self.cache.note_failed(row)
         uploaded = None if self.upload is None else self.upload(images_NHWC)

@@ -20,6 +20,7 @@ from lib.evaluation.pairs import Pairs, made_pairs
 from lib.training import mining
 from lib.training.epoch_choice import INTERVAL, Difference, difference, pair_scores
 from lib.training.face_cache import FaceCache
+from lib.training.face_names import chosen_people
 from lib.training.losses import triplet_margin_loss
 from lib.training.objective import people_loss
 from lib.training.settings import TrainConfig
@@ -77,7 +78,8 @@ class Validation:
         if cache is None:
             self.problem = "no photo of a validation person is aligned"
             return
-        rows_V = _chosen_rows(cache.labels_N, config.validation.val_photos, config.run.seed)
+        people = chosen_people(cache.labels_N, config.validation.val_photos, config.run.seed)
+        rows_V = np.flatnonzero(np.isin(cache.labels_N, people))
         try:
             self._index = PhotoIndex(cache.labels_N[rows_V])
             self.rows_V = rows_V
@@ -199,14 +201,6 @@ def _notice(num_people: int) -> str:
         f"only {num_people} validation people: an accuracy near 90 % is known to about ± {points:.0f} points, and a "
         "later epoch is kept unless it is worse by more than chance"
     )
-
-
-def _chosen_rows(labels_N: Ints, max_photos: int, seed: int) -> Ints:
-    """Return the rows of whole people, in an order by the seed, up to so many photos."""
-    people = np.random.default_rng(seed).permutation(np.unique(labels_N))
-    counts = np.bincount(labels_N)[people]
-    num_people = max(2, int(np.searchsorted(np.cumsum(counts), max_photos, side="right")))
-    return np.flatnonzero(np.isin(labels_N, people[:num_people]))
 
 
 def _fixed_batches(index: PhotoIndex, config: TrainConfig) -> list[Ints]:

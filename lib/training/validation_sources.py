@@ -26,7 +26,7 @@ from lib.evaluation.pairs import Pairs
 from lib.evaluation.verification_sets import is_verification_set, read_verification_set
 from lib.faces import table
 from lib.training.cache_building import Only
-from lib.training.face_names import READ_AHEAD, limited_identities, read_identities
+from lib.training.face_names import READ_AHEAD, chosen_people, limited_identities, read_identities
 from lib.training.set_cache import SetFaces
 from lib.training.settings import TrainConfig
 
@@ -80,8 +80,15 @@ class ValidationSources:
 
 
 def own_people(config: TrainConfig, run_id: str | None) -> ValidationSources:
-    """Return the people of the training table's split val, and no files."""
-    return ValidationSources(people=TableFaces(url=config.faces_url, run_id=run_id, splits=("val",)))
+    """Return the people of the training table's split val who are validated on, and no files."""
+    names = read_identities(config.faces_url, ["val"], run_id=run_id)
+    only = None
+    if len(names):
+        people = names.unique().sort()
+        labels_N = pc.index_in(names, people).to_numpy()
+        chosen = chosen_people(labels_N, config.validation.val_photos, config.run.seed)
+        only = Only(column="identity", names=people.take(pa.array(chosen)))
+    return ValidationSources(people=TableFaces(url=config.faces_url, run_id=run_id, splits=("val",), only=only))
 
 
 def read_sources(config: TrainConfig, success: dict, trained: pa.Array) -> ValidationSources:

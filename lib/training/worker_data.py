@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from lib import device as devices
-from lib.training.cache_building import NoFacesError, build_cache
+from lib.training.cache_building import NoFacesError
 from lib.training.cache_files import default_folder
 from lib.training.decoders import Decoders
 from lib.training.embedding_passes import EmbeddingPass
 from lib.training.face_cache import FaceCache
-from lib.training.set_cache import SetFaces, build_set_cache
+from lib.training.set_cache import SetFaces
 from lib.training.settings import TrainConfig
+from lib.training.table_crops import cached_faces, cached_set
 from lib.training.validation_sources import PairGroup, TableFaces, ValidationSources, own_people
 
 MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16
@@ -55,8 +56,7 @@ def open_data(
     """
     folder = config.run.cache_dir or default_folder()
     limit, taken = config.sampling.photos_limit, config.sampling.faces
-    path = build_cache(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id, taken=taken)
-    train = FaceCache(path)
+    train = cached_faces(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id, taken=taken)
     sources = sources or own_people(config, faces_run_id)
     val = None
     # Other errors are raised: training would hide a damaged part, which other nodes may not notice.
@@ -66,7 +66,8 @@ def open_data(
     num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     num_threads = config.run.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
     decoders = None
-    if device.type == "cuda":
+    # The processes open cache files by themselves.
+    if device.type == "cuda" and all(each.path for each in (train, val, *(cache for _, cache in watched)) if each):
         decoders = Decoders(config.run.loader_threads or min(MAX_LOADER_PROCESSES, num_cpus))
     return WorkerData(
         train=train,
@@ -86,5 +87,5 @@ def open_data(
 
 def _open(faces: TableFaces | SetFaces, folder: str) -> FaceCache:
     if isinstance(faces, SetFaces):
-        return FaceCache(build_set_cache(faces, folder))
-    return FaceCache(build_cache(faces.url, faces.splits, folder, only=faces.only, run_id=faces.run_id))
+        return cached_set(faces, folder)
+    return cached_faces(faces.url, faces.splits, folder, only=faces.only, run_id=faces.run_id)

@@ -38,7 +38,7 @@ def write_faces(
         half = len(rows) // 2
         for number, part in enumerate((rows[:half], rows[half:])):
             part_url = storage.join(str(url), f"split={split}", f"part-{number:06d}.parquet")
-            storage.write_parquet(part_url, table.faces_table(part, "{}"))
+            storage.write_parquet(part_url, table.faces_table(part, "{}"), compression="none")
     success = {"run_id": "made for tests", "fingerprint": {"id": "f", "image_size": SIZE}, "counts": {}}
     storage.write_json(storage.join(str(url), table.SUCCESS_NAME), success)
     return str(url)

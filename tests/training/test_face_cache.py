@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -214,7 +215,7 @@ def test_a_cache_folder_that_cannot_be_made_is_the_users_mistake(faces, tmp_path
 
 
 def test_caches_are_their_users_alone(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = Path(cache_files.default_folder())
     assert folder.parent == tmp_path
     made = Path(build_cache(faces, ["train"], str(folder)))
@@ -227,7 +228,7 @@ def test_caches_are_their_users_alone(faces, tmp_path, monkeypatch):
 
 
 def test_a_default_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"conv-facenet-{os.geteuid()}").symlink_to(tmp_path / "theirs")
     with pytest.raises(UserError, match=r"is a link or another user's: name .* by --cache-dir"):
@@ -255,7 +256,7 @@ def test_links_planted_in_the_folder_harm_nothing(faces, cache_dir, tmp_path, su
 
 
 def test_caches_that_no_training_uses_go_from_the_default_folder_alone(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for folder in (Path(cache_files.default_folder()), tmp_path / "named"):
         folder.mkdir(exist_ok=True)
         for days in (6, 8):
@@ -267,7 +268,7 @@ def test_caches_that_no_training_uses_go_from_the_default_folder_alone(faces, tm
 
 
 def test_a_cache_in_use_stays(faces, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_files.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = build_cache(faces, ["train"], cache_files.default_folder())
     os.utime(path, (0, 0))
     build_cache(faces, ["train"], cache_files.default_folder())
@@ -294,7 +295,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_behind(faces, cache_d
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
     out, err = start_builder(faces, cache_dir, limit).communicate(timeout=60)
     assert not out
-    assert "JobError" in err
+    assert "CacheFullError" in err
     assert "bytes" in err.splitlines()[-1]
     assert [path.suffix for path in Path(cache_dir).iterdir()] == [".lock"]
 
