@@ -17,7 +17,7 @@ import torch
 from lib.evaluation.metrics import pair_distances, verification_figures
 from lib.evaluation.pairs import made_pairs
 from lib.recognition.model import EmbeddingModel, ModelSpec, embed, load_model, save_model
-from lib.training.cache_building import build_cache
+from lib.training.cache_building import build_cache, size_of_crops
 from lib.training.checkpoints import newest_progress
 from lib.training.face_cache import FaceCache
 from lib.training.settings import TrainConfig
@@ -144,6 +144,27 @@ def test_each_policy_of_triplets_mines_with_a_full_store(connected_head: RayHead
     assert [row["store_filled_share"] for row in rows] == [1.0, 1.0]
     assert [row["store_num_filled"] for row in rows] == [24 * 8, 0]
     assert rows[1]["val_loss"] > rows[1]["val_loss_random"]
+
+
+@pytest.mark.parametrize("batch", ["identities", pytest.param("triplets", marks=pytest.mark.slow)])
+def test_a_node_that_holds_some_people_at_once_trains_and_mines_among_them(
+    connected_head: RayHead, data: Path, batch: str
+) -> None:
+    parts = [str(path) for path in (data / "faces" / "split=train").iterdir()]
+    room = 0.7 * size_of_crops(parts)[0] / 1e9
+    more = ["--batch", batch, "--negatives", "hard", "--epochs", "3", "--workers", "2", "--batch-size", "24"]
+    done = run_here("train.py", *flags(data, f"held {batch}", *more, "--cache-size", f"{room:.9f}"))
+    assert done.status == 0, done.errors
+    rows = history(data, f"held {batch}")
+    assert [row["negatives"] for row in rows] == ["hard"] * 3
+    shares = [row["store_filled_share"] for row in rows]
+    assert 0.5 < shares[0] < 0.75
+    assert shares == sorted(shares)
+    assert shares[2] > shares[0], "other people were held later"
+    assert all(0 < row["num_images"] <= 3 * 0.75 * 24 * 8 for row in rows)
+    used = pq.read_table(data / "runs" / f"held {batch}" / "usage.parquet")
+    assert sum(count > 0 for count in used["anchor"].to_pylist()) > 0.75 * 24 * 8
+    assert len(list((data / "the cache").glob("faces-share-*.arrow"))) <= 2
 
 
 @pytest.mark.slow

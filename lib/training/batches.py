@@ -189,6 +189,7 @@ class EpochBatches:
             seed=self._seed(step),
             positives_BD=positives_TD,
             ceiling=plan.config.mining.ceiling,
+            among_N=None if self._cache.held is None else self._index.usable_N,
         ).result()
         self._suspects.add(anchors_T[found.suspects.anchors], found.suspects.rows, found.suspects.similarities)
         is_mined_T = known_T & (found.rows != mining.NO_ROW)
@@ -236,7 +237,11 @@ class EpochBatches:
         assert store is not None
         seeds_J = np.unique(sampler.seeds(plan.epoch, plan.num_steps, plan.first_step))
         neighbours_JT = confusable_people(
-            seeds_J, store.means(plan.epoch), num_neighbours=sampler.num_neighbours, device=self._device
+            seeds_J,
+            store.means(plan.epoch),
+            num_neighbours=sampler.num_neighbours,
+            device=self._device,
+            among_I=None if self._cache.held is None else self._cache.held.people_I,
         )
 
         def confusable(seeds_S: Ints, *, num_neighbours: int) -> Ints:

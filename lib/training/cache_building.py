@@ -99,8 +99,7 @@ def _cache_name(
 def _build(
     urls: Sequence[str], splits: Sequence[str], path: Path, photos_limit: int, kept: Only | None, taken: FaceFilter
 ) -> None:
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        num_bytes_needed = sum(pool.map(_num_bytes, urls))
+    num_bytes_needed, _ = size_of_crops(urls)
     kept = within_limit(urls, photos_limit, kept, taken)
     if kept is not None:
         names = read_names(urls, kept.column)
@@ -139,12 +138,19 @@ def within_limit(urls: Sequence[str], photos_limit: int, only: Only | None, take
     return Only(column="identity", names=limited_identities(read_names(urls, "identity", taken), photos_limit))
 
 
-def _num_bytes(url: str) -> int:
-    """Return the size of the copied columns in bytes, from the file's footer."""
+def size_of_crops(urls: Sequence[str]) -> tuple[int, int]:
+    """Return the size of the copied columns of some parts in bytes, and their rows, from the files' footers."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        sizes = list(pool.map(_size, urls))
+    return sum(num_bytes for num_bytes, _ in sizes), sum(num_rows for _, num_rows in sizes)
+
+
+def _size(url: str) -> tuple[int, int]:
     with storage.open_parquet(url) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
+        num_bytes = sum(c.total_uncompressed_size for c in columns if c.path_in_schema in CACHE_SCHEMA.names)
+        return num_bytes, file.metadata.num_rows
 
 
 def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter) -> int:

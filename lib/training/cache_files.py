@@ -37,6 +37,9 @@ CACHE_SCHEMA = pa.schema(
     ]
 )
 
+ROW_FIELD = pa.field("row", pa.int64(), nullable=False)
+"""A fourth column, of files that hold some rows of a table: their numbers in it, ascending."""
+
 
 class CacheFullError(JobError):
     """The disk of `--cache-dir` has too little room."""
@@ -130,25 +133,28 @@ def disk_full(folder: Path, num_bytes_needed: int) -> CacheFullError:
     return CacheFullError(folder, f"the crops need {num_bytes_needed:,} bytes there")
 
 
-def write_batches(path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int) -> None:
-    """Write a cache file from batches of `CACHE_SCHEMA` that need about so many bytes.
+def write_batches(
+    path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int, schema: pa.Schema = CACHE_SCHEMA
+) -> None:
+    """Write a cache file from batches that need about so many bytes.
 
     Raises:
         JobError: the disk is full.
     """
     try:
-        written(path, batches)
+        written(path, batches, schema)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise disk_full(path.parent, num_bytes) from error
 
 
-def written(path: Path, batches: Iterator[pa.RecordBatch]) -> int:
+def written(path: Path, batches: Iterator[pa.RecordBatch], schema: pa.Schema = CACHE_SCHEMA) -> int:
+    """Write a file of this user alone, down to the disk; return its number of rows."""
     num_rows = 0
     path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as sink:
-        with pa.ipc.new_file(sink, CACHE_SCHEMA) as writer:
+        with pa.ipc.new_file(sink, schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
                 num_rows += len(batch)

@@ -46,7 +46,10 @@ def start_centres(
     is_kept_R = _take_earlier(centres, init, names)
     own = np.arange(centres.identities.start, centres.identities.stop)[~is_kept_R]
     sums_RD = np.zeros((len(names), spec.embedding_dim))
-    rows = np.flatnonzero(np.isin(cache.labels_N, own))
+    is_there_N = np.isin(cache.labels_N, own)
+    if cache.held is not None:
+        is_there_N &= cache.held.rows_N  # others keep their first centre
+    rows = np.flatnonzero(is_there_N)
     for batch in embedding.over(rows, cache, model):
         whole_M = ~batch.failed_M
         vectors_MD = batch.embeddings_MD[whole_M].astype(np.float64)

@@ -95,6 +95,14 @@ def interleaved(mine_MD: npt.NDArray[np.float32], num_rows: int) -> npt.NDArray[
     return torch.stack(parts, dim=1).flatten(0, 1)[:num_rows].numpy()
 
 
+def from_all(value: Value) -> list[Value]:
+    """Return the values of all workers on every worker."""
+    values: list[Value] = [value] * num_workers()
+    if num_workers() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def gathered(value: Value) -> list[Value]:
     """Return the values of all workers on worker 0, and an empty list on the others."""
     if num_workers() == 1:

@@ -63,12 +63,18 @@ def identity_means(sums_ID: Floats, counts_I: Ints) -> Floats:
 
 
 def confusable_people(
-    seeds_J: Ints, blocks: Sequence[Block], *, num_neighbours: int, device: "torch.device | None" = None
+    seeds_J: Ints,
+    blocks: Sequence[Block],
+    *,
+    num_neighbours: int,
+    device: "torch.device | None" = None,
+    among_I: Bools | None = None,
 ) -> npt.NDArray[np.int32]:
     """Return for each seed identity the `num_neighbours` others with the nearest mean features, nearest first [J, T].
 
     A batch of them shows the model the people whom it confuses. `NO_ROW` fills the places if too few identities have
-    features, and all places of a seed without features. One block at a time is in memory.
+    features, and all places of a seed without features. One block at a time is in memory. With `among_I` the others are
+    of these identities.
     """
     found_JT = np.full((len(seeds_J), num_neighbours), NO_ROW, np.int32)
     squared_JT = np.full(found_JT.shape, np.inf, np.float32)
@@ -76,7 +82,10 @@ def confusable_people(
     known_J = np.flatnonzero(~np.isnan(seeds_JD).any(axis=1))
     for first, means in blocks:
         means_ID = means()
-        known_I = np.flatnonzero(~np.isnan(means_ID).any(axis=1))
+        is_known_I = ~np.isnan(means_ID).any(axis=1)
+        if among_I is not None:
+            is_known_I &= among_I[first : first + len(means_ID)]
+        known_I = np.flatnonzero(is_known_I)
         if not len(known_I) or not len(known_J):
             continue
         # One more than asked for: a seed finds itself.

@@ -82,6 +82,8 @@ class Decoders:
         rows_N: npt.NDArray[np.integer],
         draws_NK: npt.NDArray[np.float64] | None,
     ) -> npt.NDArray[np.bool_]:
+        if not crops.path:  # they are in no file that the processes could open
+            return making.fill(images_NHWC, crops, rows_N, draws_NK)
         parts = [slice(start, start + IMAGES_AT_ONCE) for start in range(0, len(rows_N), IMAGES_AT_ONCE)]
         failed = self._threads.map(
             lambda part: self._fill_part(
@@ -154,14 +156,18 @@ def _answer_until_closed() -> None:
     """Serve the requests on standard input until it ends."""
     cv2.setNumThreads(1)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    opened = functools.lru_cache(maxsize=4)(EncodedCrops)
+    opened: dict[str, EncodedCrops] = {}
     while True:
         try:
             making, path, rows_N, draws_NK = pickle.load(requests)  # noqa: S301 - from our own parent
         except EOFError:
             return
         images_NHWC = np.empty((len(rows_N), making.size, making.size, 3), np.uint8)
-        failed_N = making.fill(images_NHWC, opened(path), rows_N, draws_NK)
+        if path not in opened:
+            # Shares of earlier epochs are gone.
+            opened = {known: crops for known, crops in opened.items() if Path(known).exists()}
+            opened[path] = EncodedCrops(path)
+        failed_N = making.fill(images_NHWC, opened[path], rows_N, draws_NK)
         answers.write(failed_N.tobytes())
         answers.write(images_NHWC.data)
         answers.flush()

@@ -155,12 +155,27 @@ class StoreUpkeep:
         """
         rows = None
         if collective.rank() == 0:
-            rows = rows_to_refresh(self.store.stamps(), used_rows, round(share * len(self.cache)))
+            rows = self._rows_to_refresh(used_rows, share)
         return self._embed(rows, model, step)
 
+    def _rows_to_refresh(self, used_rows: Ints, share: float) -> Ints:
+        stamps_N = self.store.stamps()
+        if self.cache.held is None:
+            return rows_to_refresh(stamps_N, used_rows, round(share * len(stamps_N)))
+        there = np.flatnonzero(self.cache.held.on_any_node_N)
+        used = np.searchsorted(there, np.intersect1d(used_rows, there))
+        return there[rows_to_refresh(stamps_N[there], used, round(share * len(there)))]
+
     def _embed(self, rows: Ints | None, model: EmbeddingModel, step: int) -> int:
+        """Embed these rows, each worker a share of those that its node holds; return how many that are."""
         rows = collective.broadcast(rows)
-        for batch in self.embedding.over(rows[collective.rank() :: collective.num_workers()], self.cache, model):
+        held = self.cache.held
+        if held is None:
+            rows_M = rows[collective.rank() :: collective.num_workers()]
+        else:
+            rows = rows[held.on_any_node_N[rows]]
+            rows_M = rows[held.rows_N[rows]][held.worker :: held.num_workers]
+        for batch in self.embedding.over(rows_M, self.cache, model):
             whole_M = ~batch.failed_M
             self.store.write(batch.rows_M[whole_M], batch.embeddings_MD[whole_M], step=step)
         self.store.flush()

@@ -5,6 +5,7 @@ Shape suffixes: N photos (rows), H and W pixels.
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Protocol
 
 import cv2
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.errors import UserError
-from lib.training.cache_files import ROWS_PER_BATCH
+from lib.training.cache_files import ROW_FIELD, ROWS_PER_BATCH
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,16 @@ class EncodedCrops:
         self.path = path
         self._file = pa.ipc.open_file(pa.memory_map(path))
         self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        self._rows: list[npt.NDArray[np.int64]] = []
+        if self._file.schema.names[-1] == ROW_FIELD.name:
+            self._rows = [batch.column(3).to_numpy() for batch in self._batches if len(batch)]
+            self._batches = [batch for batch in self._batches if len(batch)]
+        self._first_rows = np.array([rows[0] for rows in self._rows], np.int64)
+
+    @property
+    def rows_of_batches(self) -> list[int]:
+        """Number of rows of each batch of the file."""
+        return [len(batch) for batch in self._batches]
 
     def names(self) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         """Return the photo and the identity of each row, in the memory of the mapped file."""
@@ -78,12 +89,32 @@ class EncodedCrops:
 
     def crop_bytes(self, row: int) -> npt.NDArray[np.uint8]:
         """Return the encoded crop, a view into the mapped file."""
-        batch, place = divmod(row, ROWS_PER_BATCH)
+        if self._rows:
+            batch = max(0, int(np.searchsorted(self._first_rows, row, side="right")) - 1)
+            place = int(np.searchsorted(self._rows[batch], row))
+            if place == len(self._rows[batch]) or self._rows[batch][place] != row:
+                raise KeyError(row)
+        else:
+            batch, place = divmod(row, ROWS_PER_BATCH)
         return np.frombuffer(self._batches[batch].column(2)[place].as_buffer(), np.uint8)
 
     def at_hand(self, _: npt.NDArray[np.integer], /) -> "EncodedCrops":
         """Return the same: the system reads what is asked for."""
         return self
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Held:
+    """The rows whose crops this node holds now, where it does not hold all."""
+
+    rows_N: npt.NDArray[np.bool_]
+    people_I: npt.NDArray[np.bool_]
+    """The same by identity."""
+    on_any_node_N: npt.NDArray[np.bool_]
+    worker: int
+    """Number of this worker on its node."""
+    num_workers: int
+    """Of this node."""
 
 
 class FaceCache:
@@ -95,19 +126,27 @@ class FaceCache:
         labels_N: int32, the index of each row's identity in `identities`.
         crop_size: side of a crop in pixels.
         failed_rows: rows that could not be decoded, so far.
+        held: the rows that have crops now; None for all.
     """
 
-    def __init__(self, source: str | Crops) -> None:
-        """Map a cache file, or take other crops; only the names are read."""
-        self._crops: Crops = EncodedCrops(source) if isinstance(source, str) else source
-        self.path = self._crops.path
-        self.crop_bytes, self.at_hand = self._crops.crop_bytes, self._crops.at_hand
-        self.photos, names = self._crops.names()
+    def __init__(self, source: str | Crops, crop_size: int = 0) -> None:
+        """Map a cache file, or take other crops; only the names are read.
+
+        A file that has the names alone comes with the size of the crops.
+        """
+        crops: Crops = EncodedCrops(source) if isinstance(source, str) else source
+        self.hold(crops, None)
+        self.photos, names = crops.names()
         sorted_names = names.unique().sort()
         self.identities: list[str] = sorted_names.to_pylist()
         self.labels_N: npt.NDArray[np.int32] = pc.index_in(names, sorted_names).to_numpy()
         self.failed_rows: set[int] = set()
-        self.crop_size = self._find_crop_size()
+        self.crop_size = crop_size or self._find_crop_size()
+
+    def hold(self, crops: Crops, held: Held | None) -> None:
+        """Read these crops from now on."""
+        self.path, self.held = crops.path, held
+        self.crop_bytes, self.at_hand = crops.crop_bytes, crops.at_hand
 
     def __len__(self) -> int:
         return len(self.labels_N)

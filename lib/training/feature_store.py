@@ -146,10 +146,11 @@ class FeatureStore:
         seed: int,
         positives_BD: Floats | None = None,
         ceiling: float | None = None,
+        among_N: Bools | None = None,
     ) -> Search:
         """Ask for negatives, as the functions of `lib.training.mining` find them; `semihard` needs the positives.
 
-        The candidates depend on the seed alone, not on the number of shards.
+        The candidates depend on the seed alone, not on the number of shards. With `among_N` they are of these photos.
         """
         if policy == "exact":
             asked = [shard.search_all.remote(queries_BD, labels_B, ceiling) for shard in self._shards]
@@ -157,7 +158,11 @@ class FeatureStore:
         assert (positives_BD is not None) == (policy == "semihard")
         beyond_squared_B = None if positives_BD is None else mining.semihard_bounds(queries_BD, positives_BD)
         pool = mining.draw_candidates(
-            labels_B, self.labels_N, num_candidates=num_candidates, rng=np.random.default_rng(seed)
+            labels_B,
+            self.labels_N,
+            num_candidates=num_candidates,
+            rng=np.random.default_rng(seed),
+            filled_N=among_N,
         )
         answers: list[Any] = [None] * len(self._shards)
         queries = ray.put(queries_BD)

@@ -278,6 +278,9 @@ class RunSettings:
     cache_dir: str = ""
     """Folder on each node for its copy of the crops. Default: conv-facenet-<user id>/ in $NODE_SCRATCH, else in the
     temporary folder (in /tmp in a Slurm job)."""
+    cache_size: float = 0.0
+    """Largest copy of the training crops on a node, in GB. If they are more, a node holds other people in each epoch,
+    and an epoch trains on the people that the nodes hold. 0: all crops on each node."""
     from_sweep: str = ""
     """Folder of a sweep. Its winner's settings become the defaults; flags you give still win."""
 
@@ -285,6 +288,7 @@ class RunSettings:
         check_values(
             ("wait-minutes", self.wait_minutes, "0 or more", self.wait_minutes >= 0),
             ("checkpoint-minutes", self.checkpoint_minutes, "above 0", self.checkpoint_minutes > 0),
+            ("cache-size", self.cache_size, "above 0, or 0", self.cache_size >= 0),
             ("max-failures", self.max_failures, "0 or more", self.max_failures >= 0),
         )
 

@@ -6,7 +6,6 @@ and a resumed run all take the same path. All random draws follow from seed, epo
 
 import dataclasses
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from lib.training.control import WorkerJob
 from lib.training.embedding_passes import StoreUpkeep
 from lib.training.objective import EpochSums
 from lib.training.recipe import of_stage, stage_of
-from lib.training.record import EpochOutcome, RunRecord
+from lib.training.record import EpochOutcome, EpochSteps, RunRecord
 from lib.training.reports import Reports
 from lib.training.saving import Saving, all_suspects
 from lib.training.schedule import learning_rate
@@ -33,19 +32,7 @@ from lib.training.trial_runs import compile_model, images_that_fit
 from lib.training.triplets import PhotoIndex
 from lib.training.validation import Figures, Validation
 from lib.training.watched_pairs import WatchedPairs
-from lib.training.worker_data import open_data
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochSteps:
-    """Results of the training steps of an epoch."""
-
-    sums: dict[str, float]
-    """Over all workers, by `lib.training.objective.SUM_NAMES`."""
-    seconds: dict[str, float]
-    """Of this worker: train, and its parts data_wait (for crops) and store_wait."""
-    was_used_N: npt.NDArray[np.bool_]
-    """Which photos this worker trained on."""
+from lib.training.worker_data import open_data, photo_index
 
 
 class Worker:
@@ -85,10 +72,13 @@ class Worker:
             num_identities=len(self.data.train.identities),
             stage=stage_of(job.config, checkpoint.progress.epoch),
         )
-        if self.state.centres is not None and not checkpoint.progress.num_centres:
-            self._start_centres(self.state.centres)
         if config.batch_size == "auto":
             self._choose_batch_size()
+        self.anchors_per_step = self.config.anchors_per_step(self.index)
+        self.anchors_per_epoch = config.sampling.triplets_per_epoch or len(self.data.train)
+        self._hold_share()
+        if self.state.centres is not None and not checkpoint.progress.num_centres:
+            self._start_centres(self.state.centres)
         self.validation = Validation(self.data.val, self.config)
         self.watched = WatchedPairs(self.data.watched, self.config, decide=not self.validation.has_pairs)
         self.upkeep = StoreUpkeep.connected(job, self.data.train, self.data.embedding)
@@ -100,8 +90,17 @@ class Worker:
             store=self.upkeep.store if self.upkeep else None,
             identities=self.data.train.identities,
         )
-        self.anchors_per_step = self.config.anchors_per_step(self.index)
-        self.anchors_per_epoch = config.sampling.triplets_per_epoch or len(self.data.train)
+
+    def _hold_share(self) -> None:
+        """Copy the crops of this epoch's people, where the nodes do not hold all."""
+        data, epoch = self.data, self.state.progress.epoch
+        if data.share is None or self.state.progress.finished or data.share.epoch == epoch:
+            return
+        self._reports.status("copying the crops of this epoch")
+        num_held = data.share.hold(epoch)
+        self.index = photo_index(data.train, self.config)
+        data.share.check_batch(self.config.anchors_per_step(self.index), self.anchors_per_step)
+        self.anchors_per_epoch = self.config.sampling.triplets_per_epoch or num_held
 
     def _start_centres(self, centres: CentreStore) -> None:
         self._reports.status("starting the centres")
@@ -188,6 +187,7 @@ class Worker:
     def _epoch(self) -> EpochOutcome:
         """Train the steps of an epoch that are left, and validate the model."""
         began = time.perf_counter()
+        self._hold_share()
         num_filled = self._fill_store()
         steps = self.train_epoch()
         refresh_s = self.refresh_store(steps.was_used_N)
@@ -240,8 +240,7 @@ class Worker:
     def _batches(self, first_step: int, num_steps: int) -> EpochBatches:
         data = self.data
         if data.train.failed_rows:
-            failed = sorted(data.train.failed_rows)
-            self.index = PhotoIndex(data.train.labels_N, excluded_rows=failed, needs_pairs=self.config.needs_pairs)
+            self.index = photo_index(data.train, self.config)
         plan = EpochPlan(
             config=self.config,
             epoch=self.state.progress.epoch,

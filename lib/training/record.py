@@ -29,6 +29,18 @@ FILTERED = ("faces within", "faces left out")
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochSteps:
+    """Results of the training steps of an epoch."""
+
+    sums: dict[str, float]
+    """Over all workers, by `lib.training.objective.SUM_NAMES`."""
+    seconds: dict[str, float]
+    """Of this worker: train, and its parts data_wait (for crops) and store_wait."""
+    was_used_N: npt.NDArray[np.bool_]
+    """Which photos this worker trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpochOutcome:
     """What happened in an epoch."""
 

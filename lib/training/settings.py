@@ -122,6 +122,10 @@ class TrainConfig:
                 f"--negatives {self.mining.negatives} chooses one negative for each pair, as --batch triplets does; "
                 "--batch identities uses every triplet of a batch, and hard fills it with confusable people"
             )
+        if self.run.cache_size and self.mining.negatives == "exact":
+            raise UserError(
+                "--negatives exact finds the nearest of all photos, and a node with --cache-size holds some: take hard"
+            )
         check_gpus(self.gpus)
         if self.gpus != "auto" and self.gpus and self.workers and self.workers[-1] > self.gpus:
             raise UserError(

@@ -60,7 +60,7 @@ def cached_faces(
     except CacheFullError as full:
         urls = part_urls(faces_url, table.read_success(faces_url, run_id=run_id), splits)
         crops = TableCrops(urls, within_limit(urls, photos_limit, only, taken), taken, full)
-        _tell(full)
+        tell_full(full)
         return FaceCache(crops)
 
 
@@ -71,12 +71,12 @@ def cached_set(faces: SetFaces, cache_dir: str) -> FaceCache:
     except CacheFullError as full:
         images = read_verification_set(faces.url).images
         names = pa.chunked_array([[str(number) for number in range(len(images))]], pa.string())
-        _tell(full)
+        tell_full(full)
         return FaceCache(CropsInMemory(names, names, dict(enumerate(images))))
 
 
-def _tell(full: CacheFullError) -> None:
-    # One worker of a node is enough.
+def tell_full(full: CacheFullError) -> None:
+    """Say in one line that the disk is full and what follows, on one worker of the node."""
     level = logging.INFO if int(os.environ.get("LOCAL_RANK", 0)) else logging.WARNING
     logger.log(level, "%s: this node reads the crops from the table instead, which is slower", full)
 

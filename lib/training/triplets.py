@@ -51,14 +51,21 @@ class PhotoIndex:
         singles: rows of the photos whose identity has no other usable photo, ascending.
     """
 
-    def __init__(self, labels_N: Ints, *, excluded_rows: Iterable[int] = (), needs_pairs: bool = True) -> None:
-        """Group the rows; `excluded_rows` (photos found corrupt) are never drawn.
+    def __init__(
+        self,
+        labels_N: Ints,
+        *,
+        excluded_rows: Iterable[int] = (),
+        held_N: npt.NDArray[np.bool_] | None = None,
+        needs_pairs: bool = True,
+    ) -> None:
+        """Group the rows; `excluded_rows` (photos found corrupt), and those not `held_N`, are never drawn.
 
         Raises:
             UserError: there is only one identity, or pairs are needed and none has two photos.
         """
         self.labels_N = labels_N
-        self.usable_N = np.ones(len(labels_N), bool)
+        self.usable_N = np.ones(len(labels_N), bool) if held_N is None else held_N.copy()
         self.usable_N[list(excluded_rows)] = False
         rows = np.flatnonzero(self.usable_N).astype(np.int32)
         self._rows_by_identity = rows[np.argsort(labels_N[rows], kind="stable")]

@@ -12,9 +12,11 @@ from lib.training.cache_files import default_folder
 from lib.training.decoders import Decoders
 from lib.training.embedding_passes import EmbeddingPass
 from lib.training.face_cache import FaceCache
+from lib.training.node_share import NodeShare, open_train
 from lib.training.set_cache import SetFaces
 from lib.training.settings import TrainConfig
 from lib.training.table_crops import cached_faces, cached_set
+from lib.training.triplets import PhotoIndex
 from lib.training.validation_sources import PairGroup, TableFaces, ValidationSources, own_people
 
 MAX_LOADER_THREADS, MAX_LOADER_PROCESSES = 8, 16
@@ -25,6 +27,8 @@ class WorkerData:
     """The photos of a run, and how this worker loads and embeds them."""
 
     train: FaceCache
+    share: NodeShare | None
+    """What gives `train` the crops of an epoch, where this node does not hold all."""
     val: FaceCache | None
     """None if no photo of a validation person is aligned."""
     watched: list[tuple[PairGroup, FaceCache]]
@@ -55,8 +59,7 @@ def open_data(
         UserError: no crop to train on, or a part of the table is damaged.
     """
     folder = config.run.cache_dir or default_folder()
-    limit, taken = config.sampling.photos_limit, config.sampling.faces
-    train = cached_faces(config.faces_url, ["train"], folder, photos_limit=limit, run_id=faces_run_id, taken=taken)
+    train, share = open_train(config, folder, faces_run_id)
     sources = sources or own_people(config, faces_run_id)
     val = None
     # Other errors are raised: training would hide a damaged part, which other nodes may not notice.
@@ -66,11 +69,11 @@ def open_data(
     num_cpus = int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))
     num_threads = config.run.loader_threads or min(MAX_LOADER_THREADS, num_cpus)
     decoders = None
-    # The processes open cache files by themselves.
-    if device.type == "cuda" and all(each.path for each in (train, val, *(cache for _, cache in watched)) if each):
+    if device.type == "cuda":
         decoders = Decoders(config.run.loader_threads or min(MAX_LOADER_PROCESSES, num_cpus))
     return WorkerData(
         train=train,
+        share=share,
         val=val,
         watched=watched,
         num_threads=num_threads,
@@ -83,6 +86,17 @@ def open_data(
             decoders=decoders,
         ),
     )
+
+
+def photo_index(cache: FaceCache, config: TrainConfig) -> PhotoIndex:
+    """Return the photos that batches are drawn from: those that can be decoded and that this node holds.
+
+    Raises:
+        UserError: there are too few.
+    """
+    held_N = None if cache.held is None else cache.held.rows_N
+    failed = sorted(cache.failed_rows)
+    return PhotoIndex(cache.labels_N, excluded_rows=failed, held_N=held_N, needs_pairs=config.needs_pairs)
 
 
 def _open(faces: TableFaces | SetFaces, folder: str) -> FaceCache:

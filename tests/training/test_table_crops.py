@@ -20,8 +20,10 @@ from lib.faces import table
 from lib.faces.face_filter import face_filter
 from lib.scratch import node_scratch
 from lib.training import cache_building, cache_files
+from lib.training.augmentation import Making
 from lib.training.cache_building import Only, _kept_rows, build_cache
 from lib.training.cache_files import CacheFullError, default_folder
+from lib.training.decoders import Decoders
 from lib.training.face_cache import FaceCache
 from lib.training.loading import BatchLoader, LoadTask
 from lib.training.set_cache import SetFaces
@@ -103,6 +105,12 @@ def test_batches_have_the_same_images(faces: str, tmp_path: Path) -> None:
     ours, theirs = (BatchLoader(cache=each, size=16, level="strong", seed=1, epoch=2)(task) for each in (found, cache))
     np.testing.assert_array_equal(ours.images, theirs.images)
     assert ours.failed.tolist() == theirs.failed.tolist() == [False, False, False, True]
+    making, rows = Making(level="none", crop_size=cache.crop_size, size=16), task.rows.ravel()
+    images = np.empty((2, len(rows), 16, 16, 3), np.uint8)
+    with Decoders(1) as decoders:
+        for each, filled in zip((cache, found), images, strict=True):
+            decoders.filling(making)(filled, each.at_hand(rows), rows, None)
+    np.testing.assert_array_equal(images[0], images[1])
     np.testing.assert_array_equal(found.decode(task.rows.ravel(), 16)[0], cache.decode(task.rows.ravel(), 16)[0])
 
 
