@@ -160,6 +160,24 @@ class _Cells:
         apart_D = self.groups.centres_MD[a] - self.groups.centres_MD[b]
         return float(np.sqrt(apart_D @ apart_D + self.groups.spreads_M[a] + self.groups.spreads_M[b]))
 
+    def apart(self, a: int, b: int) -> float:
+        """Return how far apart the people of two cells are, without the variety of each one's photos.
+
+        The squared distance of two means is too large by the variance of each mean, which is subtracted. Of a single
+        face the variance is unknown, and that of the other cell stands for it.
+        """
+        variances = [
+            self.groups.spreads_M[cell] * size / (size - 1) if (size := self.sizes_K[cell]) > 1 else None
+            for cell in (a, b)
+        ]
+        known = [each for each in variances if each is not None] or [0.0]
+        of_means = sum(
+            (known[0] if each is None else each) / self.sizes_K[cell]
+            for each, cell in zip(variances, (a, b), strict=True)
+        )
+        apart_D = self.groups.centres_MD[a] - self.groups.centres_MD[b]
+        return float(np.sqrt(max(0.0, apart_D @ apart_D - of_means)))
+
     def width(self, cell: int) -> float:
         """Return the root of the mean squared distance of the faces of a cell of two or more."""
         size = self.sizes_K[cell]
@@ -194,9 +212,10 @@ def _proposal(cells: _Cells, cell: int, threshold: float) -> Proposal | None:
         if cell == home or cells.sizes_K[cell] > cells.sizes_K[home]:
             # Most of the identity lies in the cluster of another. Then all of it is that person, except stray faces.
             whole = faces if cell == home else np.sort(np.concatenate([faces, cells.faces(home)]))
-            kind = MERGE if 2 * len(whole) > cells.totals_K[cell] else RELABEL
-            faces = whole if kind == MERGE else faces
-            return made(kind, 1 - distance / threshold, to, host, distance)
+            if 2 * len(whole) > cells.totals_K[cell]:
+                faces = whole
+                return made(MERGE, 1 - cells.apart(cell, host) / threshold, to, host, distance)
+            return made(RELABEL, 1 - distance / threshold, to, host, distance)
         return made(RELABEL, (cells.distance(cell, home) - distance) / threshold, to, host, distance)
     # The cluster belongs to nobody, so the identity has its home elsewhere.
     distance = cells.distance(cell, home)

@@ -53,6 +53,21 @@ def test_an_identity_split_in_two_is_merged_whole(faces: tuple[np.ndarray, np.nd
     assert found.faces.tolist() == [0, 1, 2]
 
 
+def test_a_person_of_varied_photos_is_surer_to_be_one_than_two_alike_people_of_similar_photos() -> None:
+    rng = np.random.default_rng(3)
+    varied_ND = rng.normal(scale=0.05, size=(12, 128)) + np.eye(128)[0]
+    alike_ND = rng.normal(scale=0.01, size=(12, 128)) + np.eye(128)[1] + 0.6 * np.eye(128)[np.repeat([2, 3], 6)]
+    identity_N = np.repeat([0, 1, 2, 3], 6)
+    vectors_ND = np.concatenate([varied_ND, alike_ND]).astype(np.float32)
+    apart = [
+        np.linalg.norm(vectors_ND[n : n + 6, None] - vectors_ND[None, n + 6 : n + 12], axis=2).mean() for n in (0, 12)
+    ]
+    assert 0.7 < apart[1] - 0.1 < apart[0] < 0.9  # their photos are about as far apart
+    found = proposals(vectors_ND, identity_N, np.repeat([0, 1], 12), 1.0)
+    assert [{each.identity, each.to} for each in found] == [{0, 1}, {2, 3}]
+    assert found[0].certainty > 0.8 > 0.3 > found[1].certainty
+
+
 def test_a_wrong_face_under_a_split_identity_goes_to_its_person_and_the_identity_does_not(
     faces: tuple[np.ndarray, np.ndarray],
 ) -> None:
