@@ -206,21 +206,11 @@ def test_a_full_disk_of_the_cache_is_one_line_and_the_run_reads_the_table(
     histories = []
     with mounted(tmp_path / "a small disk", "size=64k") as disk:
         for name, cache_dir in (("with", f"{faces}.cache"), ("without", str(disk))):
-            more = [
-                "--name",
-                name,
-                "--cache-dir",
-                cache_dir,
-                "--epochs",
-                "2",
-                "--deterministic",
-                "--negatives",
-                "random",
-            ]
+            more = ["--name", name, "--cache-dir", cache_dir, *("--epochs", "2", "--negatives", "random")]
             done = run_job("train.py", *flags(tmp_path, faces, *more, "--deterministic"), extra=head.environment)
             assert done.status == 0, done.errors
             lines = [line for line in done.errors.splitlines() if "this node reads the crops from the table" in line]
-            assert len(lines) == (name == "without")
+            assert len(lines) == (name == "without"), "\n".join(lines)
             path = tmp_path / "runs" / name / "history.parquet"
             histories.append(same_but_times(storage.read_parquet(str(path)).to_pylist()))
         assert not list(disk.glob("*.arrow"))

@@ -46,6 +46,7 @@ class CacheFullError(JobError):
 
     def __init__(self, folder: Path, needed: str) -> None:
         """Say what is `needed` there."""
+        self.folder = folder
         super().__init__(f"--cache-dir {str(folder)!r} is full: {needed}; make room or choose another folder")
 
 

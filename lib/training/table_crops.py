@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -76,9 +77,15 @@ def cached_set(faces: SetFaces, cache_dir: str) -> FaceCache:
 
 
 def tell_full(full: CacheFullError) -> None:
-    """Say in one line that the disk is full and what follows, on one worker of the node."""
-    level = logging.INFO if int(os.environ.get("LOCAL_RANK", 0)) else logging.WARNING
-    logger.log(level, "%s: this node reads the crops from the table instead, which is slower", full)
+    """Say once, on one worker of the node, that the disk is full and what follows."""
+    is_known = full.folder in _told or int(os.environ.get("LOCAL_RANK", 0))
+    _told.add(full.folder)
+    if not is_known:
+        logger.warning("%s: this node reads the crops from the table instead, which is slower", full)
+
+
+_told: set[Path] = set()
+"""Folders whose disks were said to be full: a run has several caches in one."""
 
 
 class CropsInMemory:
