@@ -58,7 +58,7 @@ endif
 
 # Each behaviour once, in minutes. TESTS names some files or folders: then all that is in them runs.
 test: $(VENV)/.development
-	@$(PYTEST) $(or $(TESTS),-m "not slow and not slurm and not image")
+	@$(PYTEST) --durations=20 --durations-min=5 $(or $(TESTS),-m "not slow and not slurm and not image")
 
 # What takes longer: killed processes, lost nodes, full disks, interrupted sweeps, clusters that want a token.
 test-slow: $(VENV)/.development

@@ -110,6 +110,7 @@ def faces_of(data: Path) -> list[dict]:
     return [row for row in pa.concat_tables(tables).to_pylist() if row["status"] != "missing"]
 
 
+@pytest.mark.slow
 def test_photos_of_a_test_set_are_found_in_the_faces(
     connected_head: RayHead, model_url: str, faces_url: str, aligned: list[dict], tmp_path: Path
 ) -> None:

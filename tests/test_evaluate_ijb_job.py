@@ -91,6 +91,7 @@ def test_a_set_gives_the_figures_of_the_description(
     assert "threshold" not in storage.read_json(str(arcface_run / "model" / "model.json"))["metrics"]
 
 
+@pytest.mark.slow
 def test_two_models_in_a_bucket_have_intervals_and_a_damaged_image_is_left_out(
     connected_head: RayHead, arcface_run: Path, model_url: str, ijb_folder: Path, s3_bucket: str
 ) -> None:
@@ -112,6 +113,7 @@ def test_two_models_in_a_bucket_have_intervals_and_a_damaged_image_is_left_out(
     assert storage.read_bytes(f"{output}/report.html").count(b"a run") >= 3
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_and_gives_exactly_the_same_figures(
     connected_head: RayHead,
     arcface_run: Path,

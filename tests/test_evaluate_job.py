@@ -202,6 +202,7 @@ def test_a_model_that_cannot_be_written_to_is_measured_all_the_same(
     assert storage.read_json(str(tmp_path / "runs" / "first é" / "report" / "metrics.json"))["seed"] == 1
 
 
+@pytest.mark.slow
 def test_two_models_are_measured_on_given_pairs_of_raw_photos_in_a_bucket(
     connected_head: RayHead, s3_bucket: str, run: Path, sample_data: Path, faces_rows: list[dict], tmp_path: Path
 ) -> None:

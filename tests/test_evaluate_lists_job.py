@@ -69,6 +69,7 @@ def test_lists_give_the_table_of_papers(
         assert shown in page
 
 
+@pytest.mark.slow
 def test_lists_over_raw_photos_have_intervals_in_our_protocol(
     connected_head: RayHead,
     model_url: str,

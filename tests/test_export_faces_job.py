@@ -35,7 +35,7 @@ def faces_in(url: str) -> list[tuple[str, str, bytes]]:
     return sorted((split, row["identity"], row["crop"]) for split, row in rows if row["status"] == table.ALIGNED)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", [FORMATS[0], *(pytest.param(to, marks=pytest.mark.slow) for to in FORMATS[1:])])
 def test_what_leaves_comes_back_with_the_same_bytes_people_and_splits(
     connected_head: RayHead, faces: str, tmp_path: Path, to: str
 ) -> None:
@@ -121,6 +121,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(head: RayHead, tmp_path: 
     assert len(list(written.glob(pattern))) == 200
 
 
+@pytest.mark.slow
 def test_s3_and_other_settings(connected_head: RayHead, faces: str, s3_bucket: str) -> None:
     for info in storage.list_files(faces, skip_prefixes=(".",)):
         storage.write_bytes(f"{s3_bucket}/faces/{info.path}", storage.read_bytes(f"{faces}/{info.path}"))

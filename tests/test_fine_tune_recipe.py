@@ -23,6 +23,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("    .venv/bin/python jobs/")]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_recipe_measure_tune_and_compare(head: RayHead, sample_data: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights é" / "backbone.pth"
     weights.parent.mkdir()

@@ -260,6 +260,7 @@ def test_killed_before_any_change_the_same_command_goes_on(
     assert not list((data / "forgotten" / "pending").iterdir())
 
 
+@pytest.mark.slow
 def test_kill_9_and_the_same_command(data: Path, needles: list[bytes]) -> None:
     flags = ("--data", str(data), "--identities", GONE, "--cache-dir", str(data / "cache"))
     with start_job("forget.py", *flags) as job:
@@ -332,6 +333,7 @@ def test_a_job_that_keeps_writing_them_ends_it(data: Path, monkeypatch: pytest.M
         forget(config(data))
 
 
+@pytest.mark.slow
 def test_it_works_in_a_bucket(made: Path, s3_bucket: str, needles: list[bytes], tmp_path: Path) -> None:
     url = f"{s3_bucket}/my data"
     for path in made.rglob("*"):

@@ -325,6 +325,7 @@ def test_two_workers_learn_centres_of_people_with_one_photo_too(connected_head: 
     assert "scale: 64.0 there, 30.0 now" in again.last_error
 
 
+@pytest.mark.slow
 def test_embeddings_of_512_numbers_are_learnt_mined_and_kept(connected_head: RayHead, data: Path) -> None:
     more = ["--loss", "arcface+softmax", "--negatives", "hard", "--stored-negatives", "16", "--epochs", "2"]
     brief = ["--batch-size", "24", "--triplets-per-epoch", "96", "--embedding-dim", "512"]

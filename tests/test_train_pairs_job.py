@@ -45,6 +45,7 @@ def test_two_workers_measure_each_epoch_on_a_file_as_evaluate_does(connected_hea
     assert evaluated.result["auc"] == pytest.approx(best["pairs_of_test_auc"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_all_people_can_be_trained_on_where_a_file_judges(connected_head: RayHead, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces", people={"train": 24}, photos=8)
     write_faces(tmp_path / "lfw", people={"test": 32}, photos=8)
@@ -78,6 +79,7 @@ def test_pairs_of_a_file_choose_the_epoch_where_there_are_no_validation_people(
     assert "val_pairs: [20000, " in refused.last_error
 
 
+@pytest.mark.slow
 def test_faces_that_a_worker_cannot_read_end_the_run_in_one_line(connected_head: RayHead, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces")
     write_faces(tmp_path / "lfw", people={"test": 40})

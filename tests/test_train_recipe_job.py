@@ -51,6 +51,7 @@ def test_a_run_that_is_killed_between_the_stages_goes_on_as_if_nothing_had_happe
     assert same(history(tmp_path, "run")) == rows
 
 
+@pytest.mark.slow
 def test_the_next_stage_takes_another_number_of_workers(connected_head: RayHead, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces", people={"train": 24, "val": 8, "test": 1})
     given = flags(tmp_path, "run", "--recipe", "centers", "--epochs", "3", "--triplets-per-epoch", "192")
