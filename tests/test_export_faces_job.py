@@ -35,7 +35,7 @@ def faces_in(url: str) -> list[tuple[str, str, bytes]]:
     return sorted((split, row["identity"], row["crop"]) for split, row in rows if row["status"] == table.ALIGNED)
 
 
-@pytest.mark.parametrize("to", [FORMATS[0], *(pytest.param(to, marks=pytest.mark.slow) for to in FORMATS[1:])])
+@pytest.mark.parametrize("to", [FORMATS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FORMATS[1:])])
 def test_what_leaves_comes_back_with_the_same_bytes_people_and_splits(
     connected_head: RayHead, faces: str, tmp_path: Path, to: str
 ) -> None:

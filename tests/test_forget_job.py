@@ -230,7 +230,12 @@ def killed_after(monkeypatch: pytest.MonkeyPatch):
     return arm
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98])
+SHARES = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98]
+
+
+@pytest.mark.parametrize(
+    "share", [pytest.param(each, marks=[] if each in (0.1, 0.5, 0.9) else pytest.mark.slow) for each in SHARES]
+)
 def test_killed_before_any_change_the_same_command_goes_on(
     made: Path,
     data: Path,
