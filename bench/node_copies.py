@@ -28,6 +28,7 @@ from lib.training.cache_building import build_cache
 from lib.training.cache_files import CacheFullError
 from lib.training.face_cache import FaceCache
 from lib.training.face_names import part_urls
+from lib.training.meeting import Meeting
 from lib.training.node_share import open_train
 from lib.training.settings import TrainConfig
 from lib.training.table_crops import TableCrops
@@ -102,7 +103,7 @@ def measure(folder: str, num_photos: int) -> dict[str, float]:
         room = PART * cache_building.size_of_crops(part_urls(url, table.read_success(url), ["train"]))[0] / 1e9
         cache, share = open_train(TrainConfig.of(data=folder, faces=url, cache_size=room), copy, None)
         assert share is not None
-        found["part_s"] = seconds(lambda: share.hold(1))
+        found["part_s"] = seconds(lambda: share.hold(1, Meeting(None)))
         assert cache.held is not None
         found["crops_per_s_of_part"] = crops_per_s(cache, np.flatnonzero(cache.held.rows_N))
     urls, full = part_urls(url, table.read_success(url), ["train"]), CacheFullError(Path(folder), "full")

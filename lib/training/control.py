@@ -14,6 +14,9 @@ from lib.training.settings import TrainConfig
 from lib.training.shard_places import NAMESPACE
 from lib.training.validation_sources import ValidationSources
 
+KEPT_MEETINGS = 8
+"""A worker may ask about one after others have come to the next."""
+
 
 @dataclass(kw_only=True)
 class News:
@@ -54,6 +57,18 @@ class Control:
         self._news = News()
         self._stop = False
         self._result: dict[str, Any] | None = None
+        self._arrived: dict[str, int] = {}
+
+    def arrive(self, meeting: str) -> int:
+        """Count a worker that has come to a meeting; return how many there are."""
+        self._arrived[meeting] = self._arrived.get(meeting, 0) + 1
+        for past in list(self._arrived)[:-KEPT_MEETINGS]:
+            del self._arrived[past]
+        return self._arrived[meeting]
+
+    def num_arrived(self, meeting: str) -> int:
+        """Return how many workers have come to a meeting."""
+        return self._arrived.get(meeting, 0)
 
     def tell(self, *, line: str = "", status: str = "") -> None:
         """Set a line for the log, or the present status."""

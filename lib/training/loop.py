@@ -20,6 +20,7 @@ from lib.training.centre_start import start_centres
 from lib.training.centre_store import CentreStore
 from lib.training.control import WorkerJob
 from lib.training.embedding_passes import StoreUpkeep
+from lib.training.meeting import Meeting
 from lib.training.objective import EpochSums
 from lib.training.recipe import of_stage, stage_of
 from lib.training.record import EpochOutcome, EpochSteps, RunRecord
@@ -52,7 +53,8 @@ class Worker:
             checkpoints.remove_unfinished(config.run_url)
         self._reports = Reports(control, is_first=self.rank == 0)
         self._reports.status("reading the faces")
-        self.data = open_data(config, device, job.faces_run_id, job.sources)
+        with Meeting(control):
+            self.data = open_data(config, device, job.faces_run_id, job.sources)
         self._notes = job.sources.notes if job.sources else ()
         self._saving = Saving(config, control)
         self._begin_stage(checkpoint)
@@ -97,7 +99,7 @@ class Worker:
         if data.share is None or self.state.progress.finished or data.share.epoch == epoch:
             return
         self._reports.status("copying the crops of this epoch")
-        num_held = data.share.hold(epoch)
+        num_held = data.share.hold(epoch, Meeting(self.control))
         self.index = photo_index(data.train, self.config)
         data.share.check_batch(self.config.anchors_per_step(self.index), self.anchors_per_step)
         self.anchors_per_epoch = self.config.sampling.triplets_per_epoch or num_held
@@ -163,9 +165,8 @@ class Worker:
         # A start within the first epoch says them again: the row that holds them is not written yet.
         notes = [*self._notes, validation.notice] if state.progress.epoch == 1 else []
         if validation.problem:
-            decided = (
-                f": the pairs of {self.watched.decider} decide which epoch is kept" if self.watched.decider else ""
-            )
+            decider = self.watched.decider
+            decided = f": the pairs of {decider} decide which epoch is kept" if decider else ""
             notes.append(validation.problem + decided)
         for note in filter(None, notes):
             record.note(note)

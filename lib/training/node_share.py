@@ -40,6 +40,7 @@ from lib.training.cache_files import (
 )
 from lib.training.face_cache import Crops, EncodedCrops, FaceCache, Held
 from lib.training.face_names import part_urls, usable
+from lib.training.meeting import Meeting
 from lib.training.settings import TrainConfig
 from lib.training.table_crops import TableCrops, cached_faces, tell_full
 
@@ -124,10 +125,10 @@ class NodeShare:
         sizes = np.array(self._names.rows_of_batches)
         self._starts = np.cumsum(sizes) - sizes
 
-    def hold(self, epoch: int) -> int:
+    def hold(self, epoch: int, meeting: Meeting) -> int:
         """Copy the crops of this node's people of an epoch; those of the epoch before go. Every worker calls this.
 
-        Return how many photos the nodes hold together.
+        Return how many photos the nodes hold together. The workers meet when all have their crops.
 
         Raises:
             UserError: a node would hold fewer than two people.
@@ -150,7 +151,7 @@ class NodeShare:
         self.cache.hold(self._names, None)
         collective.wait_for_all()  # a file that is mapped still fills the disk
         self.cache.hold(self._crops(epoch, held.rows_N), held)
-        collective.wait_for_all()
+        meeting.wait()
         self.epoch = epoch
         return int(held.on_any_node_N.sum())
 

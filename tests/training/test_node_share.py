@@ -25,6 +25,7 @@ from lib.training.embedding_passes import StoreUpkeep
 from lib.training.face_cache import FaceCache
 from lib.training.first_checkpoint import begin
 from lib.training.loop import Worker
+from lib.training.meeting import Meeting
 from lib.training.node_share import NodeShare, dealt_people, own_place
 from lib.training.settings import TrainConfig
 from lib.training.triplets import PhotoIndex
@@ -133,7 +134,7 @@ def test_held_rows_have_the_crops_of_the_table_and_others_none(faces: str, tmp_p
         making.fill(images[1], whole, rows, None)
         np.testing.assert_array_equal(images[0], images[1])
         assert worker.data.share is not None
-        worker.data.share.hold(2)
+        worker.data.share.hold(2, Meeting(CONTROL))
         rows = np.flatnonzero(cache.held.rows_N)[: len(rows)]
         decoders.filling(making)(images[0, : len(rows)], cache.at_hand(rows), rows, None)
         making.fill(images[1, : len(rows)], whole, rows, None)
