@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,15 +33,27 @@ def mark_of(info: Mapping[str, Any]) -> str:
     return str(found).strip('"')
 
 
-def local_files(root: str) -> Iterator[FileInfo]:
-    """Yield the files below a folder sorted by path, with the names of one folder in memory at a time.
+def local_files(
+    root: str, folders: Sequence[str] = ("",), left: list[str] | None = None, *, deep: bool = True
+) -> Iterator[FileInfo]:
+    """Yield the files below a folder, or below these folders in it, sorted by path.
 
-    Links to folders outside `root` are followed, because data sets are often made of links. A link to a folder inside
-    `root`, which is listed anyway, or to a parent of `root`, is left out.
+    The names of one folder are in memory at a time. Links to folders outside `root` are followed, because data sets are
+    often made of links. A link to a folder inside `root`, which is listed anyway, or to a parent of `root`, is left
+    out.
+
+    Args:
+        folders: paths below `root` that end with "/"; "" for `root` itself.
+        left: if given, links to folders are not followed, but added to this list. So are all folders in `folders` if
+            `deep` is False.
     """
+
+    def _leaves(name: str, is_link: bool) -> bool:
+        return left is not None and name.endswith("/") and (is_link or not deep)
+
     seen: set[tuple[int, int]] = set()
     # Relative paths. Those of folders end with "/", so that they sort like the paths of the files in them.
-    waiting = [""]
+    waiting = sorted(folders, reverse=True)
     while waiting:
         relative = waiting.pop()
         path = os.path.join(root, relative)  # noqa: PTH118 - Path costs too much for millions of names
@@ -51,7 +63,10 @@ def local_files(root: str) -> Iterator[FileInfo]:
                 if relative == "" or relative.endswith("/"):
                     if (status.st_dev, status.st_ino) not in seen:
                         seen.add((status.st_dev, status.st_ino))
-                        waiting.extend(relative + name for name in sorted(_names(path, root), reverse=True))
+                        found = sorted(_names(path, root), reverse=True)
+                        waiting.extend(relative + name for name, is_link in found if not _leaves(name, is_link))
+                        if left is not None:
+                            left.extend(relative + name for name, is_link in found if _leaves(name, is_link))
                     continue
             except FileNotFoundError:
                 continue  # removed since its folder was read, or a broken link
@@ -63,8 +78,8 @@ def local_files(root: str) -> Iterator[FileInfo]:
             yield FileInfo(relative, status.st_size, str(status.st_mtime_ns))
 
 
-def _names(path: str, root: str) -> Iterator[str]:
-    """Yield the names in a folder; names of folders end with "/"."""
+def _names(path: str, root: str) -> Iterator[tuple[str, bool]]:
+    """Yield the names in a folder, and which are links to folders; names of folders end with "/"."""
     with os.scandir(path) as entries:
         for entry in entries:
             try:
@@ -72,9 +87,9 @@ def _names(path: str, root: str) -> Iterator[str]:
             except OSError:  # a link to itself
                 continue
             if not is_folder:
-                yield entry.name
-            elif not (entry.is_symlink() and _is_near(Path(entry.path).resolve(), Path(root).resolve())):
-                yield entry.name + "/"
+                yield entry.name, False
+            elif not ((is_link := entry.is_symlink()) and _is_near(Path(entry.path).resolve(), Path(root).resolve())):
+                yield entry.name + "/", is_link
 
 
 def _is_near(folder: Path, root: Path) -> bool:
@@ -93,7 +108,7 @@ def s3_files(act: Act, root: str, limit: int | None = None, *, in_order: bool = 
 
     s3fs's own `find` holds a kilobyte for each object, and compares each folder with all others.
     """
-    pages = _s3_pages(act, root, limit)
+    pages = (page for page, _, _ in s3_pages(act, root, limit))
     if in_order:
         # Amazon sorts so too, but not every server that speaks S3.
         pages = iter(pa.concat_tables(pages).sort_by("path").to_batches(max_chunksize=10_000))
@@ -101,19 +116,35 @@ def s3_files(act: Act, root: str, limit: int | None = None, *, in_order: bool = 
         yield from map(FileInfo, *(column.to_pylist() for column in page.columns))
 
 
-def _s3_pages(act: Act, root: str, limit: int | None) -> Iterator[pa.Table | pa.RecordBatch]:
+def s3_pages(
+    act: Act, root: str, limit: int | None = None, *, prefix: str = "", after: str = "", deep: bool = True
+) -> Iterator[tuple[pa.Table, list[str], str]]:
+    """Yield the pages of a listing below the path `root` (bucket/key), in the order of the server.
+
+    A page is its files, its folders, and its last name, from which a later listing goes on. All names are those below
+    `root`; folders end with "/".
+
+    Args:
+        limit: names in the only page.
+        prefix: with which the names begin, of whole folders or not.
+        after: the last name of an earlier page.
+        deep: False gives the files and folders in one folder, instead of all files below it.
+    """
     bucket, _, key = root.partition("/")
-    prefix = key and key + "/"
-    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
-    if limit is not None:
-        request["MaxKeys"] = limit
+    above = key and key + "/"
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": above + prefix}
+    request |= {} if limit is None else {"MaxKeys": limit}
+    request |= {} if deep else {"Delimiter": "/"}
+    request |= {"StartAfter": above + after} if after else {}
     is_last = False
     while not is_last:
         page = act(lambda files, _: files.call_s3("list_objects_v2", **request))
         found = [entry for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
-        paths = pa.array([entry["Key"].removeprefix(prefix) for entry in found], pa.large_string())
+        paths = pa.array([entry["Key"].removeprefix(above) for entry in found], pa.large_string())
         sizes = pa.array([entry["Size"] for entry in found], pa.int64())
         marks = pa.array([mark_of(entry) for entry in found], pa.large_string())
-        yield pa.table({"path": paths, "num_bytes": sizes, "mark": marks})
+        folders = [entry["Prefix"].removeprefix(above) for entry in page.get("CommonPrefixes", ())]
+        last = max((entry["Key"].removeprefix(above) for entry in page.get("Contents", ())[-1:]), default="")
+        yield pa.table({"path": paths, "num_bytes": sizes, "mark": marks}), folders, max([last, *folders[-1:]])
         is_last = limit is not None or not page.get("IsTruncated")
         request["ContinuationToken"] = page.get("NextContinuationToken", "")

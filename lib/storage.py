@@ -21,7 +21,7 @@ from lib import parquet_files
 from lib.errors import JobError, UserError
 from lib.file_systems import S3_OPTIONS as S3_OPTIONS
 from lib.file_systems import filesystem, is_local, is_s3
-from lib.listing import FileInfo, found_files, local_files, mark_of, s3_files
+from lib.listing import FileInfo, found_files, local_files, mark_of, s3_files, s3_pages
 from lib.local_files import has_entries, local_path, refuse_special, remove_temporary_files, write_whole
 from lib.redaction import redacted as redacted  # Callers show URLs with it.
 from lib.redaction import shown
@@ -207,6 +207,11 @@ def list_files(
         is_skipped = any(name.startswith(skip_prefixes) for name in info.path.split("/"))
         if not is_skipped and info.path.lower().endswith(suffix):
             yield info
+
+
+def bucket_pages(url: str, **options: Any) -> Iterator[tuple[pa.Table, list[str], str]]:
+    """Yield the pages of the listing of a folder in S3; takes what `s3_pages` takes, raises as `list_files`."""
+    return s3_pages(partial(_act, url, "list"), filesystem(url)[1].rstrip("/"), **options)
 
 
 def children(url: str) -> tuple[list[str], list[str]]:

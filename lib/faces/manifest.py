@@ -118,18 +118,20 @@ def read_manifest(
     identities_required: bool,
     min_listed_share: float = MIN_LISTED_SHARE,
     exclude: Sequence[str] = (),
+    kept_url: str | None = None,
 ) -> Manifest:
     """List the photos of a source, with the identity and split of each.
 
     `identities_url` may be None, or name a file that does not exist. Then the identities come from the source, or from
-    the photos' folders. A photo may have none if `identities_required` is False.
+    the photos' folders. A photo may have none if `identities_required` is False. Below `kept_url` the listing of a
+    large folder is kept, for a job that goes on.
 
     Raises:
         UserError: there are no photos, or the identities file cannot be trusted.
     """
     database = PhotoDatabase()
     has_list = identities_url is not None and storage.exists(identities_url)
-    num, num_bytes = scan(source, database)
+    num, num_bytes = scan(source, database, kept_url)
     check_scanned(source, database, num, has_list=has_list)
     if has_list:
         share = min_listed_share if source.list_url is None else ANY_LISTED  # a list of photos may name a few of them

@@ -69,16 +69,18 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
     storage.check_writable(config.faces_url)
     found = settle(config.faces_url, settings, flag="--faces", overwrite=config.overwrite)
-    planned = _begun_plan(config, found) or _planned(config, source, found)
+    kept_url = storage.join(config.faces_url, MANIFEST_FOLDER, "listing")
+    planned = _begun_plan(config, found) or _planned(config, source, found, kept_url)
     result: dict[str, Any] = {"job": "preprocess", "faces": config.faces_url}
     if planned is None or found.is_finished(planned.file_names()):
         assert found.success is not None
         logger.info("%s is complete: nothing to do", config.faces_url)
+        storage.remove_tree(kept_url)
         if planned is not None:
             begin(found, {**settings, **planned.layout}, planned.file_names())
             remove_unused(config.faces_url, found.success, found.present, keep_versions=config.keep_versions)
         return {**result, **found.success["counts"], "photos_processed": 0}
-    return {**result, **_make(config, source, planned, found, settings)}
+    return {**result, **_make(config, source, planned, found, settings, kept_url)}
 
 
 def _begun_plan(config: PreprocessConfig, found: Found) -> PartPlan | None:
@@ -109,9 +111,9 @@ def _list_digest(config: PreprocessConfig) -> str:
     )
 
 
-def _planned(config: PreprocessConfig, source: Source, found: Found) -> PartPlan | None:
+def _planned(config: PreprocessConfig, source: Source, found: Found, kept_url: str | None = None) -> PartPlan | None:
     """Return the parts of the table; None if an old table is complete and made of these photos."""
-    manifest, num_forgotten = _manifest(config, source)
+    manifest, num_forgotten = _manifest(config, source, kept_url)
     if is_same_old_table(found, lambda: _old_plan(manifest)):
         return None
     plan = replace(plan_parts(manifest, config.content(), found.plan), num_forgotten=num_forgotten)
@@ -126,6 +128,7 @@ def _make(
     plan: PartPlan,
     found: Found,
     settings: dict[str, Any],
+    kept_url: str,
 ) -> dict[str, Any]:
     """Make the missing parts of the table, then its version, and return its counts."""
     started = time.monotonic()
@@ -138,6 +141,7 @@ def _make(
     begun = begin(found, {**settings, **plan.layout}, names)
     if todo and plan.owner is not None:
         plan = plan.stored(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
+        storage.remove_tree(kept_url)
     processed = _process(config, source, plan, todo, found, settings["fingerprint"])
     storage.remove_unfinished(config.faces_url)
     counts = card.finish(
@@ -183,7 +187,7 @@ def _settings_plan(config: PreprocessConfig) -> dict[str, Any]:
     }
 
 
-def _manifest(config: PreprocessConfig, source: Source) -> tuple[Manifest, int]:
+def _manifest(config: PreprocessConfig, source: Source, kept_url: str | None = None) -> tuple[Manifest, int]:
     """Return the photos, and how many were left out because they were forgotten."""
     tombstones = read_tombstones(config.data)
     logger.info("listing %s: %s", storage.redacted(source.list_url or source.url), source.what)
@@ -194,6 +198,7 @@ def _manifest(config: PreprocessConfig, source: Source) -> tuple[Manifest, int]:
         exclude=config.excluded_urls(),
         identities_required=config.faces_policy != "all",
         min_listed_share=config.min_listed_share,
+        kept_url=kept_url,
     )
     return without_forgotten(manifest, tombstones)
 

@@ -1,7 +1,8 @@
 """Puts what a source lists into the database of photos."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
@@ -10,30 +11,53 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces.images import PHOTO_SUFFIXES
 from lib.faces.photo_database import PhotoDatabase, columns_of
+from lib.faces.shared_listing import SharedListing, can_share
 from lib.faces.sources.folder import FolderSource
-from lib.faces.sources.source import SCAN_SCHEMA, Source
+from lib.faces.sources.source import BATCH_ROWS, SCAN_SCHEMA, Source
 from lib.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
 
-def scan(source: Source, database: PhotoDatabase) -> tuple[int, int]:
+def scan(source: Source, database: PhotoDatabase, kept_url: str | None = None) -> tuple[int, int]:
     """Make the table `scanned` of the photos of a source; return their number and the sum of their sizes.
 
-    The database keeps no order, so each photo gets its `place`.
+    The database keeps no order, so each photo gets its `place`. With `kept_url` a large folder is listed as a
+    `SharedListing`.
     """
     database.run(f"create table scanned ({columns_of(SCAN_SCHEMA)}, place bigint)")
     num = 0
+    shared = _shared(source, kept_url) if kept_url is not None else None
     with ProgressLine("listing", unit="photo") as progress:
-        for shard in source.shards():
-            for batch in source.scan(shard):
-                places = pa.array(np.arange(num, num + len(batch)))
-                database.append("scanned", pa.Table.from_batches([batch]).append_column("place", places))
-                num += len(batch)
-                progress.update(num)
+        for batch in shared.batches() if shared else _batches(source):
+            places = pa.array(np.arange(num, num + len(batch)))
+            database.append("scanned", pa.Table.from_batches([batch]).append_column("place", places))
+            num += len(batch)
+            progress.update(num)
     if source.list_url is not None:
         num -= _drop_doubled(source.list_url, database, num)
     return num, int(database.value("select coalesce(sum(num_bytes), 0) from scanned"))
+
+
+def _batches(source: Source) -> Generator[pa.RecordBatch, None, None]:
+    for shard in source.shards():
+        yield from source.scan(shard)
+
+
+def _shared(source: Source, kept_url: str) -> SharedListing | None:
+    """Return the finished listing of a folder by many workers; None if one process lists it as fast."""
+    if not isinstance(source, FolderSource) or not can_share(source):
+        return None
+    shared = SharedListing(source, kept_url)
+    if not shared.is_begun():
+        with closing(_batches(source)) as first:
+            is_small = len(next(first, ())) < BATCH_ROWS
+        source.passed_over.clear()
+        if is_small:
+            return None
+    with ProgressLine("listing", unit="file") as progress:
+        shared.make(progress.add)
+    return shared
 
 
 def _drop_doubled(list_url: str, database: PhotoDatabase, num: int) -> int:

@@ -13,6 +13,7 @@ from lib.faces import table
 from lib.faces.images import MAX_PHOTO_BYTES, PHOTO_SUFFIXES
 from lib.faces.photo_names import name_on_disk, stored_name
 from lib.faces.sources.source import BATCH_ROWS, SCAN_SCHEMA, Photo, Row, Shard, Source
+from lib.listing import FileInfo
 from lib.threads import ahead
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,11 @@ class FolderSource(Source):
 
     def scan(self, shard: Shard) -> Iterator[pa.RecordBatch]:
         """Yield the photos of a folder, in no order."""
-        files = self.files(shard.name)
+        yield from self.batches(self.files(shard.name))
+
+    @staticmethod
+    def batches(files: Iterator[FileInfo]) -> Iterator[pa.RecordBatch]:
+        """Yield photos as batches of `SCAN_SCHEMA`."""
         while batch := list(islice(files, BATCH_ROWS)):
             nothing = pa.nulls(len(batch))
             columns = [

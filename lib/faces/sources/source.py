@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import pyarrow as pa
 
@@ -64,6 +64,7 @@ class Source(ABC):
     """Photos below a URL, all in one format. It can be pickled, and a copy of it works on another machine.
 
     Attributes:
+        foreign_file: a file of another format, if one was listed.
         list_url: file with the names of the photos; None if the storage lists them.
         passed_over: number of files or records that are no photos, by kind, found by `shards` and `scan`.
     """
@@ -77,6 +78,7 @@ class Source(ABC):
     companions: ClassVar[tuple[str, ...]] = ()
     """Suffixes of files without photos that may be beside them."""
     list_url: str | None = None
+    foreign_file = ""
 
     def __init__(
         self,
@@ -148,10 +150,14 @@ class Source(ABC):
         if self.url.lower().endswith(self.suffixes) and not self._patterns:
             yield FileInfo("", *storage.file_info(self.url)[1:])
             return
+        yield from self.chosen(self.listed(folder))
+
+    def chosen(self, listed: Iterable[FileInfo]) -> Iterator[FileInfo]:
+        """Yield the source's files among those of a listing; raises as `files`."""
         ours = theirs = ""
         foreign = tuple(self._foreign)
         unmatched = set(self._patterns)
-        for info in self.listed(folder):
+        for info in listed:
             path = info.path
             if self._patterns:
                 if (pattern := matches(path, self._patterns)) is None:
@@ -164,16 +170,11 @@ class Source(ABC):
             if is_ours := name.endswith(self.suffixes):
                 ours = ours or path
             elif name.endswith(foreign):
-                theirs = theirs or path
+                theirs = self.foreign_file = theirs or path
             else:
                 self.passed_over[suffix_of(path) or "no suffix"] += 1
             if ours and theirs:
-                other = next(what for suffix, what in self._foreign.items() if theirs.lower().endswith(suffix))
-                raise UserError(
-                    f"{storage.redacted(self.url)} holds both {self.what} (such as {ours}) and {other} (such as "
-                    f"{theirs}): name the folder of the ones or of the others by --photos, or give --photos-format "
-                    f"{self.format}, which passes over the others"
-                )
+                self.refuse_both(ours, theirs)
             if is_ours:
                 yield info
         if unmatched:
@@ -181,6 +182,15 @@ class Source(ABC):
                 f"{len(unmatched)} of the {len(self._patterns)} files that --photos names are not in "
                 f"{storage.redacted(self.url)}, such as {min(unmatched)}: copy them there, or correct --photos"
             )
+
+    def refuse_both(self, ours: str, theirs: str) -> NoReturn:
+        """Raise UserError for a file of this format and one of another."""
+        other = next(what for suffix, what in self._foreign.items() if theirs.lower().endswith(suffix))
+        raise UserError(
+            f"{storage.redacted(self.url)} holds both {self.what} (such as {ours}) and {other} (such as {theirs}): "
+            "name the folder of the ones or of the others by --photos, or give --photos-format "
+            f"{self.format}, which passes over the others"
+        )
 
 
 class ContainerSource(Source):
