@@ -12,6 +12,11 @@ job_folder=${NODE_SCRATCH:-/tmp}/ray-$SLURM_JOB_ID
 export TMPDIR=$job_folder/tmp PYTHONPATH=$PWD USER=${USER:-$(id -un)}
 inside=() step_options=() step_prefix=()
 
+# Ray holds some files for each worker, and its head for each node; many sites begin with 1,024.
+most_files=$(ulimit -Hn)
+[[ $most_files != unlimited && $most_files -lt 65536 ]] || most_files=65536
+[[ $(ulimit -n) == unlimited || $(ulimit -n) -ge $most_files ]] || ulimit -Sn "$most_files"
+
 usage_error() {
     printf 'error: %s\n' "$*" >&2
     exit 2

@@ -20,8 +20,6 @@ for group in "${groups[@]}"; do
     [[ $group =~ ^([0-9]+)(\(x([0-9]+)\))?$ ]]
     for ((i = 0; i < ${BASH_REMATCH[3]:-1}; i++)); do num_cpus+=("${BASH_REMATCH[1]}"); done
 done
-# Three ports per job, below Linux's ephemeral ports.
-port=$((20000 + SLURM_JOB_ID % 4000 * 3))
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID-ray
 start_limit_s=${RAY_START_LIMIT_S:-300}
 output=$(mktemp -d "$job_folder-output.XXXXXX") # output of the steps
@@ -53,11 +51,24 @@ find_head_ip() { # the IP address that Slurm uses: a node's own name may resolve
     { getent ahostsv4 "$address" | cut -d ' ' -f 1 && hostname -I | tr ' ' '\n'; } | grep -v '^127\.' | head -n 1
 }
 
+choose_ports() { # set port: three ports from there on, below Linux's ephemeral ports, that no other job here has
+    local offset=$((SLURM_JOB_ID % 4000)) i
+    for ((i = 0; i < 4000; i++)); do
+        port=$((20000 + (offset + i) % 4000 * 3))
+        in_use $port || in_use $((port + 1)) || in_use $((port + 2)) || return
+    done
+}
+
+in_use() { (exec 3<> "/dev/tcp/$head_ip/$1") 2> /dev/null; }
+
 start_ray() {
-    local i memory_mb
+    local i memory_mb cpus
     for i in "${!nodes[@]}"; do
         memory_mb=$((mem_per_node ? mem_per_node : mem_per_cpu * num_cpus[i]))
-        on_node "${nodes[i]}" bash slurm/ray-node.sh "$head" "$head_ip" $port "${num_cpus[i]}" $memory_mb \
+        cpus=${num_cpus[i]}
+        # Among several large nodes the head keeps some CPUs, and their memory, for the driver and for Ray itself.
+        if [ "${nodes[i]}" = "$head" ] && ((${#nodes[@]} > 1 && cpus >= 16)); then cpus=$((cpus - cpus / 8)); fi
+        on_node "${nodes[i]}" bash slurm/ray-node.sh "$head" "$head_ip" "$port" "$cpus" "$memory_mb" \
             > "$output/${nodes[i]}" 2>&1 &
         steps+=($!)
     done
@@ -158,6 +169,7 @@ head_ip=$(find_head_ip)
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_USAGE_STATS_ENABLED=0
 unset RAY_ADDRESS
+choose_ports
 start_ray
 status=1
 if await_ray && [ -z "$asked" ]; then

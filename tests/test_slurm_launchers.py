@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -82,3 +83,24 @@ def test_the_example_of_site_settings_changes_nothing_until_it_is_edited() -> No
     before, after = (bash("-c", f"{source}; set").stdout for source in ("true", ". slurm/site.example.sh"))
     unlike = {line for line in {*before.splitlines()} ^ {*after.splitlines()} if not line.startswith(("BASH", "_="))}
     assert unlike == set()
+
+
+def test_jobs_whose_ids_differ_by_4000_take_other_ports_on_one_node() -> None:
+    functions = re.search(
+        r"^choose_ports\(\).*?^in_use\(\)[^\n]*", (ROOT / "slurm/ray-cluster.sh").read_text(), re.S | re.M
+    )
+    assert functions
+    chosen = f"{functions[0]}\nhead_ip=127.0.0.1\nchoose_ports\necho $port"
+    first = int(bash("-c", chosen, SLURM_JOB_ID="7").stdout)
+    with socket.socket() as taken:  # the dashboard of the first job
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", first + 2))
+        taken.listen()
+        assert int(bash("-c", chosen, SLURM_JOB_ID="4007").stdout) == first + 3
+    assert 20000 <= first < 32000 - 3
+
+
+def test_every_node_may_open_as_many_files_as_the_site_allows() -> None:
+    asked = "ulimit -Sn 256; . slurm/environment.sh; echo $(ulimit -n) $(ulimit -Hn)"
+    soft, hard = bash("-c", asked, SLURM_JOB_ID="7").stdout.split()
+    assert soft == "65536" if hard == "unlimited" else int(soft) == min(65536, int(hard))
