@@ -4,6 +4,7 @@ Once the list of photos is stored beside the table, a job that starts again read
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from lib import storage
 from lib.errors import UserError
 from lib.faces.manifest import MANIFEST_SCHEMA
+from lib.parts import digest_of
 
 MADE_OF = "made_of"
 PLAN_SCHEMA = MANIFEST_SCHEMA.append(pa.field(MADE_OF, pa.int64()))
@@ -92,17 +94,22 @@ class PartPlan:
         return read_rows(self.url, part.shard, part.start, part.stop)
 
     def stored(self, url: str, of: str) -> "PartPlan":
-        """Copy the planned photos into a folder, and return the plan that reads them there. `of` tells lists apart."""
+        """Copy the planned photos into a folder, and return the plan that reads them there. `of` tells lists apart.
+
+        Each plan has a subfolder of its own. So if two jobs plan at once, the workers of one never read the other's.
+        """
+        folder = digest_of(sorted(self.file_names()))
+        inner_url = storage.join(url, folder)
         num_shards = 1 + max((part.shard for part in self.parts), default=-1)
         for number in range(num_shards):
-            copy_shard(self.url, url, number)
+            copy_shard(self.url, inner_url, number)
         rows = [{**vars(part), "names": json.dumps(dict(part.names))} for part in self.parts]
-        storage.write_parquet(storage.join(url, _PARTS_NAME), pa.Table.from_pylist(rows, schema=_PARTS_SCHEMA))
+        storage.write_parquet(storage.join(inner_url, _PARTS_NAME), pa.Table.from_pylist(rows, schema=_PARTS_SCHEMA))
         about = {"of": of, "layout": self.layout, "num_photos": self.num_photos, "num_bytes": self.num_bytes}
-        more = {"num_passed_over": dict(self.num_passed_over), "num_shards": num_shards}
+        more = {"num_passed_over": dict(self.num_passed_over), "num_shards": num_shards, "folder": folder}
         more |= {"num_forgotten": self.num_forgotten}
         storage.write_json(storage.join(url, _LISTED_NAME), {**about, **more})
-        return replace(self, url=url, owner=None)
+        return replace(self, url=inner_url, owner=None)
 
 
 def stored_plan(url: str, of: str) -> PartPlan | None:
@@ -111,8 +118,9 @@ def stored_plan(url: str, of: str) -> PartPlan | None:
     if not storage.exists(listed_url):
         return None
     about = storage.read_json(listed_url, _LISTED)
-    if about["of"] != of:
+    if about["of"] != of or not re.fullmatch(r"[0-9a-f]+", str(about.get("folder"))):
         return None
+    url = storage.join(url, about["folder"])
     rows = storage.read_parquet(storage.join(url, _PARTS_NAME), list(_PARTS_SCHEMA)).to_pylist()
     parts = [Part(**{**row, "names": json.loads(row["names"])}) for row in rows]
     wanted = ("layout", "num_photos", "num_bytes", "num_passed_over")

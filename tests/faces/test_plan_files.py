@@ -50,6 +50,18 @@ def test_a_stored_plan_is_read_back_and_one_of_another_list_is_not(photos: Path,
     assert found.rows(found.parts[3]).equals(plan.rows(plan.parts[3]))
     assert (found.num_photos, found.num_bytes, found.layout) == (700, sum(range(700)), plan.layout)
     assert stored_plan(url, "others") is None
-    Path(url, "photos-00000.parquet").unlink()
+    Path(found.url, "photos-00000.parquet").unlink()
     with pytest.raises(UserError, match="photos-00000"):
         found.rows(found.parts[0])
+
+
+def test_two_jobs_that_plan_at_once_read_their_own_photos(photos: Path, tmp_path: Path) -> None:
+    first, url = planned(photos), str(tmp_path / "_manifest")
+    of_first = first.stored(url, "these")
+    for path in sorted(photos.rglob("*.jpg"))[::7]:
+        path.unlink()
+    second = planned(photos)
+    of_second = second.stored(url, "these")
+    for made, stored in ((first, of_first), (second, of_second)):
+        assert all(stored.rows(part).equals(made.rows(part)) for part in made.parts)
+    assert stored_plan(url, "these") == of_second
