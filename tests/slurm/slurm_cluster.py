@@ -96,8 +96,16 @@ class SlurmCluster:
         return [name for path in names if path.exists() and (name := path.read_text().strip()) not in OF_HOST]
 
     def files_in_tmp(self, host: str) -> list[str]:
-        """Return what lies in the host's own /tmp."""
-        return [path.name for path in Path(f"/proc/{self.host_pids(host)[-1]}/root/tmp").iterdir()]
+        """Return what lies in the host's own /tmp, but for the copies of crops that one user can read."""
+        found = Path(f"/proc/{self.host_pids(host)[-1]}/root/tmp").iterdir()
+        return [path.name for path in found if not self._holds_copies(path)]
+
+    @staticmethod
+    def _holds_copies(folder: Path) -> bool:
+        """Return whether a folder is private and holds copies of crops alone, all of them whole."""
+        if not re.fullmatch(r"conv-facenet-\d+", folder.name) or folder.stat().st_mode & 0o777 != 0o700:
+            return False
+        return all(re.fullmatch(r"faces-.*\.(arrow|lock)", path.name) for path in folder.rglob("*"))
 
     def cut_power(self, host: str) -> None:
         """Kill slurmd and everything else on a host at once."""
