@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ class SlurmCluster:
         """Return the names of the processes on a host that do not belong to the host itself."""
         pids = self.host_pids(host)
         names = [Path(f"/proc/{pid}/comm") for pid in pids]
-        return [name for path in names if path.exists() and (name := path.read_text().strip()) not in OF_HOST]
+        found = []
+        for path in names:
+            with suppress(OSError):  # the process has ended meanwhile
+                found.append(path.read_text().strip())
+        return [name for name in found if name not in OF_HOST]
 
     def files_in_tmp(self, host: str) -> list[str]:
         """Return what lies in the host's own /tmp, but for the copies of crops that one user can read."""
