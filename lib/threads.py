@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -20,3 +21,15 @@ def ahead(
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+@contextmanager
+def mapped(
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int
+) -> Iterator[Iterator[Result]]:
+    """Map as `ahead` does, in threads of its own. What has not begun at the end of the block is dropped."""
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        yield ahead(pool, function, items, num_ahead=num_threads)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,8 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.face_filter import EVERY_FACE, FaceFilter
-from lib.threads import ahead
-from lib.training.cache_files import CACHE_SCHEMA, NO_SPACE, ROWS_PER_BATCH, disk_full, made_once, written
+from lib.threads import mapped
+from lib.training.cache_files import CACHE_SCHEMA, ROWS_PER_BATCH, disk_full, made_once, write_batches
 from lib.training.face_names import READ_AHEAD, limited_identities, part_urls, read_names, usable
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,14 @@ class Only:
 
 class NoFacesError(UserError):
     """No photo of the splits is aligned."""
+
+    def __init__(self, splits: Sequence[str], taken: FaceFilter) -> None:
+        """Name the splits, and the faces that were to be taken."""
+        within = f" and within {taken}" if taken else ""
+        super().__init__(
+            f"no photo in split {', '.join(splits)} of the faces table is aligned{within}: "
+            "run jobs/preprocess.py on photos with faces first"
+        )
 
 
 def build_cache(
@@ -111,23 +120,9 @@ def _build(
     # Checked before the copy: a disk that is full at the end would cost the time of the whole copy.
     if shutil.disk_usage(path.parent).free < num_bytes_needed:
         raise disk_full(path.parent, num_bytes_needed)
-    temporary = path.with_suffix(".unfinished")
-    try:
-        num_rows = _copy(urls, temporary, kept, taken)
-        if num_rows:
-            temporary.replace(path)
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise disk_full(path.parent, num_bytes_needed) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    num_rows = write_batches(path, _equal_batches(urls, kept, taken), num_bytes_needed)
     if not num_rows:
-        within = f" and within {taken}" if taken else ""
-        raise NoFacesError(
-            f"no photo in split {', '.join(splits)} of the faces table is aligned{within}: "
-            "run jobs/preprocess.py on photos with faces first"
-        )
+        raise NoFacesError(splits, taken)
     logger.info("made %s: %d crops, %.1f MB", path, num_rows, path.stat().st_size / 1e6)
 
 
@@ -153,28 +148,19 @@ def _size(url: str) -> tuple[int, int]:
         return num_bytes, file.metadata.num_rows
 
 
-def _copy(urls: Sequence[str], path: Path, kept: Only | None, taken: FaceFilter) -> int:
-    """Write the aligned faces that are `kept` (None: all) of each file; return their number."""
-    return written(path, _equal_batches(urls, kept, taken))
-
-
-def _equal_batches(urls: Sequence[str], only: Only | None, taken: FaceFilter) -> Iterator[pa.RecordBatch]:
+def _equal_batches(urls: Sequence[str], only: Only | None, taken: FaceFilter) -> Generator[pa.RecordBatch, None, None]:
     """Yield the aligned faces in batches of `ROWS_PER_BATCH`, the last one shorter. Several parts are read at once."""
     pending: list[pa.RecordBatch] = []
     num_pending = 0
-    pool = ThreadPoolExecutor(COPY_THREADS)
-    try:
-        for batches in ahead(pool, partial(_kept_rows, only, taken), urls, num_ahead=COPY_THREADS):
-            for kept in batches:
-                pending.append(kept)
-                num_pending += len(kept)
-                while num_pending >= ROWS_PER_BATCH:
-                    joined = pa.concat_batches(pending)
-                    yield joined[:ROWS_PER_BATCH]
-                    pending = [joined[ROWS_PER_BATCH:]]
-                    num_pending -= ROWS_PER_BATCH
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with mapped(partial(_kept_rows, only, taken), urls, num_threads=COPY_THREADS) as parts:
+        for kept in chain.from_iterable(parts):
+            pending.append(kept)
+            num_pending += len(kept)
+            while num_pending >= ROWS_PER_BATCH:
+                joined = pa.concat_batches(pending)
+                yield joined[:ROWS_PER_BATCH]
+                pending = [joined[ROWS_PER_BATCH:]]
+                num_pending -= ROWS_PER_BATCH
     if num_pending:
         yield pa.concat_batches(pending)
 

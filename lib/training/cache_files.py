@@ -9,8 +9,8 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,22 +135,31 @@ def disk_full(folder: Path, num_bytes_needed: int) -> CacheFullError:
 
 
 def write_batches(
-    path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int, schema: pa.Schema = CACHE_SCHEMA
-) -> None:
-    """Write a cache file from batches that need about so many bytes.
+    path: Path, batches: Generator[pa.RecordBatch, None, None], num_bytes: int, schema: pa.Schema = CACHE_SCHEMA
+) -> int:
+    """Write a cache file from batches that need about so many bytes; return its number of rows.
+
+    It is written under a temporary name. Without rows there is no file.
 
     Raises:
-        JobError: the disk is full.
+        CacheFullError: the disk is full.
     """
+    temporary = path.with_suffix(".unfinished")
     try:
-        written(path, batches, schema)
+        with closing(batches):
+            num_rows = _written(temporary, batches, schema)
+        if num_rows:
+            temporary.replace(path)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise disk_full(path.parent, num_bytes) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return num_rows
 
 
-def written(path: Path, batches: Iterator[pa.RecordBatch], schema: pa.Schema = CACHE_SCHEMA) -> int:
+def _written(path: Path, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> int:
     """Write a file of this user alone, down to the disk; return its number of rows."""
     num_rows = 0
     path.unlink(missing_ok=True)  # of a process that was killed, or a link of somebody else

@@ -12,10 +12,10 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,9 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter
 from lib.faces.table import crop_size
-from lib.threads import ahead
+from lib.threads import mapped
 from lib.training import collective
-from lib.training.cache_building import COPY_THREADS, Only, size_of_crops, within_limit
+from lib.training.cache_building import COPY_THREADS, NoFacesError, Only, size_of_crops, within_limit
 from lib.training.cache_files import (
     CACHE_SCHEMA,
     ROW_FIELD,
@@ -172,7 +172,7 @@ class NodeShare:
                 os.truncate(old, 0)  # where a process still has it mapped, its blocks would stay otherwise
                 old.unlink()
                 old.with_suffix(".lock").unlink(missing_ok=True)
-            _write(path, self._batches(held_N), self.num_bytes, SHARE_SCHEMA)
+            write_batches(path, self._batches(held_N), self.num_bytes, SHARE_SCHEMA)
 
         try:
             return EncodedCrops(made_once(path, self.folder, build))
@@ -181,7 +181,7 @@ class NodeShare:
             tell_full(full)
             return crops
 
-    def _batches(self, held_N: Bools) -> Iterator[pa.RecordBatch]:
+    def _batches(self, held_N: Bools) -> Generator[pa.RecordBatch, None, None]:
         """Yield the crops of the held rows with their numbers, in order."""
         ends = [*self._starts[1:].tolist(), len(held_N)]
         parts = [
@@ -189,35 +189,26 @@ class NodeShare:
             for url, start, end in zip(self.faces.urls, self._starts.tolist(), ends, strict=True)
             if held_N[start:end].any()
         ]
-        yield from _mapped(partial(_held_rows, self.faces), parts)
+        with mapped(partial(_held_rows, self.faces), parts, num_threads=COPY_THREADS) as made:
+            yield from chain.from_iterable(made)
 
 
 def build_names(faces: Table, cache_dir: str) -> str:
     """Return the path of a cache file with the names of all faces and no crop; each part is a batch."""
     path = Path(cache_dir) / f"faces-names-{faces.digest}.arrow"
-    num_bytes = BYTES_OF_NAMES * len(faces.urls)
-    return made_once(path, cache_dir, lambda: _write(path, _mapped(partial(_names, faces), faces.urls), num_bytes))
+
+    def batches() -> Generator[pa.RecordBatch, None, None]:
+        with mapped(partial(_names, faces), faces.urls, num_threads=COPY_THREADS) as made:
+            yield from made
+
+    def build() -> None:
+        if not write_batches(path, batches(), BYTES_OF_NAMES * len(faces.urls)):
+            raise NoFacesError(["train"], faces.taken)
+
+    return made_once(path, cache_dir, build)
 
 
-def _mapped(function, items) -> Iterator[pa.RecordBatch]:  # type: ignore[no-untyped-def]
-    pool = ThreadPoolExecutor(COPY_THREADS)
-    try:
-        for batches in ahead(pool, function, items, num_ahead=COPY_THREADS):
-            yield from batches
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _write(path: Path, batches: Iterator[pa.RecordBatch], num_bytes: int, schema: pa.Schema = CACHE_SCHEMA) -> None:
-    temporary = path.with_suffix(".unfinished")
-    try:
-        write_batches(temporary, batches, num_bytes, schema)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _names(faces: Table, url: str) -> list[pa.RecordBatch]:
+def _names(faces: Table, url: str) -> pa.RecordBatch:
     with storage.open_parquet(url, table.columns("photo", "identity", "status")) as file:
         faces.taken.check(file.schema_arrow, storage.redacted(url))
         rows = file.read(columns=["photo", "identity", "status", *faces.taken.columns])
@@ -227,7 +218,7 @@ def _names(faces: Table, url: str) -> list[pa.RecordBatch]:
         rows["identity"].combine_chunks(),
         pa.array([b""] * len(rows), pa.binary()),
     ]
-    return [pa.record_batch(columns, schema=CACHE_SCHEMA)]
+    return pa.record_batch(columns, schema=CACHE_SCHEMA)
 
 
 def _wanted(faces: Table, rows: pa.Table) -> pa.Table:

@@ -1,7 +1,7 @@
 """The images of a verification set, such as lfw.bin, as a cache file: one row for each image, named by its number."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +31,12 @@ def build_set_cache(faces: SetFaces, cache_dir: str) -> str:
     path = Path(cache_dir) / f"faces-set-{digest}.arrow"
 
     def build() -> None:
-        temporary = path.with_suffix(".unfinished")
-        try:
-            write_batches(temporary, _batches(faces.url), faces.num_bytes)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_batches(path, _batches(faces.url), faces.num_bytes)
 
     return made_once(path, cache_dir, build)
 
 
-def _batches(url: str) -> Iterator[pa.RecordBatch]:
+def _batches(url: str) -> Generator[pa.RecordBatch, None, None]:
     images = read_verification_set(url).images
     for start in range(0, len(images), ROWS_PER_BATCH):
         crops = images[start : start + ROWS_PER_BATCH]

@@ -22,7 +22,7 @@ from lib.evaluation.verification_sets import read_verification_set
 from lib.faces import table
 from lib.faces.face_filter import EVERY_FACE, FaceFilter
 from lib.parquet_files import opened
-from lib.threads import ahead
+from lib.threads import mapped
 from lib.training.cache_building import COPY_THREADS, Only, build_cache, within_limit
 from lib.training.cache_files import CACHE_SCHEMA, CacheFullError
 from lib.training.face_cache import FaceCache
@@ -132,11 +132,8 @@ class TableCrops:
             UserError: a part is damaged.
         """
         self._urls = urls
-        pool = ThreadPoolExecutor(COPY_THREADS)
-        try:
-            places = list(ahead(pool, partial(_find, only, taken, full), urls, num_ahead=COPY_THREADS))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with mapped(partial(_find, only, taken, full), urls, num_threads=COPY_THREADS) as found:
+            places = list(found)
         self._names = tuple(
             pa.chunked_array([chunk for names in columns for chunk in names.chunks], pa.string())
             for columns in ([each.photos for each in places], [each.identities for each in places])

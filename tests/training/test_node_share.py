@@ -185,14 +185,14 @@ def test_a_bound_too_small_for_a_batch_or_for_two_people_is_refused(faces: str, 
 def test_a_full_disk_is_one_line_and_the_held_rows_come_from_the_table(
     faces: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = cache_files.written
+    real = cache_files._written
 
     def fail(path: Path, batches: Any, schema: pa.Schema) -> int:
         if "share" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, batches, schema)
 
-    monkeypatch.setattr(cache_files, "written", fail)
+    monkeypatch.setattr(cache_files, "_written", fail)
     worker = worker_of(faces, tmp_path, 0.5)
     whole = FaceCache(build_cache(faces, ["train"], str(tmp_path / "whole")))
     assert caplog.text.count("this node reads the crops from the table instead") == 1

@@ -19,7 +19,7 @@ from lib import storage
 from lib.faces import table
 from lib.faces.face_filter import face_filter
 from lib.scratch import node_scratch
-from lib.training import cache_building, cache_files
+from lib.training import cache_files
 from lib.training.augmentation import Making
 from lib.training.cache_building import Only, _kept_rows, build_cache
 from lib.training.cache_files import CacheFullError, default_folder
@@ -136,7 +136,7 @@ def test_a_disk_that_fills_while_a_cache_is_written_or_is_full_before_is_the_sam
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_building, "written", fail)
+    monkeypatch.setattr(cache_files, "_written", fail)
     assert not cached_faces(faces, ["train"], str(tmp_path / "full")).path
     monkeypatch.setattr(Path, "mkdir", fail)
     assert not cached_faces(faces, ["train"], str(tmp_path / "fuller")).path
@@ -150,7 +150,7 @@ def test_a_set_is_then_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     faces = SetFaces(url=url, num_bytes=1, mark="1")
     cache = cached_set(faces, str(tmp_path / "cache"))
     assert cache.path
-    monkeypatch.setattr(cache_files, "written", fail)
+    monkeypatch.setattr(cache_files, "_written", fail)
     found = cached_set(faces, str(tmp_path / "full"))
     assert not found.path
     assert found.photos.to_pylist() == cache.photos.to_pylist()
