@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from lib.curation.apply import apply_decisions
 from lib.curation.changes import CURATION_NAME, PAGE_NAME, changes_table, digest_of_table, write_about
 from lib.curation.duplicates import NEAR_SHARE, duplicates, near_pairs
 from lib.curation.linkage import average_linkage
+from lib.curation.neighbour_graph import Pairs, near_faces
 from lib.curation.proposals import NOBODY, Proposal, best_threshold, proposals, surest_first
 from lib.errors import UserError
 from lib.faces import table
 from lib.layout import Layout
-from lib.recognition.crops import read_crops
+from lib.recognition.crops import crops_of, read_crops
 from lib.recognition.embed_job import embed_source
 from lib.recognition.embedder import Embedder, find_model, load_embedder
 from lib.recognition.embeddings_table import Embeddings, read_embeddings
@@ -110,11 +112,11 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     identity_N = np.array([number_of.get(faces.identities[n] or "", NOBODY) for n in usable], np.int64)
     photos, splits = [faces.photos[n] for n in usable], [faces.splits[n] for n in usable]
     vectors_ND = faces.embeddings_ND[usable]
-    threshold, found = _proposals(config, embedder, vectors_ND, identity_N)
+    threshold, found, near = _proposals(config, embedder, vectors_ND, identity_N)
 
     logger.info("comparing pictures that may be the same")
-    pairs_P2, distances_P = near_pairs(vectors_ND, NEAR_SHARE * threshold)
-    crops = read_crops(source, {photos[n] for n in np.unique(pairs_P2)})
+    pairs_P2, distances_P = near.within(NEAR_SHARE * threshold)
+    crops = crops_of(source, {photos[n] for n in np.unique(pairs_P2)})
     found = surest_first([*found, *duplicates(pairs_P2, distances_P, photos, identity_N, crops)])
     leaked = _leaked(source, against, photos, vectors_ND, identity_N, theirs, threshold) if against and theirs else []
     changes = changes_table(found, leaked, photos, splits, names, theirs.photos if theirs else [])
@@ -160,8 +162,8 @@ def _embedded(
 
 def _proposals(
     config: CurateConfig, embedder: Embedder, vectors_ND: np.ndarray, identity_N: np.ndarray
-) -> tuple[float, list[Proposal]]:
-    """Return the threshold, and the proposals of the clusters at it."""
+) -> tuple[float, list[Proposal], Pairs]:
+    """Return the threshold, the proposals of the clusters at it, and pairs of near faces."""
     if len(vectors_ND) < 2:
         raise UserError("fewer than two faces have an embedding: there is nothing to compare")
     sizes = np.bincount(identity_N[identity_N != NOBODY])
@@ -170,12 +172,14 @@ def _proposals(
     if base is None:
         raise UserError("the model has no threshold: choose one with jobs/evaluate.py, or give --threshold")
     logger.info("clustering %d faces", len(vectors_ND))
-    tree = average_linkage(vectors_ND, base * (_THRESHOLDS[-1] if by_labels else 1.0))
+    limit = base * (_THRESHOLDS[-1] if by_labels else 1.0)
+    near = near_faces(vectors_ND, limit)
+    tree = average_linkage(vectors_ND, limit, near)
     threshold = base
     if by_labels:
         threshold = best_threshold({base * share: tree.clusters(base * share) for share in _THRESHOLDS}, identity_N)
     logger.info("groups of faces up to %.3f apart are one person", threshold)
-    return threshold, proposals(vectors_ND, identity_N, tree.clusters(threshold), threshold)
+    return threshold, proposals(vectors_ND, identity_N, tree.clusters(threshold), threshold), near
 
 
 def _leaked(
@@ -189,17 +193,15 @@ def _leaked(
 ) -> list[Proposal]:
     """Return proposals for photos that are in the test set, too. Their evidence is rows of the test set."""
     rows = np.flatnonzero(~theirs.failed_N)
-    pairs_P2, distances_P = near_pairs(vectors_ND, NEAR_SHARE * threshold, theirs.embeddings_ND[rows])
+    pairs_P2, distances_P = near_pairs(vectors_ND, theirs.embeddings_ND[rows], NEAR_SHARE * threshold)
     ours_in, theirs_in = np.unique(pairs_P2[:, 0]), rows[np.unique(pairs_P2[:, 1])]
-    crops = {f"ours/{name}": crop for name, crop in read_crops(source, {photos[n] for n in ours_in}).items()}
-    crops |= {
-        f"theirs/{name}": crop for name, crop in read_crops(against, {theirs.photos[n] for n in theirs_in}).items()
-    }
+    ours = ((f"ours/{name}", crop) for name, crop in crops_of(source, {photos[n] for n in ours_in}))
+    others = ((f"theirs/{name}", crop) for name, crop in crops_of(against, {theirs.photos[n] for n in theirs_in}))
     # One list of both sets, the test set first, so that a pair is two indices into it.
     names = [f"theirs/{name}" for name in theirs.photos] + [f"ours/{name}" for name in photos]
     people = np.concatenate([np.full(len(theirs.photos), NOBODY), identity_N])
     both_P2 = np.stack([rows[pairs_P2[:, 1]], pairs_P2[:, 0] + len(theirs.photos)], axis=1)
-    found = duplicates(both_P2, distances_P, names, people, crops)
+    found = duplicates(both_P2, distances_P, names, people, chain(ours, others))
     return [
         Proposal(
             kind=each.kind,

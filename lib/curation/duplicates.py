@@ -1,16 +1,17 @@
 """Finds photos that are the same picture: near in embedding, with the same rough pattern of light and dark.
 
-Shapes: N faces, P pairs, D dimension.
+Shapes: N faces, M others, P pairs, K neighbours, D dimension.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from lib.curation.neighbour_graph import MIN_RECALL
 from lib.curation.proposals import DUPLICATE, NOBODY, Proposal
-from lib.neighbour_index import neighbour_index
+from lib.neighbour_index import neighbour_index, widen
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -23,25 +24,21 @@ _NEIGHBOURS = 8
 _PATTERN_SIDE = 16
 
 
-def near_pairs(vectors_ND: Floats, limit: float, others_ND: Floats | None = None) -> tuple[Ints, Floats]:
-    """Return the pairs [P, 2] of faces within `limit` of each other, and their distances [P].
+def near_pairs(vectors_ND: Floats, others_MD: Floats, limit: float) -> tuple[Ints, Floats]:
+    """Return the pairs [P, 2] of a face and one of the others within `limit` of it, and their distances [P].
 
-    A face is paired only with its nearest few. With `others_ND`, the second face of a pair is one of the others.
+    A face is paired only with its nearest few.
     """
-    candidates_ND = vectors_ND if others_ND is None else others_ND
-    if not len(vectors_ND) or not len(candidates_ND):
+    if not len(vectors_ND) or not len(others_MD):
         return np.empty((0, 2), np.int64), np.empty(0, np.float32)
-    index = neighbour_index(np.ascontiguousarray(candidates_ND, np.float32))
-    num = min(_NEIGHBOURS + 1, len(candidates_ND))
-    squared_NK, at_NK = index.search(np.ascontiguousarray(vectors_ND, np.float32), num)
-    a_P, b_P = np.repeat(np.arange(len(vectors_ND)), num), at_NK.ravel()
-    distance_P = np.sqrt(np.maximum(squared_NK.ravel(), 0))
-    taken_P = (b_P >= 0) & (distance_P <= limit)
-    if others_ND is None:
-        taken_P &= a_P != b_P
-        a_P, b_P = np.minimum(a_P, b_P), np.maximum(a_P, b_P)
-    pairs_P2, first = np.unique(np.stack([a_P[taken_P], b_P[taken_P]], axis=1), axis=0, return_index=True)
-    return pairs_P2.astype(np.int64), distance_P[taken_P][first]
+    points_MD, queries_ND = (np.ascontiguousarray(each, np.float32) for each in (others_MD, vectors_ND))
+    num = min(_NEIGHBOURS, len(points_MD))
+    index = neighbour_index(points_MD)
+    widen(index, points_MD, queries_ND, num, MIN_RECALL, within=limit)
+    squared_NK, at_NK = index.search(queries_ND, num)
+    distance_NK = np.sqrt(np.maximum(squared_NK, 0))
+    taken_NK = (at_NK >= 0) & (distance_NK <= limit)
+    return np.stack([np.nonzero(taken_NK)[0], at_NK[taken_NK]], axis=1), distance_NK[taken_NK]
 
 
 def light_pattern(crop: bytes) -> NDArray[np.bool_]:
@@ -55,27 +52,36 @@ def light_pattern(crop: bytes) -> NDArray[np.bool_]:
 
 
 def duplicates(
-    pairs_P2: Ints, distances_P: Floats, photos: list[str], identity_N: Ints, crops: Mapping[str, bytes]
+    pairs_P2: Ints, distances_P: Floats, photos: Sequence[str], identity_N: Ints, crops: Iterable[tuple[str, bytes]]
 ) -> list[Proposal]:
     """Return a proposal for each pair whose crops are one picture: the second photo loses its identity.
 
     If the two have different identities, at most one of these is right, and a person has to decide.
+
+    Args:
+        crops: photo and JPEG of each face in the pairs that has one. They are read once, one after the other.
     """
-    patterns = {n: light_pattern(crops[photos[n]]) for n in np.unique(pairs_P2).tolist() if photos[n] in crops}
+    row_of = {photos[n]: n for n in np.unique(pairs_P2).tolist()}
+    place_N = np.full(len(photos), -1)
+    patterns: list[NDArray[np.bool_]] = []
+    for photo, crop in crops:
+        place_N[row_of[photo]] = len(patterns)
+        patterns.append(light_pattern(crop))
+    known_P = (place_N[pairs_P2] >= 0).all(axis=1)
+    pairs_P2, distances_P = pairs_P2[known_P], distances_P[known_P]
     found = []
     for (a, b), distance in zip(pairs_P2.tolist(), distances_P.tolist(), strict=True):
-        if a in patterns and b in patterns:
-            difference = float(np.mean(patterns[a] != patterns[b]))
-            if difference <= MAX_DIFFERENCE:
-                found.append(
-                    Proposal(
-                        kind=DUPLICATE,
-                        certainty=1 - difference / MAX_DIFFERENCE,
-                        faces=np.array([b]),
-                        identity=int(identity_N[b]),
-                        to=NOBODY,
-                        evidence=np.array([a]),
-                        distance=distance,
-                    )
+        difference = float(np.mean(patterns[place_N[a]] != patterns[place_N[b]]))
+        if difference <= MAX_DIFFERENCE:
+            found.append(
+                Proposal(
+                    kind=DUPLICATE,
+                    certainty=1 - difference / MAX_DIFFERENCE,
+                    faces=np.array([b]),
+                    identity=int(identity_N[b]),
+                    to=NOBODY,
+                    evidence=np.array([a]),
+                    distance=distance,
                 )
+            )
     return found

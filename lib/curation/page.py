@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from lib.curation.proposals import KINDS, MEANINGS
@@ -20,11 +21,10 @@ Row = Mapping[str, Any]
 
 def shown_rows(changes: pa.Table, num_of_kind: int) -> list[Row]:
     """Return the first proposals of each kind."""
-    shown: dict[str, list[Row]] = {kind: [] for kind in KINDS}
-    for row in changes.to_pylist():
-        if len(shown[row["kind"]]) < num_of_kind:
-            shown[row["kind"]].append(row)
-    return [row for rows in shown.values() for row in rows]
+    kinds = changes["kind"].to_numpy()
+    rows = [row for kind in KINDS for row in np.flatnonzero(kinds == kind)[:num_of_kind].tolist()]
+    shown: list[Row] = changes.take(pa.array(rows, pa.int64())).to_pylist()
+    return shown
 
 
 def photos_shown(rows: Iterable[Row], *, against: bool = False) -> set[str]:

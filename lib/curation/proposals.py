@@ -124,11 +124,12 @@ class _Cells:
         num_clusters, num_identities = int(cluster_N.max()) + 1, int(identity_N.max(initial=NOBODY)) + 1
         home_of, owner_M = np.full(num_identities, -1), np.full(num_clusters, NOBODY)
         host_M, largest_of = np.full(num_clusters, -1), np.full(num_identities, -1)
-        for k in np.lexsort((identity_K, -sizes_K)):
-            identity, cluster = identity_K[k], cluster_K[k]
-            if identity != NOBODY and largest_of[identity] < 0:
+        order_K = np.lexsort((identity_K, -sizes_K))
+        order_K = order_K[identity_K[order_K] != NOBODY]
+        for k, identity, cluster in np.stack([order_K, identity_K[order_K], cluster_K[order_K]], axis=1).tolist():
+            if largest_of[identity] < 0:
                 largest_of[identity] = k
-            if identity != NOBODY and home_of[identity] < 0 and owner_M[cluster] == NOBODY:
+            if home_of[identity] < 0 and owner_M[cluster] == NOBODY:
                 home_of[identity], owner_M[cluster], host_M[cluster] = k, identity, k
         is_named_K = identity_K != NOBODY
         has_home_K = is_named_K & ((home_of[identity_K] if num_identities else -1) >= 0)
@@ -233,9 +234,10 @@ def best_threshold(clusters_at: dict[float, Ints], identity_N: Ints) -> float:
 def pairwise_f(cluster_N: Ints, identity_N: Ints) -> float:
     """Return the F-measure of the pairs that share a cluster, against those that share an identity."""
 
-    def num_pairs(*numbers: Ints) -> float:
-        sizes = pd.DataFrame(dict(enumerate(numbers))).value_counts().to_numpy(np.float64)
+    def num_pairs(numbers_N: Ints) -> float:
+        sizes = np.unique(numbers_N, return_counts=True)[1].astype(np.float64)
         return float((sizes * (sizes - 1)).sum() / 2)
 
-    both, ours, theirs = num_pairs(cluster_N, identity_N), num_pairs(cluster_N), num_pairs(identity_N)
+    both_N = cluster_N * (identity_N.max(initial=0) + 1) + identity_N
+    both, ours, theirs = num_pairs(both_N), num_pairs(cluster_N), num_pairs(identity_N)
     return 2 * both / (ours + theirs) if ours + theirs else 0.0

@@ -17,6 +17,7 @@ from lib.curation import page
 from lib.curation.apply import changed, identities_csv
 from lib.curation.changes import SCHEMA, changes_table
 from lib.curation.duplicates import duplicates, light_pattern, near_pairs
+from lib.curation.neighbour_graph import near_faces
 from lib.curation.proposals import NOBODY, Proposal
 from lib.faces.identities import read_identities
 from lib.faces.images import to_jpeg
@@ -145,7 +146,7 @@ def test_copies_of_a_picture_are_found_and_other_pictures_are_not() -> None:
     crops |= {f"copy of {n}.jpg": recompressed(drawn_crop(n)) for n in range(2)}
     photos = list(crops)
     every_pair = np.array([(a, b) for b in range(8) for a in range(b)])
-    found = duplicates(every_pair, np.zeros(len(every_pair)), photos, np.zeros(8, np.int64), crops)
+    found = duplicates(every_pair, np.zeros(len(every_pair)), photos, np.zeros(8, np.int64), crops.items())
     assert [(each.evidence.tolist(), each.faces.tolist()) for each in found] == [([0], [6]), ([1], [7])]
     assert all(0 < each.certainty < 1 for each in found)
     assert light_pattern(crops["0.jpg"]).shape == (256,)
@@ -153,9 +154,10 @@ def test_copies_of_a_picture_are_found_and_other_pictures_are_not() -> None:
 
 def test_near_pairs_are_each_pair_once_within_one_set_and_between_two() -> None:
     vectors_ND = np.array([[0, 0], [0, 1], [5, 5], [0, 1.5], [0, 0]], np.float32)
-    pairs_P2, distances_P = near_pairs(vectors_ND, 1.2)
+    pairs_P2, distances_P = near_faces(vectors_ND, 3).within(1.2)
     assert pairs_P2.tolist() == [[0, 1], [0, 4], [1, 3], [1, 4]]
     assert distances_P == pytest.approx([1, 0, 0.5, 1])
-    pairs_P2, _ = near_pairs(vectors_ND, 0.6, np.array([[5, 5], [9, 9]], np.float32))
+    pairs_P2, _ = near_pairs(vectors_ND, np.array([[5, 5], [9, 9]], np.float32), 0.6)
     assert pairs_P2.tolist() == [[2, 0]]
-    assert len(near_pairs(np.empty((0, 2), np.float32), 1.0)[0]) == 0
+    assert len(near_pairs(np.empty((0, 2), np.float32), vectors_ND, 1.0)[0]) == 0
+    assert len(near_faces(np.empty((0, 2), np.float32), 1.0).pairs_P2) == 0
