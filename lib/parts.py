@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,14 +198,21 @@ def finish_version(
     storage.remove_tree(storage.join(url, MANIFEST_FOLDER))
 
 
-def remove_unused(url: str, success: Plan, present: Iterable[str], *, keep_versions: int) -> None:
-    """Remove the parts that are neither in the finished version nor in a kept one, and the lists of older versions."""
-    kept, used = keep_versions - 1, set(success["parts"])
+def remove_unused(
+    url: str, success: Plan, present: Iterable[str], *, keep_versions: int | None, unwanted: Collection[str] = ()
+) -> None:
+    """Remove the parts that are neither in the finished version nor in a kept one, and the lists of older versions.
+
+    A version with an unwanted part is not kept. With `keep_versions` None, all others are.
+    """
+    used, kept = set(success["parts"]), 1
     for number, name in sorted(_kept_versions(url), reverse=True):
         version_url = storage.join(url, VERSIONS_FOLDER, name)
-        if kept > 0 and number < success["version"]:
-            used |= storage.read_json(version_url, SUCCESS_ENTRIES)["parts"].keys()
-            kept -= 1
+        names = storage.read_json(version_url, SUCCESS_ENTRIES)["parts"].keys()
+        is_wanted = number < success.get("version", 0) and names.isdisjoint(unwanted)
+        if is_wanted and (keep_versions is None or kept < keep_versions):
+            used |= names
+            kept += 1
         else:
             storage.remove(version_url)
     unused = [name for name in present if name.startswith(PART_PREFIX) and name not in used]

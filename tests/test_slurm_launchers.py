@@ -67,10 +67,46 @@ def test_a_launcher_leaves_the_choice_of_gpus_to_the_job(job: str) -> None:
     assert done.stdout == f"jobs/{job}.py --name a  b\n"
 
 
-def test_outside_of_slurm_the_next_step_is_told() -> None:
-    done = bash("slurm/ray-cluster.sh", "jobs/train.py")
+# They stand for Slurm's programs: what is asked of them is written down, and the command of a step runs here.
+SRUN = """#!/bin/bash
+[ "$1" = --help ] && exit
+node=; while [[ $1 == --* ]]; do [[ $1 != --nodelist=* ]] || node=${1#*=}; shift; done
+printf '%s:%s\\n' "$node" "$*" >> "$ASKED"
+[ "$node" != "${FAILS_ON:-}" ] || { kill -USR1 $PPID; exec sleep 20; }
+"""
+SCONTROL = """#!/bin/bash
+[ "$1" != requeue ] || { echo "$*" >> "$ASKED"; exit; }
+printf 'node1\\nnode2\\nnode3\\n'
+"""
+
+
+@pytest.mark.parametrize("fails_on", ["", "node2"])
+def test_forget_runs_on_one_node_after_the_other_and_goes_on_after_the_time_limit(
+    tmp_path: Path, fails_on: str
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, content in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(content)
+        (programs / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-3]", "ASKED": str(tmp_path / "asked")}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}", "FAILS_ON": fails_on}
+    done = bash("slurm/forget.sh", "--identities", "Ada  Quill", "it's", **slurm, **path)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    command = "python jobs/forget.py --identities Ada  Quill it's"
+    if fails_on:
+        assert asked == [f"node1:{command}", f"node2:{command}", "requeue 7"]
+        assert done.returncode == 75
+    else:
+        assert asked == [f"{node}:{command}" for node in ("node1", "node2", "node3")]
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("launcher", "job"), [("ray-cluster", "train"), ("forget", "forget")])
+def test_outside_of_slurm_the_next_step_is_told(launcher: str, job: str) -> None:
+    done = bash(f"slurm/{launcher}.sh", "jobs/train.py")
     assert done.returncode == 2
-    assert "sbatch slurm/train.sh" in done.stderr
+    assert f"sbatch slurm/{job}.sh" in done.stderr
 
 
 def test_a_container_that_cannot_be_is_refused_with_what_can() -> None:

@@ -75,7 +75,7 @@ def forget(config: ForgetConfig) -> dict[str, Any]:
     journal.begin(targets)
     write_tombstones(data_url, key, journal.op, targets.photos, targets.identities)
     for _ in range(ROUNDS):
-        if not _take_out(config, where, targets, journal):
+        if not _take_out(config, where, targets, journal, tombstones):
             break
         where = search.places(data_url, [absolute_url(url, "--also") for url in config.also])
     else:
@@ -138,19 +138,19 @@ def _resolved(
             (name for name in absent.photos if not tombstones.holds_photo(name)),
             (name for name in absent.identities if not tombstones.holds_identity(name)),
         )
-    if (absent.photos or absent.identities) and not _found(config, where, absent):
+    if (absent.photos or absent.identities) and not _found(config, where, absent, None):
         name = min(absent.identities or absent.photos)
         more = len(absent.photos) + len(absent.identities) - 1
         raise UserError(
             f"{name!r}{f' and {more} more are' if more else ' is'} nowhere below {storage.redacted(config.data)}: "
             "write names as the column photo or identity of the faces table has them; nothing was changed"
         )
-    return targets, bool(there.photos or there.identities) or bool(_found(config, where, targets))
+    return targets, bool(there.photos or there.identities) or bool(_found(config, where, targets, tombstones))
 
 
-def _found(config: ForgetConfig, where: search.Places, targets: Targets) -> int:
+def _found(config: ForgetConfig, where: search.Places, targets: Targets, tombstones: Tombstones | None) -> int:
     hits = search.tables_with(where, targets)
-    caches = caches_with(targets, config.cache_dir)
+    caches = caches_with(targets, config.cache_dir, tombstones)
     return len(hits) + len(search.files_with(where, targets, hits)) + len(caches)
 
 
@@ -159,7 +159,7 @@ def _plan(config: ForgetConfig, where: search.Places, given: Targets, tombstones
     targets, _ = _resolved(config, where, given, tombstones, journal)
     hits = search.tables_with(where, targets)
     files = search.files_with(where, targets, hits)
-    caches = caches_with(targets, config.cache_dir)
+    caches = caches_with(targets, config.cache_dir, tombstones)
     for table in hits:
         logger.info("%d rows would go from %s", sum(table.rows.values()), storage.redacted(table.url))
     for file in files:
@@ -178,11 +178,13 @@ def _plan(config: ForgetConfig, where: search.Places, given: Targets, tombstones
     }
 
 
-def _take_out(config: ForgetConfig, where: search.Places, targets: Targets, journal: Journal) -> int:
+def _take_out(
+    config: ForgetConfig, where: search.Places, targets: Targets, journal: Journal, tombstones: Tombstones | None
+) -> int:
     """Take the targets out of all places once; return how many. The journal names a place before it changes."""
     hits = search.tables_with(where, targets)
     files = search.files_with(where, targets, hits)
-    caches = caches_with(targets, config.cache_dir)
+    caches = caches_with(targets, config.cache_dir, tombstones)
     journal.note_versions(hits, [run_id for url in where.tables for run_id in _run_ids(url)], where.runs)
     for table in hits:
         logger.info("%s: %d rows in %d files", storage.redacted(table.url), sum(table.rows.values()), len(table.rows))

@@ -1,4 +1,4 @@
-"""Tables of faces and of embeddings: makes a new version without some rows, and removes all older versions.
+"""Tables of faces and of embeddings: makes a new version without some rows, and removes older versions with them.
 
 Files are never changed. Parts with such rows are written again under new names, then plan and card, then `_SUCCESS`.
 The new names depend on the old ones and the run_id of the new version, so a killed job finds its own files.
@@ -122,10 +122,10 @@ def take_out(hits: TableHits, targets: Targets, op: str) -> dict[str, dict[str, 
 
 
 def swap(url: str, rewritten: Mapping[str, Mapping[str, Any]], unwanted: Sequence[str], op: str) -> None:
-    """Let readers see the version without the targets; remove all other versions, and the files `unwanted`.
+    """Let readers see the version without the targets; remove other versions with them, and the files `unwanted`.
 
-    After a kill it continues. A table without a finished version only loses those files. A table with nobody else in it
-    is removed.
+    After a kill it continues. Older versions without any of the targets stay. A table without a finished version only
+    loses those files. A table with nobody else in it is removed.
 
     Raises:
         JobError: new files are gone, or another job began a version meanwhile.
@@ -141,8 +141,8 @@ def swap(url: str, rewritten: Mapping[str, Mapping[str, Any]], unwanted: Sequenc
         run_id = parts.digest_of([op, url])[:12]
         if any(name in success["parts"] for name in rewritten):
             success = _new_version(found, rewritten, run_id)
-        # Jobs that read an older version would miss some of its files, so it is removed as a whole.
-        parts.remove_unused(url, success, found.present, keep_versions=1)
+        # Jobs that read a version with a target would miss some of its files, so that version goes as a whole.
+        parts.remove_unused(url, success, found.present, keep_versions=None, unwanted=unwanted)
     if any(name.startswith(parts.MANIFEST_FOLDER) for name in unwanted):
         storage.remove(storage.join(url, parts.MANIFEST_FOLDER, "listed.json"))  # without it, the list does not count
         storage.remove_tree(storage.join(url, parts.MANIFEST_FOLDER))

@@ -164,6 +164,9 @@ def _rules(document: Document, documents: list[Document]) -> Iterator[str]:
         for name, pod in pods(document) if "rayClusterSpec" in document["spec"] else ():
             for problem in [*_pod(pod, documents), *_security(pod)]:
                 yield f"{name}: {problem}"
+    if kind == "Job":
+        pod = document["spec"]["template"]["spec"]
+        yield from [*_pod(pod, documents), *_security(pod)]
     if kind in ("ConfigMap", "Secret"):
         for key in {**(document.get("data") or {}), **(document.get("stringData") or {})}:
             if not CONFIG_KEY.fullmatch(key):

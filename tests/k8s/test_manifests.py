@@ -2,11 +2,14 @@
 
 import copy
 import json
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from lib.evaluation.evaluate_job import EvaluateConfig
@@ -14,8 +17,9 @@ from lib.faces.preprocess_config import PreprocessConfig
 from lib.flags import parsed
 from lib.sample.sample_job import SampleConfig
 from lib.training.settings import TrainConfig
-from tests.job_runner import SCRIPTS
+from tests.job_runner import ROOT, SCRIPTS, environment
 from tests.k8s.checks import CLUSTER_WIDE, FOLDER, Document, config_of, load, load_folder, pods, problems
+from tests.training.learnable_faces import write_faces
 
 OVERLAYS = sorted(path.name for path in (FOLDER / "overlays").iterdir() if path.name != "base")
 CONFIGS = {
@@ -262,3 +266,41 @@ def test_one_container_alone_gets_a_token_of_kubernetes() -> None:
         ]
         assert mounted == []
         assert "serviceaccount" in str(job["spec"]["rayClusterSpec"]["autoscalerOptions"]["volumeMounts"])
+
+
+FORGET = (FOLDER / "jobs" / "forget.yaml").read_text()
+
+
+def test_the_job_that_forgets_is_accepted_beside_the_others_on_a_volume_and_with_a_bucket() -> None:
+    assert problems([*DOCUMENTS, *load(FORGET)]) == []
+    (command,) = re.findall(r"sed '(s#persistent[^']*)' k8s/jobs/forget.yaml", (FOLDER / "README.md").read_text())
+    done = subprocess.run(["sed", command], input=FORGET, capture_output=True, text=True, check=True)
+    assert "persistentVolumeClaim" not in done.stdout
+    assert problems([*render("s3"), *load(done.stdout)]) == []
+    for broken in (("claimName: data", "claimName: dat"), ("drop: [ALL]", "drop: []"), ("limits: {cpu", "limit: {cpu")):
+        assert problems([*DOCUMENTS, *load(FORGET.replace(*broken))]), broken
+
+
+def test_the_job_that_forgets_takes_the_names_of_its_secret_as_they_are(tmp_path: Path) -> None:
+    write_faces(tmp_path / "the data" / "faces")
+    secret = tmp_path / "a secret"
+    secret.mkdir()
+    (secret / "identities").write_text("person 1\nperson 2\n")
+    (secret / "photos").write_text("person 3/“0”.jpg\n")
+    (container,) = load(FORGET)[0]["spec"]["template"]["spec"]["containers"]
+    (script,) = container["args"]
+    settings = {"DATA_URL": str(tmp_path / "the data"), "PATH": f"{SCRIPTS}:/usr/bin:/bin"}
+    for flags, rows in (("--dry-run --no-names", 17), ("", 17)):
+        done = subprocess.run(
+            [*container["command"], script.replace("/app", str(ROOT)).replace("/forget", str(secret), 2)],
+            env=environment({**settings, "FORGET_FLAGS": flags}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert (result["job"], result["rows"]) == ("forget", rows)
+    assert "person 1/" not in "".join(
+        str(table.to_pydict()["photo"]) for table in map(pq.read_table, (tmp_path / "the data").rglob("*.parquet"))
+    )
