@@ -20,14 +20,16 @@ nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 unset "${!SLURM_MEM_PER@}" SLURM_NTASKS SLURM_NPROCS "${!SLURM_NTASKS_PER@}" "${!SLURM_CPUS_PER@}" "${!SLURM_TRES_PER@}" \
     SLURM_TASKS_PER_NODE
 
-step= asked=
-trap 'asked=yes; [ -z "$step" ] || kill -TERM "$step" 2> /dev/null' USR1
+asked=
+trap 'asked=yes; [ -z "${step:-}" ] || kill -TERM "$step" 2> /dev/null' USR1
 for node in $nodes; do
+    step=
     [ -z "$asked" ] || break
     printf '%(%F %T)T launcher: forgetting on %s\n' -1 "$node" >&2
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" --mem=0 --cpu-bind=none --input=none --export=ALL \
         "${step_options[@]}" "${step_prefix[@]}" "${inside[@]}" python jobs/forget.py "$@" &
     step=$!
+    [ -z "$asked" ] || kill -TERM $step # the signal came while the step began
     while kill -0 $step 2> /dev/null; do wait $step; done # a signal interrupts wait
     wait $step
     status=$?
