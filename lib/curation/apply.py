@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib import storage
-from lib.curation.changes import ABOUT_NAME, CURATION_NAME, SCHEMA, digest_of_table
+from lib.curation.changes import (
+    ABOUT_NAME,
+    CURATION_NAME,
+    IDENTITIES_DIGEST,
+    SCHEMA,
+    digest_of_list,
+    digest_of_table,
+)
 from lib.curation.proposals import DUPLICATE, KINDS
 from lib.errors import UserError
 from lib.faces import table
@@ -33,7 +40,7 @@ class Applied:
 def apply_decisions(
     output: str, faces_url: str, identities_url: str, decisions_url: str | None, *, over: float | None, dry_run: bool
 ) -> Applied:
-    """Write the identities after the accepted proposals. Those of the table are kept beside the proposals.
+    """Write the identities after the accepted proposals. The list before is kept beside the proposals.
 
     Args:
         output: folder of the proposals.
@@ -42,12 +49,10 @@ def apply_decisions(
         over: instead of decisions, accept all proposals of at least this certainty.
 
     Raises:
-        UserError: there are no proposals, the faces table changed since, or the file is not a list of proposals.
+        UserError: there are no proposals, the faces table or the identities changed since, or the file is not a list
+            of proposals.
     """
-    about_url = storage.join(output, ABOUT_NAME)
-    if not storage.exists(about_url):
-        raise UserError(f"no proposals in {storage.redacted(output)}: run jobs/curate.py without --apply first")
-    about = storage.read_json(about_url, {"faces_digest": str})
+    about = _about(output)
     success = table.read_success(faces_url)
     if about["faces_digest"] != digest_of_table(success):
         raise UserError(
@@ -64,10 +69,12 @@ def apply_decisions(
     before = _identities(faces_url, success)
     after = changed(before, accepted)
     num_photos = sum(after[photo] != identity for photo, identity in before.items())
-    earlier_url = storage.join(output, EARLIER_NAME)
-    if not dry_run:
-        storage.write_bytes(earlier_url, identities_csv(before))
-        storage.write_bytes(identities_url, identities_csv(after))
+    earlier_url, content = storage.join(output, EARLIER_NAME), identities_csv(after)
+    replaced = list_at(identities_url)
+    _check_same_list(about, identities_url, replaced, content)
+    if not dry_run and replaced != content:  # equal after a kill between the two: the first file is right already
+        storage.write_bytes(earlier_url, identities_csv(before) if replaced is None else replaced)
+        storage.write_bytes(identities_url, content)
         logger.info(
             "%s has the new identities; to take them back, copy %s over it",
             *(storage.redacted(identities_url), storage.redacted(earlier_url)),
@@ -79,6 +86,22 @@ def apply_decisions(
         num_photos=num_photos,
         dry_run=dry_run,
     )
+
+
+def _about(output: str) -> dict[str, Any]:
+    about_url = storage.join(output, ABOUT_NAME)
+    if not storage.exists(about_url):
+        raise UserError(f"no proposals in {storage.redacted(output)}: run jobs/curate.py without --apply first")
+    return storage.read_json(about_url, {"faces_digest": str})
+
+
+def _check_same_list(about: Mapping[str, Any], identities_url: str, found: bytes | None, content: bytes) -> None:
+    """Raise UserError if the list of identities is neither the one of the proposals nor the one to write."""
+    if IDENTITIES_DIGEST in about and found != content and about[IDENTITIES_DIGEST] != digest_of_list(found):
+        raise UserError(
+            f"{storage.redacted(identities_url)} changed since the proposals were made, and would be lost: run "
+            "jobs/preprocess.py and jobs/curate.py again"
+        )
 
 
 def changed(before: Mapping[str, str | None], accepted: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
@@ -98,6 +121,11 @@ def changed(before: Mapping[str, str | None], accepted: Sequence[Mapping[str, An
             if each["kind"] == DUPLICATE or after.get(photo) == each["identity"]:
                 after[photo] = to
     return after
+
+
+def list_at(url: str) -> bytes | None:
+    """Return a list of identities as it is; None if there is none."""
+    return storage.read_bytes(url) if storage.exists(url) else None
 
 
 def identities_csv(identities: Mapping[str, str | None]) -> bytes:

@@ -11,6 +11,8 @@ from lib import storage
 from lib.curation.proposals import NEW, NOBODY, SPLIT, Proposal
 
 CURATION_NAME, ABOUT_NAME, PAGE_NAME = "curation.parquet", "curation.json", "curation.html"
+IDENTITIES_DIGEST = "identities_digest"
+"""Entry of `ABOUT_NAME`: `digest_of_list` of the list of identities beside the photos."""
 
 SCHEMA = pa.schema(
     [
@@ -96,6 +98,11 @@ def _to_name(proposal: Proposal, identity: str | None, names: Sequence[str], fre
 def digest_of_table(success: Mapping[str, Any]) -> str:
     """Return a short hash of a faces table's `_SUCCESS`, which differs between versions."""
     return hashlib.sha256(json.dumps(success, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_of_list(content: bytes | None) -> str | None:
+    """Return a short hash of a list of identities; None if there is none."""
+    return None if content is None else hashlib.sha256(content).hexdigest()[:16]
 
 
 def write_about(output: str, faces_url: str, faces_digest: str, **settings: Any) -> None:

@@ -18,8 +18,16 @@ import tyro
 from lib import cluster, storage
 from lib.config import absolute_url, default_data_url
 from lib.curation import page
-from lib.curation.apply import apply_decisions
-from lib.curation.changes import CURATION_NAME, PAGE_NAME, changes_table, digest_of_table, write_about
+from lib.curation.apply import apply_decisions, list_at
+from lib.curation.changes import (
+    CURATION_NAME,
+    IDENTITIES_DIGEST,
+    PAGE_NAME,
+    changes_table,
+    digest_of_list,
+    digest_of_table,
+    write_about,
+)
 from lib.curation.duplicates import NEAR_SHARE, duplicates, near_pairs
 from lib.curation.linkage import average_linkage
 from lib.curation.neighbour_graph import Pairs, near_faces
@@ -93,7 +101,7 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     if config.apply is not None or config.apply_over is not None:
         return _applied(config, output, faces_url, layout.identities())
 
-    success = table.read_success(faces_url)
+    success, listed_digest = table.read_success(faces_url), digest_of_list(list_at(layout.identities()))
     source = faces_source(faces_url, table.SPLITS)
     model_url = find_model(layout, config.model)
     embedder = load_embedder(model_url, config.onnx)
@@ -121,7 +129,8 @@ def curate(config: CurateConfig) -> dict[str, Any]:
     leaked = _leaked(source, against, photos, vectors_ND, identity_N, theirs, threshold) if against and theirs else []
     changes = changes_table(found, leaked, photos, splits, names, theirs.photos if theirs else [])
     storage.write_parquet(storage.join(output, CURATION_NAME), changes)
-    write_about(output, faces_url, digest_of_table(success), threshold=threshold, model=embedder.digest)
+    about = {IDENTITIES_DIGEST: listed_digest, "threshold": threshold, "model": embedder.digest}
+    write_about(output, faces_url, digest_of_table(success), **about)
     page_url = storage.join(output, PAGE_NAME)
     _write_page(page_url, changes, source, against or None, num_shown=config.shown)
     counts = Counter(changes["kind"].to_pylist())

@@ -94,7 +94,7 @@ def test_with_very_many_photos_every_page_counts() -> None:
         ("runs/a/usage.parquet", "rows"),
         ("runs/a/checkpoints/identities.parquet", "rows"),
         ("report/suspects.csv", "spreadsheet"),
-        ("curation/identities-before.csv", "spreadsheet"),
+        ("curation/identities-before.csv", "list of identities"),
         ("identities.txt", "list of identities"),
         ("runs/a/report/report.html", "page"),
         ("photos.parquet", None),
