@@ -16,7 +16,7 @@ from typing import Any
 
 from lib import storage
 from lib.errors import JobError, UserError
-from lib.plans import Plan, differences, earlier_plan
+from lib.plans import FORMAT, TABLE_FORMAT, Plan, check_format, differences, earlier_plan
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ def found_at(url: str) -> Found:
     """Return the state of a table's folder."""
     plan_url = storage.join(url, PLAN_NAME)
     plan = storage.read_json(plan_url, {"fingerprint": dict}) if storage.exists(plan_url) else None
+    check_format(plan or {}, plan_url)
     return Found(url, plan, _success(url), present_files(url))
 
 
@@ -151,7 +152,7 @@ def begin(found: Found, plan: Plan, names: Sequence[str]) -> dict[str, Any]:
         about = {"run_id": success["run_id"], "version": success["version"]}
     else:
         about = {"run_id": uuid.uuid4().hex[:12], "version": next_version(found)}
-    begun = {**about, "content": content, **plan}
+    begun = {**about, FORMAT: TABLE_FORMAT, "content": content, **plan}
     storage.write_json(storage.join(found.url, PLAN_NAME), begun)
     return begun
 
@@ -192,7 +193,7 @@ def finish_version(
     if earlier is not None and earlier["run_id"] != begun["run_id"]:
         storage.write_json(_version_url(url, earlier), earlier)
     entries = {name: begun[name] for name in ("run_id", "version", "content")}
-    success = {**entries, **about, "parts": {name: present[name] for name in names}}
+    success = {**entries, FORMAT: TABLE_FORMAT, **about, "parts": {name: present[name] for name in names}}
     storage.write_json(storage.join(url, SUCCESS_NAME), success)
     remove_unused(url, success, present, keep_versions=keep_versions)
     storage.remove_tree(storage.join(url, MANIFEST_FOLDER))
@@ -233,9 +234,8 @@ def read_success(url: str, *, what: str, job: str, run_id: str | None = None) ->
     With `run_id` it is the version with that id, if it is still kept, or else the present one.
 
     Raises:
-        UserError: there is no table, it is not finished, or parts of it are gone. `what` and `job` name the table and
-        the
-            job that makes it.
+        UserError: there is no table, it is not finished, it has another format, or parts of it are gone. `what` and
+            `job` name the table and the job that makes it.
     """
     shown = storage.redacted(url)
     success = _success(url)
@@ -261,7 +261,9 @@ def finished_run_id(url: str) -> str | None:
 
 def read_plan(url: str) -> dict[str, Any]:
     """Return the plan of the version that was begun last."""
-    return storage.read_json(storage.join(url, PLAN_NAME), {"run_id": str, "fingerprint": dict})
+    plan = storage.read_json(storage.join(url, PLAN_NAME), {"run_id": str, "fingerprint": dict})
+    check_format(plan, url)
+    return plan
 
 
 def _success(url: str) -> dict[str, Any] | None:
@@ -270,6 +272,7 @@ def _success(url: str) -> dict[str, Any] | None:
     if not storage.exists(success_url):
         return None
     success = storage.read_json(success_url, SUCCESS_ENTRIES)
+    check_format(success, success_url)
     if "parts" not in success:
         success["parts"] = {name: size for name, size in present_files(url).items() if part_key(name) is None}
     if not isinstance(success["parts"], dict) or not isinstance(success.get("version", 0), int):

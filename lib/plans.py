@@ -5,10 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from lib import storage
+from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Plan = Mapping[str, Any]
+
+FORMAT, TABLE_FORMAT = "format", 1
+"""Entry of a table's plan and `_SUCCESS`, and the one format that this code reads. Older tables lack the entry."""
+
+
+def check_format(content: Plan, url: str) -> None:
+    """Raise UserError if a table, by its plan or `_SUCCESS` at `url`, has another format than this code reads."""
+    if (made := content.get(FORMAT, TABLE_FORMAT)) != TABLE_FORMAT:
+        raise UserError(
+            f"{storage.redacted(url)} is of a table of format {made!r}, made by another version of these jobs; this "
+            f"one reads format {TABLE_FORMAT}: use that version, or choose another folder"
+        )
 
 
 def earlier_plan(
@@ -17,10 +30,14 @@ def earlier_plan(
     """Return the plan of the output in a folder, None if none was begun, and the reason why ours cannot continue there.
 
     `defaults` are for `differences`. Files in the folder `begun` may exist before the plan does.
+
+    Raises:
+        UserError: it has another format.
     """
     plan_url = storage.join(url, plan_name)
     if storage.exists(plan_url):
         earlier = storage.read_json(plan_url, {"fingerprint": dict})
+        check_format(earlier, plan_url)
         different = "; ".join(differences(plan, earlier, defaults))
         return earlier, f"was made with other settings ({different})" if different else ""
     first = next(iter(storage.list_files(url)), None)

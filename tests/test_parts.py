@@ -1,5 +1,6 @@
 """What is in an output folder decides: go on, nothing to do, or refuse; old rows are readable until new ones stand."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -307,3 +308,18 @@ def test_files_that_are_there_are_not_asked_for_by_their_versions_alone(tmp_path
     make(tmp_path, [A])
     (tmp_path / A).unlink()
     assert settled(tmp_path).missing([A, B]) == {A, B}
+
+
+@pytest.mark.parametrize("name", [SUCCESS_NAME, PLAN_NAME])
+def test_a_table_of_another_format_is_refused_in_a_line_and_left_alone(tmp_path: Path, name: str) -> None:
+    make(tmp_path, [A])
+    content = json.loads((tmp_path / name).read_text())
+    assert content["format"] == 1
+    (tmp_path / name).write_text(json.dumps({**content, "format": 2}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    uses = [lambda: make(tmp_path, [A, B]), lambda: make(tmp_path, [B], overwrite=True)]
+    # Readers take the version that stands, whatever is being made.
+    for use in [*uses, *([lambda: read(tmp_path)] if name == SUCCESS_NAME else [])]:
+        with pytest.raises(UserError, match="format 2, made by another version of these jobs; this one reads format 1"):
+            use()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
