@@ -15,7 +15,7 @@ from lib.storage_errors import explained
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
+TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 def local_path(url: str) -> Path:
@@ -60,7 +60,7 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove what killed processes of this user have left below a folder in `write_whole`."""
     for info in local_files(str(folder)):
         path = folder / info.path
-        if _TEMPORARY_NAME.fullmatch(path.name):
+        if TEMPORARY_NAME.fullmatch(path.name):
             with explained(str(path), "remove"), suppress(FileNotFoundError):
                 if path.lstat().st_uid == os.geteuid():
                     logger.info("removing %s, left by a killed process", path)

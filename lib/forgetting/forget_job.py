@@ -17,6 +17,7 @@ from lib.faces.photo_names import stored_name
 from lib.faces.tombstones import Tombstones, make_key, read_tombstones, write_tombstones
 from lib.forgetting import models, search, tables
 from lib.forgetting.caches import caches_with, remove_cache
+from lib.forgetting.leftovers import remove_leftovers
 from lib.forgetting.receipt import Journal, open_journal
 from lib.forgetting.targets import Targets, of_names
 from lib.layout import Layout
@@ -70,6 +71,7 @@ def forget(config: ForgetConfig) -> dict[str, Any]:
     journal = open_journal(data_url, key, given)
     targets, is_there = _resolved(config, where, given, tombstones, journal)
     if not is_there and not journal.is_begun:
+        remove_leftovers(where.listings, where.half_written)
         logger.info("they were forgotten before, and nothing of them is left")
         return {"job": "forget", "receipt": None, "rows": 0, "files_rewritten": 0, "files_removed": 0, "models": []}
     journal.begin(targets)
@@ -192,6 +194,7 @@ def _take_out(
         journal.note_table(table, rewritten)
         tables.swap(table.url, rewritten, sorted(table.rows), journal.op)
     journal.note_files(files, caches)
+    remove_leftovers(where.listings, where.half_written)
     for file in files:
         if file.kind.is_removed:
             logger.info("%s is removed: %s makes it again", storage.redacted(file.url), file.kind.again)
