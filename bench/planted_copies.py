@@ -53,6 +53,7 @@ def plant(flags: Flags, into: Path) -> None:
     chosen = np.random.default_rng(flags.seed).permutation(names)[: round(len(names) * flags.share)].tolist()
     for number, name in enumerate(chosen):
         pixels, quality = cv2.imread(str(flags.photos / name)), 90
+        assert pixels is not None, f"{name} was aligned, and is gone"
         if number % 3 == 1:
             pixels, quality = cv2.resize(pixels, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), 50
         if number % 3 == 2:

@@ -20,13 +20,15 @@ from lib.plans import FORMAT, TABLE_FORMAT, Plan, check_format, differences, ear
 
 logger = logging.getLogger(__name__)
 
-PLAN_NAME = "_plan.json"
-SUCCESS_NAME = "_SUCCESS"
+PLAN_NAME, SUCCESS_NAME = "_plan.json", "_SUCCESS"
 VERSIONS_FOLDER = "_versions"
 MANIFEST_FOLDER = "_manifest"
 """Folder with the list of the input of an unfinished version."""
 PART_PREFIX = "split="
 """Beginning of the names of the folders with the parts' files."""
+
+_REWRITTEN = re.compile(r"\.[0-9a-f]{8}\.parquet$")
+"""The name of a file that jobs/forget.py makes from one without a key."""
 
 KEEP_VERSIONS = 2
 """By default the version before is kept, so that a job that reads it can finish."""
@@ -191,7 +193,7 @@ def finish_version(
         raise JobError(f"{len(gone)} new parts of {storage.redacted(url)} are gone, such as {gone[0]}: run it again")
     earlier = _success(url)
     if earlier is not None and earlier["run_id"] != begun["run_id"]:
-        storage.write_json(_version_url(url, earlier), earlier)
+        storage.write_json(storage.join(url, VERSIONS_FOLDER, f"{earlier.get('version', 0):06d}.json"), earlier)
     entries = {name: begun[name] for name in ("run_id", "version", "content")}
     success = {**entries, FORMAT: TABLE_FORMAT, **about, "parts": {name: present[name] for name in names}}
     storage.write_json(storage.join(url, SUCCESS_NAME), success)
@@ -274,7 +276,8 @@ def _success(url: str) -> dict[str, Any] | None:
     success = storage.read_json(success_url, SUCCESS_ENTRIES)
     check_format(success, success_url)
     if "parts" not in success:
-        success["parts"] = {name: size for name, size in present_files(url).items() if part_key(name) is None}
+        sizes = present_files(url).items()
+        success["parts"] = {name: size for name, size in sizes if not part_key(name) and not _REWRITTEN.search(name)}
     if not isinstance(success["parts"], dict) or not isinstance(success.get("version", 0), int):
         raise UserError(f"{storage.redacted(success_url)} names no parts: remove it and run the job that made it again")
     return success
@@ -290,10 +293,6 @@ def kept_successes(url: str) -> Iterable[dict[str, Any]]:
     """Yield the content of `_SUCCESS` of each kept version before the finished one."""
     for _, name in _kept_versions(url):
         yield storage.read_json(storage.join(url, VERSIONS_FOLDER, name), SUCCESS_ENTRIES)
-
-
-def _version_url(url: str, success: Plan) -> str:
-    return storage.join(url, VERSIONS_FOLDER, f"{success.get('version', 0):06d}.json")
 
 
 def _without_again(name: str) -> str:
