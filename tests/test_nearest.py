@@ -2,8 +2,91 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib import nearest
+
+
+def by_sorting(probes_BD: np.ndarray, gallery_GD: np.ndarray, num: int) -> np.ndarray:
+    distances_BG = np.linalg.norm(probes_BD[:, None].astype(float) - gallery_GD.astype(float), axis=2)
+    return np.sort(distances_BG, axis=1)[:, :num]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 30), st.integers(1, 70), st.integers(1, 8), st.integers(1, 90), st.booleans(), st.integers(0, 99))
+def test_they_are_those_that_sorting_gives(
+    num_probes: int, num_gallery: int, dim: int, num: int, unit: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    probes_BD = rng.standard_normal((num_probes, dim)).astype(np.float32)
+    gallery_GD = rng.standard_normal((num_gallery, dim)).astype(np.float32)
+    gallery_GD[::3] = gallery_GD[0]  # ties
+    if unit:
+        gallery_GD /= np.linalg.norm(gallery_GD, axis=1, keepdims=True)
+    index_BK, distance_BK = nearest.nearest(probes_BD, gallery_GD, num)
+    np.testing.assert_allclose(distance_BK, by_sorting(probes_BD, gallery_GD, num), atol=1e-4)
+    found_BKD = gallery_GD[index_BK]
+    np.testing.assert_allclose(np.linalg.norm(probes_BD[:, None] - found_BKD, axis=2), distance_BK, atol=1e-6)
+    assert all(len(set(row)) == len(row) == min(num, num_gallery) for row in index_BK.tolist())
+
+
+def test_a_gallery_of_many_blocks_gives_what_sorting_gives() -> None:
+    rng = np.random.default_rng(0)
+    probes_BD, gallery_GD = (rng.standard_normal((n, 16)).astype(np.float32) for n in (50, 20_000))
+    index_BK, distance_BK = nearest.nearest(probes_BD, gallery_GD, 7)
+    np.testing.assert_allclose(distance_BK, by_sorting(probes_BD, gallery_GD, 7), rtol=1e-5)
+    found_BKD = gallery_GD[index_BK]
+    np.testing.assert_allclose(np.linalg.norm(probes_BD[:, None] - found_BKD, axis=2), distance_BK, rtol=1e-5)
+
+
+def test_a_copy_has_distance_0() -> None:
+    vectors_GD = np.random.default_rng(0).standard_normal((40, 128)).astype(np.float32) * 10
+    index_BK, distance_BK = nearest.nearest(vectors_GD, vectors_GD, 1)
+    assert index_BK[:, 0].tolist() == list(range(40))
+    assert (distance_BK == 0).all()
+
+
+def test_no_probes_have_no_matches() -> None:
+    index_BK, distance_BK = nearest.nearest(np.empty((0, 4), np.float32), np.ones((3, 4), np.float32), 2)
+    assert index_BK.shape == distance_BK.shape == (0, 2)
+
+
+@pytest.mark.parametrize(("dim", "num"), [(3, 1), (16, 4), (129, 7)])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_neither_the_order_nor_the_size_of_blocks_changes_a_bit(dim: int, num: int, scale: float) -> None:
+    rng = np.random.default_rng(dim)
+    candidates_ND = (scale * rng.standard_normal((900, dim))).astype(np.float32)
+    candidates_ND[100:140] = candidates_ND[7]  # more equal ones than are wanted
+    candidates_ND[500:] = candidates_ND[:400] + scale * np.float32(1e-7) * rng.standard_normal((400, dim))
+    queries_BD = np.concatenate([candidates_ND[[7, 120, 600]], scale * rng.standard_normal((20, dim))])
+    queries_BD = queries_BD.astype(np.float32)
+    whole = nearest.nearest(queries_BD, candidates_ND, num)
+    distances_BN = np.sqrt(((queries_BD[:, None] - candidates_ND) ** 2).sum(axis=2, dtype=np.float64))
+    np.testing.assert_allclose(whole[1], np.sort(distances_BN, axis=1)[:, :num], rtol=1e-4, atol=1e-6 * scale)
+    assert whole[0][0].tolist() == [7, *range(100, 140)][:num]
+    for step in (1, 37, 450):
+        found = nearest.NearestSoFar(queries_BD, num)
+        shards = []
+        for first in reversed(range(0, 900, step)):
+            places = rng.permutation(np.arange(first, min(first + step, 900)))
+            found.add(candidates_ND[places], places)
+            shards.append(nearest.NearestSoFar(queries_BD, num))
+            shards[-1].add(candidates_ND[places], places)
+        apart = shards[0].codes_BK, shards[0].distances_BK
+        for shard in shards[1:]:
+            apart = nearest.merged(apart, (shard.codes_BK, shard.distances_BK), num)
+        for codes_BK, distances_BK in ((found.codes_BK, found.distances_BK), apart):
+            assert np.array_equal(codes_BK, whole[0])
+            assert np.array_equal(distances_BK, whole[1])
+
+
+def test_vectors_whose_squares_overflow_are_still_found() -> None:
+    candidates_ND = np.array([[1e30, 0], [0, 1], [0, 1e25]], np.float32)
+    codes_BK, distances_BK = nearest.nearest(np.array([[0, 1.5], [1e30, 0]], np.float32), candidates_ND, 3)
+    assert codes_BK[0].tolist() == [1, 0, 2]
+    assert sorted(codes_BK[1].tolist()) == [0, 1, 2]
+    assert distances_BK[0, 0] == 0.5
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 500, 1 << 22])

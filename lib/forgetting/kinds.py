@@ -168,8 +168,8 @@ def names_on_page(data: bytes, targets: Targets) -> tuple[bytes, int]:
 KINDS = (
     Kind("rows", ("usage.parquet", "suspects.parquet", "identities.parquet"), parquet_without),
     Kind("proposals", ("curation.parquet",), parquet_without),
-    Kind("matches", ("matches.parquet",), parquet_without),
-    Kind("spreadsheet", ("suspects.csv", "matches.csv"), csv_without),
+    Kind("matches", ("matches.parquet", "matches-*.parquet"), parquet_without),
+    Kind("spreadsheet", ("suspects.csv", "matches.csv", "matches-*.csv"), csv_without),
     Kind("list of identities", ("identities*.txt", "identities*.csv"), list_without),
     Kind("figures", ("metrics.json",), json_without),
     Kind("page", ("report.html",), names_on_page, is_removed=True, again="jobs/evaluate.py"),

@@ -107,15 +107,14 @@ def _below_origin(origin: str, photos: Iterable[str]) -> set[str]:
 def _origins(found: Places) -> dict[str, str]:
     """Return for each output of a folder of photos that folder."""
     origins = {}
-    files = {url for url, _ in found.files}
+    outputs = {url.rpartition("/")[0] for url, kind in found.files if kind.what in ("matches", "figures")}
     for url in found.tables:
         success_url = storage.join(url, parts.SUCCESS_NAME)
         origin = storage.read_json(success_url).get("photos") if storage.exists(success_url) else None
         if isinstance(origin, str):
             # identify and evaluate keep their embeddings below their output.
             above = url.rpartition("/embeddings")[0]
-            is_above = bool(files & {storage.join(above, name) for name in ("matches.parquet", "metrics.json")})
-            origins[above if above and is_above else url] = origin
+            origins[above if above in outputs else url] = origin
     return origins
 
 

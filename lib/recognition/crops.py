@@ -21,19 +21,25 @@ def read_crops(source: Source, names: Iterable[str]) -> dict[str, bytes]:
 
 def crops_of(source: Source, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and aligned face, JPEG, of these photos that have one, with those of one part in memory."""
-    wanted = pa.array(sorted(set(names)), pa.string())
     if isinstance(source, PhotosSource):
+        wanted = set(names)
         # A row `photo#n` is face n of the photo; a photo's own name may end so too.
-        of_files = pa.array(sorted({form for name in wanted.to_pylist() for form in (name, name.rpartition("#")[0])}))
-        photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files.cast(pa.string())))
+        of_files = pa.array(sorted({form for name in wanted for form in (name, name.rpartition("#")[0])}), pa.string())
+        photos = source.manifest.photos.filter(pc.is_in(source.manifest.photos["photo"], of_files))
         faces = PhotoFaces(*source.how())
         plan = replace(source, manifest=Manifest.of(photos)).parts()
         for part in plan.parts:
             for _, rows, _ in faces.tables(part_item(plan, part)):
                 yield from _with_crop(rows)
         return
-    for file_name in source.file_names:
-        url = storage.join(source.url, file_name)
+    yield from crops_in_table(source.url, source.file_names, names)
+
+
+def crops_in_table(faces_url: str, file_names: Iterable[str], names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and aligned face of these photos that these files of a faces table hold."""
+    wanted = pa.array(sorted(set(names)), pa.string())
+    for file_name in file_names:
+        url = storage.join(faces_url, file_name)
         in_file = storage.read_parquet(url, table.columns("photo"))
         if pc.any(pc.is_in(in_file["photo"], wanted)).as_py():
             rows = storage.read_parquet(url, table.columns("photo", "crop"))

@@ -5,13 +5,14 @@ Shape suffixes: N rows, D embedding dimension.
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from lib import storage
 from lib.errors import UserError
@@ -62,38 +63,72 @@ def read_embeddings(url: str, file_names: Sequence[str] | None = None) -> Embedd
         UserError: the folder does not exist, is not finished, is no embeddings table, or has an embedding that is not
             finite.
     """
-    success = read_success(url, what="embeddings", job="jobs/embed.py")
-    if file_names is None:
-        file_names = sorted(success["parts"])
-    if not file_names:
-        raise UserError(f"{url} holds no embeddings: run jobs/embed.py on photos with faces")
-    tables = [storage.read_parquet(storage.join(url, name)) for name in file_names]
-    abouts = [_about(storage.join(url, name), part.schema) for name, part in zip(file_names, tables, strict=True)]
-    model, fingerprint = abouts[0]
-    for name, (other, _) in zip(file_names, abouts, strict=True):
-        if other["embedding_dim"] != model["embedding_dim"]:
-            raise UserError(
-                f"{storage.join(url, name)} was made by another model than {file_names[0]}: run jobs/embed.py again"
-            )
+    _, names = finished_parts(url)
+    file_names = names if file_names is None else file_names
+    model, fingerprint = about_part(storage.join(url, file_names[0]))
+    tables = [read_part(storage.join(url, name), model) for name in file_names]
     splits = [split_in(name) for name, part in zip(file_names, tables, strict=True) for _ in range(len(part))]
     rows = pa.concat_tables(tables)
-    embeddings_ND = _filled(rows["embedding"], model["embedding_dim"])
-    num_broken = int(np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1)))
-    if num_broken:
-        raise UserError(
-            f"{num_broken} of {len(rows)} embeddings in {url} hold NaN or infinity: make them again with jobs/embed.py"
-        )
     return Embeddings(
         photos=rows["photo"].to_pylist(),
         identities=rows["identity"].to_pylist(),
         statuses=rows["status"].to_pylist(),
         splits=splits,
-        boxes_N4=_filled(rows["box"], 4),
-        embeddings_ND=embeddings_ND,
+        boxes_N4=filled(rows["box"]),
+        embeddings_ND=finite_vectors(rows, url),
         failed_N=rows["embedding"].is_null().to_numpy(),
         model=model,
         fingerprint=fingerprint,
     )
+
+
+def finished_parts(url: str) -> tuple[dict[str, Any], list[str]]:
+    """Return `_SUCCESS` of a finished embeddings folder, and the paths of its files, sorted.
+
+    Raises:
+        UserError: the folder does not exist, is not finished, has lost files, or holds none.
+    """
+    success = read_success(url, what="embeddings", job="jobs/embed.py")
+    if not success["parts"]:
+        raise UserError(f"{storage.redacted(url)} holds no embeddings: run jobs/embed.py on photos with faces")
+    return success, sorted(success["parts"])
+
+
+def about_part(url: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return model and faces of a file; raises UserError if it is none of an embeddings table."""
+    return _about(url, storage.parquet_schema(url))
+
+
+def read_part(url: str, model: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the rows of a file, or these columns of them.
+
+    Raises:
+        UserError: it is none of an embeddings table, or another model than `model` made it.
+    """
+    with storage.open_parquet(url) as file:
+        made_by, _ = _about(url, file.schema_arrow)
+        if (made_by["digest"], made_by["embedding_dim"]) != (model["digest"], model["embedding_dim"]):
+            raise UserError(
+                f"{storage.redacted(url)} was made by another model than the other parts of its table: run "
+                "jobs/embed.py again"
+            )
+        return file.read(columns=columns)
+
+
+def finite_vectors(rows: pa.Table, url: str) -> NDArray[np.float32]:
+    """Return the column `embedding` as [N, D], zeros where it is null.
+
+    Raises:
+        UserError: an embedding is not finite. `url` names the place.
+    """
+    embeddings_ND = filled(rows["embedding"])
+    num_broken = int(np.count_nonzero(~np.isfinite(embeddings_ND).all(axis=1)))
+    if num_broken:
+        raise UserError(
+            f"{num_broken} of {len(rows)} embeddings in {storage.redacted(url)} hold NaN or infinity: make them again "
+            "with jobs/embed.py"
+        )
+    return embeddings_ND
 
 
 def _about(url: str, found: pa.Schema) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,14 +142,15 @@ def _about(url: str, found: pa.Schema) -> tuple[dict[str, Any], dict[str, Any]]:
         is_ours = False
     if not is_ours:
         raise UserError(
-            f"{url} is no embeddings table, its columns are {', '.join(found.names)}: "
+            f"{storage.redacted(url)} is no embeddings table, its columns are {', '.join(found.names)}: "
             "name a folder that jobs/embed.py made"
         )
     return model, fingerprint
 
 
-def _filled(column: pa.ChunkedArray, width: int) -> np.ndarray:
-    """Return a column of lists as [N, width] float32, zeros where it is null."""
+def filled(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """Return a column of lists of one length W as [N, W] float32, zeros where it is null."""
+    width = column.type.list_size
     filled_NW = np.zeros((len(column), width), np.float32)
     valid_N = column.is_valid().to_numpy()
     filled_NW[valid_N] = column.combine_chunks().flatten().to_numpy().reshape(-1, width)

@@ -1,15 +1,14 @@
-"""The identify job: says who is in photos, by a gallery of known people.
-
-Shapes: B probes, G gallery faces, K matches.
-"""
+"""The identify job: says who is in photos, by a gallery of known people."""
 
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow as pa
 import tyro
 
 from lib import cluster, storage
@@ -19,7 +18,9 @@ from lib.faces import table
 from lib.faces.extraction import POLICIES
 from lib.faces.photo_flags import PhotoFlags
 from lib.layout import Layout
-from lib.recognition.crops import read_crops
+from lib.part_workers import run_parts
+from lib.parts import part_key, split_in
+from lib.recognition.crops import crops_in_table, read_crops
 from lib.recognition.embed_job import embed_source, model_name
 from lib.recognition.embedder import (
     Embedder,
@@ -29,17 +30,19 @@ from lib.recognition.embedder import (
     find_model,
     load_embedder,
 )
-from lib.recognition.embeddings_table import Embeddings, read_embeddings
-from lib.recognition.face_source import PhotosSource, check_source, faces_source, photos_source
-from lib.recognition.gallery import Search, nearest
-from lib.recognition.matches import UNKNOWN, Matches, matches_csv
+from lib.recognition.face_source import PhotosSource, check_source, photos_source
+from lib.recognition.gallery import Gallery, known_people
+from lib.recognition.gallery_search import SEARCH_FOLDER, SearchWorker, left_to_search, planned_search
+from lib.recognition.match_worker import MatchPlan, MatchWorker, left_to_write
+from lib.recognition.matches import MATCHES_SCHEMA, SHEET_FACES, first_faces, sheet_of
 from lib.recognition.onnx_model import OnnxInput
+from lib.recognition.open_set import open_set_figures, open_set_line, probes_of
 
 logger = logging.getLogger(__name__)
 
 FOLDERS = "folders"
 
-MATCHES_NAME, CSV_NAME, SHEET_NAME = "matches.parquet", "matches.csv", "matches.jpg"
+SHEET_NAME = "matches.jpg"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,6 @@ class IdentifyConfig:
     """Number of nearest gallery faces to list for each face."""
     threshold: float | None = None
     """Largest Euclidean distance of a match; farther faces are unknown. Default: the model's threshold."""
-    search: Search = "auto"
-    """exact: compare each face with the whole gallery. approximate: search a graph, for very large galleries. auto:
-    choose by size."""
     faces_policy: str = "all"
     """all: every face of a photo. prominent: the main face only."""
     detector_weights: str | None = None
@@ -104,45 +104,99 @@ def identify(config: IdentifyConfig) -> dict[str, Any]:
     model_url = find_model(layout, config.model)
     embedder = load_embedder(model_url, config.onnx, flip=chosen_flip(config.flip, config.no_flip))
     threshold = _threshold(config, embedder)
-    gallery = known_faces(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
+    gallery = known_people(layout.embeddings(model_name(model_url), config.gallery, "--gallery"), embedder)
     source = _probes(config, embedder)
     output = layout.output("matches", config.output)
-    num_people = len(set(gallery.identities))
-    result = {"job": "identify", "matches": storage.join(output, MATCHES_NAME), "gallery_faces": len(gallery)}
-    result |= {"gallery_identities": num_people, "threshold": threshold}
+    result = {"job": "identify", "gallery_faces": len(gallery), "gallery_identities": len(gallery.people)}
+    result |= {"threshold": threshold}
     if config.dry_run:
         check_source(source, embedder, strict=config.strict)
-        return {**result, "dry_run": True, "photos": len(source.manifest)}
+        return {**result, "matches": output, "dry_run": True, "photos": len(source.manifest)}
 
     storage.check_writable(output)
     folder = storage.join(output, "embeddings")
     # These files are from earlier photos.
     embed_source(source, embedder, folder, onnx=config.onnx, strict=config.strict, gpus=config.gpus, overwrite=True)
-    probes = read_embeddings(folder)
-    found = np.flatnonzero(~probes.failed_N)
-    index_BK, distance_BK = nearest(probes.embeddings_ND[found], gallery.embeddings_ND, config.top, config.search)
-    matches = Matches(probes, gallery, found, index_BK, distance_BK, threshold)
-    rows = matches.table()
-    storage.write_parquet(storage.join(output, MATCHES_NAME), rows)
-    storage.write_bytes(storage.join(output, CSV_NAME), matches_csv(rows))
-    measured = {}
-    if config.identities is not None:
-        measured = {"open_set": matches.open_set(several=config.faces_policy == "all" and not source.aligned)}
-    probe_photos, gallery_photos = matches.shown()
-    sheet = matches.sheet(read_crops(source, probe_photos), _gallery_crops(config, gallery_photos))
-    storage.write_bytes(storage.join(output, SHEET_NAME), sheet)
-    num_unknown = matches.decisions.count(UNKNOWN)
+    with_names, several = config.identities is not None, config.faces_policy == "all" and not source.aligned
+    search = planned_search(gallery, folder, output, config.top, [str(threshold), str(with_names), str(several)])
+    plan = MatchPlan(search=search, output=output, threshold=threshold, with_names=with_names, several=several)
+    search_and_write(plan)
+    done = [storage.read_json(plan.counts_url(group)) for group in range(len(search.groups))]
+    counts = {name: sum(each[name] for each in done) for name in ("rows", "faces", "unknown")}
+    measured = {"open_set": _open_set(plan, gallery, done)} if with_names else {}
+    storage.write_bytes(storage.join(output, SHEET_NAME), _sheet(config, plan, source, done))
+    storage.remove_tree(storage.join(output, SEARCH_FOLDER))
     return {
         **result,
-        "csv": storage.join(output, CSV_NAME),
+        "matches": storage.join(output, plan.file_name(0, "parquet")),
+        "csv": storage.join(output, plan.file_name(0, "csv")),
+        "files": len(search.groups),
         "photos": len(source.manifest),
-        "faces": len(found),
-        "identified": len(found) - num_unknown,
-        "unknown": num_unknown,
-        "photos_without_face": int(probes.failed_N.sum()),
+        "faces": counts["faces"],
+        "identified": counts["faces"] - counts["unknown"],
+        "unknown": counts["unknown"],
+        "photos_without_face": counts["rows"] - counts["faces"],
         **measured,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def search_and_write(plan: MatchPlan) -> None:
+    """Do the pieces of a search that are left, then write the matches of the groups that are left.
+
+    One piece is done here, several by workers.
+    """
+    search = plan.search
+    pieces, groups = left_to_search(search), left_to_write(plan)
+    pieces = [piece for piece in pieces if piece["group"] in groups]
+    with ExitStack() as stack:
+        if len(pieces) > 1 or len(groups) > 1:
+            stack.enter_context(cluster.connected())
+        if len(pieces) == 1:
+            SearchWorker(search).search(pieces[0])
+        elif pieces:
+            num_all = sum(search.num_rows) * sum(search.num_faces)
+            num_left = sum(search.num_rows[each["group"]] * search.num_faces[each["shard"]] for each in pieces)
+            run_parts(pieces, SearchWorker, (search,), unit="comparison", num_done=num_all - num_left, num_all=num_all)
+        if len(groups) == 1:
+            MatchWorker(plan).write({"group": groups[0]})
+        elif groups:
+            num_all = sum(search.num_rows)
+            num_done = num_all - sum(search.num_rows[group] for group in groups)
+            items = [{"group": group} for group in groups]
+            run_parts(items, MatchWorker, (plan,), unit="photo", num_done=num_done, num_all=num_all)
+    storage.remove_unfinished(plan.output)
+
+
+def _open_set(plan: MatchPlan, gallery: Gallery, counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of open-set identification, by the identities of the probes.
+
+    Raises:
+        UserError: no photo with one face has a name.
+    """
+    named = pa.concat_tables([storage.read_parquet(plan.named_url(group)) for group in range(len(counts))])
+    if not len(named):
+        raise UserError("--identities names no photo that has one face: correct the list, or leave the flag out")
+    person_B, nearest_B, distance_B = (named[name].to_numpy() for name in ("person", "nearest", "distance"))
+    probes = probes_of(person_B, nearest_B, distance_B, gallery.people)
+    figures = open_set_figures(probes, plan.threshold)
+    figures |= {name: sum(each[name] for each in counts) for name in ("photos_of_several_faces", "photos_without_name")}
+    logger.info("open set: %s", open_set_line(figures))
+    return figures
+
+
+def _sheet(config: IdentifyConfig, plan: MatchPlan, source: PhotosSource, counts: Sequence[dict[str, Any]]) -> bytes:
+    """Return the contact sheet of the first faces."""
+    shown, gallery_parts = [], list[str]()
+    for group, each in enumerate(counts):
+        shown.append(storage.read_parquet(storage.join(plan.output, plan.file_name(group, "parquet")), MATCHES_SCHEMA))
+        gallery_parts += each["shown_parts"]
+        if sum(counted["faces"] for counted in counts[: group + 1]) >= SHEET_FACES:
+            break
+    matches = first_faces(pa.concat_tables(shown), SHEET_FACES)
+    probe_crops = read_crops(source, matches["photo"].unique().to_pylist())
+    gallery_crops = _gallery_crops(config, gallery_parts, matches["gallery_photo"].unique().to_pylist())
+    return sheet_of(matches, plan.threshold, probe_crops, gallery_crops)
 
 
 def _probes(config: IdentifyConfig, embedder: Embedder) -> PhotosSource:
@@ -167,45 +221,14 @@ def _threshold(config: IdentifyConfig, embedder: Embedder) -> float:
     return threshold
 
 
-def known_faces(url: str, embedder: Embedder) -> Embeddings:
-    """Return the faces of an embeddings table that have an embedding and an identity.
-
-    Raises:
-        UserError: the table does not exist, another model made it, or none of its faces has an identity.
-    """
-    made = read_embeddings(url)
-    if bool(made.model.get("flip")) != embedder.flip:
-        one, other = ("without", "with") if embedder.flip else ("with", "without")
-        raise UserError(
-            f"the gallery {url} was embedded {one} mirror images, and {embedder.url} embeds {other} them: embed it "
-            f"again with jobs/embed.py, or give --{'no-' if embedder.flip else ''}flip"
-        )
-    if made.model["digest"] != embedder.digest:
-        raise UserError(
-            f"the gallery {url} was made by another model than {embedder.url}: embed it again with jobs/embed.py "
-            "--model, or name the model that made it"
-        )
-    kept = [n for n, identity in enumerate(made.identities) if identity is not None and not made.failed_N[n]]
-    if not kept:
-        raise UserError(
-            f"the gallery {url} is empty: none of its {len(made)} rows has both a face and an identity; "
-            "embed photos in a folder per person, or with identities.txt beside them"
-        )
-    return replace(
-        made,
-        photos=[made.photos[n] for n in kept],
-        identities=[made.identities[n] for n in kept],
-        statuses=[made.statuses[n] for n in kept],
-        splits=[made.splits[n] for n in kept],
-        boxes_N4=made.boxes_N4[kept],
-        embeddings_ND=made.embeddings_ND[kept],
-        failed_N=made.failed_N[kept],
-    )
-
-
-def _gallery_crops(config: IdentifyConfig, names: Sequence[str]) -> dict[str, bytes]:
+def _gallery_crops(config: IdentifyConfig, parts: Sequence[str], names: Sequence[str]) -> dict[str, bytes]:
+    """Return the crops of known faces in these parts of the gallery, from the same parts of the faces table."""
     faces_url = Layout(config.data).faces(config.faces)
     if config.faces is None and not storage.exists(storage.join(faces_url, table.SUCCESS_NAME)):
         logger.info("the contact sheet has no gallery pictures: %s is no faces table (--faces)", faces_url)
         return {}
-    return read_crops(faces_source(faces_url, table.SPLITS), names)
+    keys = {(split_in(name), part_key(name)) for name in parts}
+    file_names = table.part_names(table.read_success(faces_url), table.SPLITS)
+    # A table from before there were versions has other names.
+    same = [name for name in file_names if (split_in(name), part_key(name)) in keys or part_key(name) is None]
+    return dict(crops_in_table(faces_url, same, names))

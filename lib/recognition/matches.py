@@ -1,25 +1,19 @@
-"""The nearest gallery faces of each probe, as a table, CSV, contact sheet and figures of identification.
+"""The nearest gallery faces of each probe, as a table, CSV and contact sheet, a group of probes at a time.
 
-Shapes: B probes with a face, N rows of the probes, K matches of each.
+Shapes: N rows of the probes of a group, B of them with a face, K matches of each, M rows of matches.
 """
 
-import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from lib.csv_text import csv_bytes
-from lib.errors import UserError
-from lib.recognition.embeddings_table import Embeddings
+from lib.recognition.embeddings_table import filled
 from lib.recognition.match_sheet import BEYOND, PLAIN, WITHIN, contact_sheet
-from lib.recognition.open_set import open_set_figures, open_set_line, probes_of
-
-logger = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 
@@ -38,108 +32,86 @@ MATCHES_SCHEMA = pa.schema(
 """One row per match of each face; a photo without a face has one row with its status. `decision` is the identity of the
 face's nearest match, or `unknown` if that is beyond the threshold. The box is in pixels."""
 
-_SHEET_ROWS = 40
+SHEET_FACES = 40
+"""Faces of the contact sheet: the first ones."""
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The matches of all probes.
+    """The matches of a group of probes.
 
     Attributes:
-        found: the rows of the probes that have a face [B].
-        index_BK: the nearest faces of the gallery, nearest first.
+        probes: rows of an embeddings table.
+        has_face_N: which of them have an embedding, and so matches.
+        identity_BK: of the nearest faces of the gallery, the nearest first.
+        photo_BK: of the same faces.
         distance_BK: their Euclidean distances.
         threshold: the largest distance of the same person.
     """
 
-    probes: Embeddings
-    gallery: Embeddings
-    found: np.ndarray
-    index_BK: np.ndarray
-    distance_BK: np.ndarray
+    probes: pa.Table
+    has_face_N: NDArray[np.bool_]
+    identity_BK: NDArray[np.object_]
+    photo_BK: NDArray[np.object_]
+    distance_BK: NDArray[np.floating]
     threshold: float
 
     @cached_property
-    def decisions(self) -> list[str]:
-        """The identity of each face's nearest match, or `unknown` if that is beyond the threshold."""
-        return [
-            str(self.gallery.identities[index_K[0]]) if distance_K[0] <= self.threshold else UNKNOWN
-            for index_K, distance_K in zip(self.index_BK, self.distance_BK, strict=True)
-        ]
+    def is_unknown(self) -> NDArray[np.bool_]:
+        """Whether even the nearest match [B] is beyond the threshold."""
+        return np.asarray(self.distance_BK[:, 0] > self.threshold)
 
     def table(self) -> pa.Table:
         """Return the matches as rows of `MATCHES_SCHEMA`."""
-        probes, gallery = self.probes, self.gallery
-        place_of = {int(n): place for place, n in enumerate(self.found)}
-        rows: list[dict[str, Any]] = []
-        for n, (photo, status) in enumerate(zip(probes.photos, probes.statuses, strict=True)):
-            row: dict[str, Any] = {"photo": photo, "status": status}
-            place = place_of.get(n)
-            if place is None:
-                rows.append(row)
-                continue
-            row |= dict(zip(("x0", "y0", "x1", "y1"), probes.boxes_N4[n].tolist(), strict=True))
-            row["decision"] = self.decisions[place]
-            for rank, (g, distance) in enumerate(zip(self.index_BK[place], self.distance_BK[place], strict=True), 1):
-                match = {"identity": gallery.identities[g], "gallery_photo": gallery.photos[g]}
-                rows.append({**row, "rank": rank, "distance": float(distance), **match})
-        return pa.Table.from_pylist(rows, schema=MATCHES_SCHEMA)
+        num = self.distance_BK.shape[1]
+        row_M = np.repeat(np.arange(len(self.probes)), np.where(self.has_face_N, num, 1))
+        is_match_M = self.has_face_N[row_M]
+        match_M = np.full(len(row_M), -1)
+        match_M[is_match_M] = np.arange(self.distance_BK.size)
 
-    def shown(self) -> tuple[list[str], list[str]]:
-        """Return the photos of the probes and of the gallery that the contact sheet shows."""
-        probe_photos = [self.probes.photos[n] for n in self.found[:_SHEET_ROWS]]
-        return probe_photos, [self.gallery.photos[g] for g in self.index_BK[:_SHEET_ROWS].ravel()]
+        def taken(values: NDArray, kind: pa.DataType) -> pa.Array:
+            """Return values of the matches, null in rows without a face."""
+            return pa.array(values.ravel(), kind).take(pa.array(match_M, mask=~is_match_M))
 
-    def sheet(self, probe_crops: Mapping[str, bytes], gallery_crops: Mapping[str, bytes]) -> bytes:
-        """Return the contact sheet, a JPEG; the crops belong to the photos of `shown`."""
-        rows = []
-        for place, photo in enumerate(self.shown()[0]):
-            tiles = [(probe_crops.get(photo), photo, self.decisions[place], PLAIN)]
-            for g, distance in zip(self.index_BK[place], self.distance_BK[place], strict=True):
-                name, color = self.gallery.photos[g], WITHIN if distance <= self.threshold else BEYOND
-                tiles.append((gallery_crops.get(name), str(self.gallery.identities[g]), f"{distance:.3f}", color))
-            rows.append(tiles)
-        title = (
-            f"Left: a face, and who it is. Then known faces and their distances: blue within {self.threshold:.3f}, "
-            "else grey."
-        )
-        return contact_sheet(title, rows)
-
-    def open_set(self, *, several: bool) -> dict[str, Any]:
-        """Return the figures of open-set identification, by the identities of the probes.
-
-        With `several`, each face of a photo is a probe. Photos with several faces are left out, because the list does
-        not say which face the name belongs to.
-
-        Raises:
-            UserError: no photo with one face has a name.
-        """
-        probes = self.probes
-        nearest_of = {
-            int(n): (str(self.gallery.identities[index_K[0]]), float(distance_K[0]))
-            for n, index_K, distance_K in zip(self.found, self.index_BK, self.distance_BK, strict=True)
+        decision_B = np.where(self.is_unknown, UNKNOWN, self.identity_BK[:, 0])
+        box_M4 = filled(self.probes["box"])[row_M]
+        columns = {
+            "photo": self.probes["photo"].take(row_M),
+            "status": self.probes["status"].take(row_M),
+            "decision": taken(np.repeat(decision_B, num), pa.string()),
+            "rank": taken(np.tile(np.arange(1, num + 1), len(decision_B)), pa.int32()),
+            "identity": taken(self.identity_BK, pa.string()),
+            "distance": taken(self.distance_BK, pa.float32()),
+            "gallery_photo": taken(self.photo_BK, pa.string()),
+            **{name: pa.array(box_M4[:, n], mask=~is_match_M) for n, name in enumerate(("x0", "y0", "x1", "y1"))},
         }
-        # The names of a photo's faces end in #0, #1 and so on.
-        photo_N = [
-            name.rpartition("#")[0] if several and n in nearest_of else name for n, name in enumerate(probes.photos)
-        ]
-        num_faces = Counter(photo_N)
-        named = [n for n, identity in enumerate(probes.identities) if identity is not None]
-        kept = [n for n in named if num_faces[photo_N[n]] == 1]
-        if not kept:
-            raise UserError("--identities names no photo that has one face: correct the list, or leave the flag out")
-        nearest_identity, distances = zip(*(nearest_of.get(n, (None, np.inf)) for n in kept), strict=True)
-        known = {str(identity) for identity in self.gallery.identities}
-        identities = [str(probes.identities[n]) for n in kept]
-        figures = open_set_figures(probes_of(identities, nearest_identity, distances, known), self.threshold)
-        figures |= {
-            "photos_of_several_faces": len({photo_N[n] for n in named}) - len(kept),
-            "photos_without_name": len(num_faces) - len({photo_N[n] for n in named}),
-        }
-        logger.info("open set: %s", open_set_line(figures))
-        return figures
+        return pa.table(columns, schema=MATCHES_SCHEMA)
 
 
 def matches_csv(matches: pa.Table) -> bytes:
     """Return the matches as a CSV file in UTF-8; no name in it is a formula."""
     return csv_bytes(matches.column_names, zip(*(column.to_pylist() for column in matches.columns), strict=True))
+
+
+def first_faces(matches: pa.Table, num: int) -> pa.Table:
+    """Return the matches of the first `num` faces."""
+    with_face = matches.filter(matches["rank"].is_valid())
+    number = np.cumsum(with_face["rank"].to_numpy() == 1)
+    return with_face.slice(0, int(np.searchsorted(number, num, side="right")))
+
+
+def sheet_of(
+    matches: pa.Table, threshold: float, probe_crops: Mapping[str, bytes], gallery_crops: Mapping[str, bytes]
+) -> bytes:
+    """Return the contact sheet of faces, a JPEG. The crops are by `photo` and by `gallery_photo`."""
+    rows: list[list[tuple[bytes | None, str, str, str]]] = []
+    for match in matches.to_pylist():
+        if match["rank"] == 1:
+            rows.append([(probe_crops.get(match["photo"]), match["photo"], match["decision"], PLAIN)])
+        color = WITHIN if match["distance"] <= threshold else BEYOND
+        crop = gallery_crops.get(match["gallery_photo"])
+        rows[-1].append((crop, match["identity"], f"{match['distance']:.3f}", color))
+    title = (
+        f"Left: a face, and who it is. Then known faces and their distances: blue within {threshold:.3f}, else grey."
+    )
+    return contact_sheet(title, rows)

@@ -44,19 +44,17 @@ class Probes:
     is_right_B: NDArray[np.bool_]
 
 
-def probes_of(
-    identities: Sequence[str], nearest: Sequence[str | None], distances: Sequence[float], known: set[str]
-) -> Probes:
-    """Return the probes of these people, by the identity and the distance of each one's nearest gallery face."""
-    distance_B = np.array(distances, np.float64)
+def probes_of(person_B: NDArray, nearest_B: NDArray, distance_B: NDArray[np.floating], known: NDArray) -> Probes:
+    """Return the probes of these people, by the person and the distance of each one's nearest gallery face.
+
+    People are numbers or texts; `known` are those of the gallery. The distance of a photo without a face is infinite.
+    """
     order_B = np.argsort(distance_B, kind="stable")
-    person_B = np.unique(np.array(identities, object).astype(str), return_inverse=True)[1].astype(np.int64)
-    is_right_B = np.array([one == other for one, other in zip(identities, nearest, strict=True)], bool)
     return Probes(
-        person_B=person_B[order_B],
-        is_mated_B=np.array([identity in known for identity in identities], bool)[order_B],
-        distance_B=distance_B[order_B],
-        is_right_B=is_right_B[order_B],
+        person_B=np.unique(person_B, return_inverse=True)[1].astype(np.int64)[order_B],
+        is_mated_B=np.isin(person_B, known)[order_B],
+        distance_B=np.asarray(distance_B, np.float64)[order_B],
+        is_right_B=((person_B == nearest_B) & np.isfinite(distance_B))[order_B],
     )
 
 

@@ -95,6 +95,8 @@ def test_with_very_many_photos_every_page_counts() -> None:
         ("runs/a/checkpoints/identities.parquet", "rows"),
         ("report/suspects.csv", "spreadsheet"),
         ("curation/identities-before.csv", "list of identities"),
+        ("matches/matches-00012.parquet", "matches"),
+        ("matches/matches-00012.csv", "spreadsheet"),
         ("identities.txt", "list of identities"),
         ("runs/a/report/report.html", "page"),
         ("photos.parquet", None),

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from lib import storage
 from lib.errors import UserError
 from lib.recognition.embedder import load_embedder
-from lib.recognition.embeddings_table import Embeddings
+from lib.recognition.embeddings_table import schema
 from lib.recognition.export_job import ExportConfig, export, onnx_bytes
-from lib.recognition.identify_job import known_faces
+from lib.recognition.gallery import known_people
 from lib.recognition.initial_weights import initial_model
 from lib.recognition.model import (
     EmbeddingModel,
@@ -197,26 +199,15 @@ def test_direct_use_follows_the_model(flipped_url: str, sample_data: Path, align
     assert "of the face and of its mirror image" in model_card(model.spec)
 
 
-def test_a_gallery_of_the_other_kind_is_refused(
-    model_url: str, flipped_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gallery_of_the_other_kind_is_refused(model_url: str, flipped_url: str, tmp_path: Path) -> None:
     plain = load_embedder(model_url)
 
-    def gallery(_: str) -> Embeddings:
-        return Embeddings(
-            photos=["a"],
-            identities=["A"],
-            statuses=["aligned"],
-            splits=["test"],
-            boxes_N4=np.zeros((1, 4)),
-            embeddings_ND=np.zeros((1, 16), np.float32),
-            failed_N=np.zeros(1, bool),
-            model={"digest": plain.digest, "embedding_dim": 16},  # an older table, which does not say
-            fingerprint={},
-        )
-
-    monkeypatch.setattr("lib.recognition.identify_job.read_embeddings", gallery)
-    assert len(known_faces("gallery", plain)) == 1
+    about = {"digest": plain.digest, "embedding_dim": 16, "template": "eyes"}  # an older table, which does not say
+    row = {"photo": "a", "identity": "A", "status": "aligned", "embedding": [0.0] * 16}
+    rows = pa.Table.from_pylist([row], schema=schema(16, "{}", json.dumps(about)))
+    storage.write_parquet(str(tmp_path / "split=test" / "part-000000.parquet"), rows)
+    storage.write_json(str(tmp_path / "_SUCCESS"), {"run_id": "1", "fingerprint": {}, "counts": {}})
+    assert len(known_people(str(tmp_path), plain)) == 1
     with pytest.raises(UserError, match=r"embedded without mirror images.*give --no-flip"):
-        known_faces("gallery", load_embedder(flipped_url))
-    assert len(known_faces("gallery", load_embedder(flipped_url, flip=False))) == 1
+        known_people(str(tmp_path), load_embedder(flipped_url))
+    assert len(known_people(str(tmp_path), load_embedder(flipped_url, flip=False))) == 1

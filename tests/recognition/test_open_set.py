@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from lib.recognition.open_set import open_set_figures, open_set_line, probes_of
+from lib.recognition.open_set import Probes, open_set_figures, open_set_line, probes_of
+
+
+def as_arrays(identities: list[str], nearest: list[str | None], distances: list[float], known: set[str]) -> Probes:
+    """Return these probes; a photo without a face has nobody nearest."""
+    nearest_B = np.array([name or "" for name in nearest])
+    return probes_of(np.array(identities), nearest_B, np.array(distances), np.array(sorted(known)))
 
 
 def counted(
@@ -38,7 +44,7 @@ def drawn(seed: int, num: int = 400) -> tuple[list[str], list[str | None], list[
 @pytest.mark.parametrize("seed", range(5))
 def test_rates_are_those_of_the_definition_at_the_threshold_and_at_each_fpir(seed: int) -> None:
     probes = drawn(seed)
-    figures = open_set_figures(probes_of(*probes), 0.9)
+    figures = open_set_figures(as_arrays(*probes), 0.9)
     assert (figures["tpir"], figures["fpir"]) == pytest.approx(counted(*probes, at=0.9))
     finite = sorted({distance for distance in probes[2] if np.isfinite(distance)})
     assert figures["rank_1"] == pytest.approx(counted(*probes, at=finite[-1])[0])
@@ -60,7 +66,7 @@ def test_intervals_cover_the_rate_of_other_people_about_as_often_as_they_say() -
         identities = [f"p{n}" for n in range(60) for _ in range(10)]
         is_right = rng.random(600) < np.repeat(chance_I, 10)
         nearest = [one if right else "other" for one, right in zip(identities, is_right, strict=True)]
-        figures = open_set_figures(probes_of(identities, nearest, [0.5] * 600, set(identities)), 1.0, seed=seed)
+        figures = open_set_figures(as_arrays(identities, nearest, [0.5] * 600, set(identities)), 1.0, seed=seed)
         low, high = figures["tpir_interval"]
         covered += low <= 0.8 <= high
     assert 33 <= covered <= 40
@@ -69,5 +75,5 @@ def test_intervals_cover_the_rate_of_other_people_about_as_often_as_they_say() -
 
 
 def test_the_line_says_what_cannot_be_known() -> None:
-    figures = open_set_figures(probes_of(["a", "a"], ["a", "b"], [0.1, 0.2], {"a", "b"}), 1.0)
+    figures = open_set_figures(as_arrays(["a", "a"], ["a", "b"], [0.1, 0.2], {"a", "b"}), 1.0)
     assert open_set_line(figures) == "TPIR 50.00% (50.00% to 50.00%) of 2 known probes, FPIR unknown of 0 strangers"
