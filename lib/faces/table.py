@@ -19,9 +19,10 @@ TOO_SMALL = "too_small"
 IMPLAUSIBLE = "implausible"
 CORRUPT = "corrupt"
 TOO_LARGE = "too_large"
+CHANGED = "changed"
 MISSING = "missing"
 NO_IDENTITY = "no_identity"
-STATUSES = (ALIGNED, NO_FACE, LOW_SCORE, TOO_SMALL, IMPLAUSIBLE, CORRUPT, TOO_LARGE, MISSING, NO_IDENTITY)
+STATUSES = (ALIGNED, NO_FACE, LOW_SCORE, TOO_SMALL, IMPLAUSIBLE, CORRUPT, TOO_LARGE, CHANGED, MISSING, NO_IDENTITY)
 
 BYTES_KEY = b"conv-facenet.photo-bytes"
 """Key in a part's Parquet metadata: bytes of the photos that the part was made from."""

@@ -61,6 +61,7 @@ PARTS: dict[str, list[Row]] = {
         ("h.jpg", "3", table.LOW_SCORE),
         ("i.jpg", "3", table.TOO_SMALL),
         ("j.jpg", "3", table.TOO_LARGE),
+        ("l.jpg", "3", table.CHANGED),
         ("k.jpg", "3", table.IMPLAUSIBLE),
     ],
 }
@@ -74,8 +75,8 @@ def faces(tmp_path: Path) -> Path:
 def test_counts_reconcile_over_every_status(faces: Path) -> None:
     counts = finish(faces, PARTS)
     assert counts == {
-        "photos": 12,
-        "rows": 12,
+        "photos": 13,
+        "rows": 13,
         "aligned": 4,
         "no_face": 1,
         "low_score": 1,
@@ -83,6 +84,7 @@ def test_counts_reconcile_over_every_status(faces: Path) -> None:
         "implausible": 1,
         "corrupt": 1,
         "too_large": 1,
+        "changed": 1,
         "missing": 1,
         "no_identity": 1,
         "identities": 3,
@@ -102,7 +104,7 @@ def test_card_success_and_readme_say_the_same(faces: Path) -> None:
     assert written["fingerprint"] == FINGERPRINT
     assert written["passed_over"] == {".gif": 2}
     assert written["photos_per_s"] == 123.5
-    assert written["bytes_before"] == 120_000
+    assert written["bytes_before"] == 130_000
     assert 0 < written["bytes_after"] < sum(path.stat().st_size for path in faces.glob("split=*/*.parquet"))
     assert "no of train identities=2 no of train photos=3 mean of photo count for each identity=1.5" in readme
     assert "no of test identities=1 no of test photos=1 mean of photo count for each identity=1.0" in readme

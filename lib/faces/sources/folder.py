@@ -58,6 +58,9 @@ class FolderSource(Source):
     def read(self, rows: Iterable[Row], *, num_ahead: int) -> Generator[Photo, None, None]:
         """Yield each row with its photo: `missing` if it is gone, `corrupt` if it may not be read.
 
+        A photo is `changed` if its length is not that of the listing: it was replaced since, or is being written.
+        Another photo of the same length is read. Its mark differs at the next listing, which plans it anew.
+
         Raises:
             JobError: the whole folder is gone, such as a share that is no longer mounted.
         """
@@ -66,7 +69,7 @@ class FolderSource(Source):
 
     def _read(self, row: Row) -> Photo:
         try:
-            return row, storage.read_bytes(self.file_url(name_on_disk(row["photo"])), MAX_PHOTO_BYTES + 1)
+            data = storage.read_bytes(self.file_url(name_on_disk(row["photo"])), MAX_PHOTO_BYTES + 1)
         except FileNotFoundError:
             if not storage.holds_anything(self.url):
                 raise JobError(
@@ -76,3 +79,6 @@ class FolderSource(Source):
         except UserError as error:
             logger.warning("%s: %s", row["photo"], error)
             return row, table.CORRUPT
+        # 0 where the storage does not tell. Lists of the user can be older than the photos.
+        listed = row.get("num_bytes") if self.list_url is None else 0
+        return row, table.CHANGED if listed and len(data) != min(listed, MAX_PHOTO_BYTES + 1) else data
