@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 TRIES_OF_A_PART = 10
 """A worker that dies is replaced; one that always dies over the same part would be so for ever."""
 READER_LIMIT_S = 10.0
+LOOK_EVERY_S = 60.0
 
 
 def summary(process: Callable[[dict[str, Any]], tuple[int, int]], item: dict[str, Any]) -> dict[str, Any]:
@@ -119,10 +120,12 @@ def run_parts(
     num_done: int,
     num_all: int,
     share: "Share | None" = None,
+    look: Callable[[], None] | None = None,
 ) -> Processed:
     """Run the parts on the connected cluster.
 
-    A worker takes an item and returns its `summary`. Each has its `share` of the GPUs, or a CPU.
+    A worker takes an item and returns its `summary`. Each has its `share` of the GPUs, or a CPU. `look` is called once
+    a minute, and ends the work by what it raises.
 
     Raises:
         JobError: a worker's failure.
@@ -132,6 +135,7 @@ def run_parts(
     summaries = _summaries(items, (worker, worker_arguments), num_workers, share)
     logger.info("%d %ss in %d parts on %d workers", num_all - num_done, unit, len(items), num_workers)
     started, num_processed, num_copied, num_by_node = 0.0, 0, 0, Counter[str]()
+    looked = time.monotonic()
     with ProgressLine("working", unit=unit, total=num_all, done=num_done) as progress:
         for done in _rows(summaries):
             if done["failure"]:
@@ -142,6 +146,9 @@ def run_parts(
             num_copied += done["copied"]
             num_by_node[done["node"]] += done["count"]
             progress.add(done["count"])
+            if look is not None and time.monotonic() - looked >= LOOK_EVERY_S:
+                look()
+                looked = time.monotonic()
     seconds = time.monotonic() - started
     by_node = ", ".join(f"{node} {num}" for node, num in sorted(num_by_node.items()))
     logger.info("%.0f %ss/s, %ss by node: %s", num_processed / max(seconds, 1e-9), unit, unit, by_node)

@@ -82,6 +82,29 @@ def test_what_ends_the_workers_is_one_line(worker: type, line: str, monkeypatch:
         run_parts([{"part": 0}, {"part": 1}], worker, (), unit="photo", num_done=0, num_all=2)
 
 
+def test_a_look_that_finds_another_job_at_work_ends_this_one_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = summary(lambda _: (1, 0), {})
+    monkeypatch.setattr(part_workers, "_summaries", lambda *_: [done] * 5)
+    monkeypatch.setattr(part_workers, "_rows", iter)
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(len(looks))
+        if len(looks) == 3:
+            raise JobError("another job began version 2 of this table")
+
+    def run() -> int:
+        items = [{"part": part} for part in range(5)]
+        share = Share(num_workers=1)
+        return run_parts(items, AlwaysDies, (), unit="photo", num_done=0, num_all=5, share=share, look=look).num
+
+    assert (run(), looks) == (5, [])
+    monkeypatch.setattr(part_workers, "LOOK_EVERY_S", 0.0)
+    with pytest.raises(JobError, match="another job began version 2"):
+        run()
+    assert looks == [0, 1, 2]
+
+
 @pytest.mark.usefixtures("connected_head")
 def test_an_error_of_a_workers_start_keeps_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_workers, "TRIES_OF_A_PART", 2)

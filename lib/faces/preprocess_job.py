@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lib import cluster, storage
@@ -29,6 +30,7 @@ from lib.parts import (
     SUCCESS_NAME,
     Found,
     begin,
+    check_ours,
     digest_of,
     finished_run_id,
     is_same_old_table,
@@ -142,7 +144,7 @@ def _make(
     if todo and plan.owner is not None:
         plan = plan.stored(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
         storage.remove_tree(kept_url)
-    processed = _process(config, source, plan, todo, found, settings["fingerprint"])
+    processed = _process(config, source, plan, todo, found, settings["fingerprint"], begun)
     storage.remove_unfinished(config.faces_url)
     counts = card.finish(
         config.faces_url,
@@ -252,6 +254,7 @@ def _process(
     todo: list[Part],
     found: Found,
     faces_fingerprint: dict[str, Any],
+    begun: dict[str, Any],
 ) -> Processed:
     """Run the parts on the cluster."""
     if not todo:
@@ -272,6 +275,7 @@ def _process(
             PartWorker,
             (config, source, faces_fingerprint, share.num_cpus, bool(gpus)),
             share=share,
+            look=partial(check_ours, config.faces_url, begun),
             unit="photo",
             num_done=num_done,
             num_all=num_all,

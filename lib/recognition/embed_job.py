@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 
 import tyro
@@ -23,6 +24,7 @@ from lib.parts import (
     KEEP_VERSIONS,
     Found,
     begin,
+    check_ours,
     finish_version,
     is_same_old_table,
     remove_unused,
@@ -189,7 +191,7 @@ def embed_source(
     missing = found.missing(file_names)
     begun = begin(found, plan, file_names)
     todo = [(item, rows) for item, names, rows in items if missing & set(names)]
-    processed = _embed_parts(todo, source, embedder, output, (onnx, gpus, precision), num_all=num_all)
+    processed = _embed_parts(todo, source, embedder, output, (onnx, gpus, precision), num_all=num_all, begun=begun)
     storage.remove_unfinished(output)
     counts = counts_of(output, file_names)
     about: dict[str, Any] = {"model": {"url": storage.redacted(embedder.url), **_model(embedder)}}
@@ -221,6 +223,7 @@ def _embed_parts(
     options: tuple[OnnxInput | None, cluster.Gpus, cluster.Precision],
     *,
     num_all: int,
+    begun: dict[str, Any],
 ) -> Processed:
     """Embed parts, each given as an item and its number of rows, on the workers that the cluster has room for."""
     num_done = num_all - sum(rows for _, rows in todo)
@@ -250,6 +253,7 @@ def _embed_parts(
             num_done=num_done,
             num_all=num_all,
             share=share,
+            look=partial(check_ours, output, begun),
         )
 
 
