@@ -1,6 +1,8 @@
 """The search of a gallery in pieces, against one search of all vectors, and galleries that cannot be searched."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from lib.recognition.embeddings_table import schema
 from lib.recognition.gallery import known_people, runs_of
 from lib.recognition.gallery_search import SearchWorker, left_to_search, planned_search
 from lib.recognition.match_worker import MatchPlan, MatchWorker, left_to_write
-from tests.job_runner import mounted
+from tests.job_runner import ROOT, mounted
 
 DIM = 6
 MODEL = {"digest": "d", "embedding_dim": DIM, "template": "eyes"}
@@ -227,3 +229,39 @@ def test_a_full_disk_is_told_and_the_search_goes_on_when_there_is_room(tables: t
 @pytest.mark.parametrize(("most", "runs"), [(5, [(0, 2), (2, 3), (3, 5)]), (1, [(n, n + 1) for n in range(5)])])
 def test_runs_hold_whole_parts(most: int, runs: list[tuple[int, int]]) -> None:
     assert runs_of([2, 3, 9, 0, 4], most) == runs
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from lib.recognition import gallery_search
+from tests.recognition.test_gallery import SearchWorker, left_to_search, planned
+gallery_search.SHARD_FACES = gallery_search.GROUP_ROWS = 1
+plan = planned((sys.argv[1], sys.argv[2]), Path(sys.argv[3]))
+worker = SearchWorker(plan.search)
+for piece in left_to_search(plan.search):
+    worker.search(piece)
+    print("done", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_goes_on_and_finds_the_same(
+    tables: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gallery_search, "SHARD_FACES", 1)
+    monkeypatch.setattr(gallery_search, "GROUP_ROWS", 1)
+    whole = matched(planned(tables, tmp_path / "whole"))
+    command = [sys.executable, "-c", KILLED, *tables, str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == "done\n"
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.kill()
+    plan = planned(tables, tmp_path / "killed")
+    assert len(left_to_search(plan.search)) in (31, 32)
+    assert matched(plan) == whole
