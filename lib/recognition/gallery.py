@@ -8,6 +8,7 @@ Shapes: G faces of the gallery, M faces of one part, D embedding dimension.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,9 +141,11 @@ def names_of(codes: Ints, read: Callable[[int], pa.Table], columns: Sequence[str
     distinct, place = np.unique(codes, return_inverse=True)
     part_G, row_G = distinct >> _ROW_BITS, distinct & ((1 << _ROW_BITS) - 1)
     found = {name: np.empty(len(distinct), object) for name in columns}
-    parts, first = np.unique(part_G, return_index=True)
+    parts, first_G = np.unique(part_G, return_index=True)
+    runs = list(pairwise([*first_G.tolist(), len(distinct)]))
     with mapped(read, parts.tolist(), num_threads=_READERS) as tables:
-        for rows, some in zip(tables, np.split(np.arange(len(distinct)), first[1:]), strict=True):
+        for rows, run in zip(tables, runs, strict=True):
+            some = slice(*run)
             for name in columns:
                 found[name][some] = rows[name].take(row_G[some]).to_numpy(zero_copy_only=False)
     return {name: values[place].reshape(codes.shape) for name, values in found.items()}

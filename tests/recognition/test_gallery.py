@@ -20,6 +20,7 @@ from lib.recognition.embeddings_table import schema
 from lib.recognition.gallery import known_people, runs_of
 from lib.recognition.gallery_search import SearchWorker, left_to_search, planned_search
 from lib.recognition.match_worker import MatchPlan, MatchWorker, left_to_write
+from lib.recognition.matches import first_faces
 from tests.job_runner import ROOT, mounted
 
 DIM = 6
@@ -159,6 +160,25 @@ def test_a_search_goes_on_with_what_is_missing_and_leaves_nothing_of_an_earlier_
     success = storage.read_json(f"{tables[0]}/_SUCCESS")
     storage.write_json(f"{tables[0]}/_SUCCESS", {**success, "run_id": "2"})  # the gallery was made again
     assert len(left_to_search(planned(tables, output).search)) == 12
+
+
+def test_photos_without_any_face_have_rows_and_no_matches(tables: tuple[str, str], tmp_path: Path) -> None:
+    nobody = written(tmp_path / "nobody", [[row("a", "A", None)], [row("b", None, None)]])
+    plan = planned((tables[0], nobody), tmp_path / "out")
+    rows = matched(plan)
+    assert [(each["photo"], each["status"], each["decision"]) for each in rows] == [
+        ("a", "no_face", None),
+        ("b", "no_face", None),
+    ]
+    assert len(first_faces(pq.read_table(tmp_path / "out" / "matches.parquet"), 40)) == 0
+    assert storage.read_json(plan.counts_url(0))["faces"] == 0
+
+
+def test_the_first_faces_are_shown_with_all_their_matches(tables: tuple[str, str], tmp_path: Path) -> None:
+    matched(planned(tables, tmp_path))
+    rows = pq.read_table(tmp_path / "matches.parquet")
+    assert first_faces(rows, 18)["photo"].unique().to_pylist() == [f"p {n}.jpg" for n in range(19) if n != 17]
+    assert len(first_faces(rows, 18)) == 18 * 4
 
 
 def test_only_the_groups_that_are_left_are_searched(
