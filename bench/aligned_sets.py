@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import tyro
 
+from lib.faces.aligned import COPIED_PARTS
 from lib.faces.manifest import read_manifest
 from lib.faces.part_plan import PartPlan, plan_parts
 from lib.faces.photo_flags import PhotoFlags
@@ -32,6 +33,7 @@ from lib.faces.preprocess_config import PreprocessConfig
 from lib.faces.preprocess_worker import PartWorker
 from lib.faces.sources.opening import open_source
 from lib.faces.sources.source import Source
+from lib.threads import mapped
 
 BLOCK_BYTES = 1 << 20
 MAGIC = 0xCED7230A
@@ -121,9 +123,10 @@ def measure(folder: Path, images: int, turns: int) -> dict[str, Any]:
 
 
 def make_all(worker: PartWorker, plan: PartPlan) -> None:
-    """Make the parts, one after the other."""
-    for part in plan.parts:
-        worker(part_item(plan, part))
+    """Make the parts, as many at once as the job does."""
+    with mapped(lambda part: worker(part_item(plan, part)), plan.parts, num_threads=COPIED_PARTS) as made:
+        for done in made:
+            assert not done["failure"]
 
 
 def main() -> None:

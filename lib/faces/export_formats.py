@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import storage
+from lib.faces import table
 from lib.faces.export_names import file_name, photo_file
 from lib.faces.export_plan import FaceShard
 
@@ -79,7 +80,7 @@ def parquet_table(faces: pa.Table, known: pa.Array) -> pa.Table:
 
 def write_parquet(url: str, faces: pa.Table, known: pa.Array) -> None:
     """Write the faces as one Parquet file; JPEGs do not get smaller by compression."""
-    storage.write_parquet(url, parquet_table(faces, known), compression="none", row_group_size=_ROW_GROUP)
+    storage.write_parquet(url, parquet_table(faces, known), row_group_size=_ROW_GROUP, **table.WRITING)
 
 
 def write_folder(url: str, faces: pa.Table, *, has_folders: bool) -> None:

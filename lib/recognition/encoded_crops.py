@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lib.faces.aligned import ARCFACE_SIDE, jpeg_side
+from lib.faces.aligned import ARCFACE_SIDE
 from lib.faces.images import BadPhotoError, Photo
+from lib.faces.jpeg_sides import jpeg_side
 from lib.progress import ProgressLine
 from lib.recognition.embedder import Embedder
 

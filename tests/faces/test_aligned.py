@@ -11,9 +11,10 @@ import pytest
 
 from lib.errors import UserError
 from lib.faces import table
-from lib.faces.aligned import AlignedCrops, aligned_tables, jpeg_side
+from lib.faces.aligned import AlignedCrops, aligned_tables
 from lib.faces.alignment import Alignment, alignment_matrix
 from lib.faces.extraction import fingerprint, fingerprint_differences, settings_from_fingerprint
+from lib.faces.jpeg_sides import jpeg_side
 from lib.faces.manifest import read_manifest
 from lib.faces.part_plan import plan_parts
 from lib.faces.photo_flags import PhotoFlags

@@ -15,7 +15,6 @@ import logging
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,47 +24,29 @@ from lib import storage
 from lib.errors import UserError
 from lib.faces import table
 from lib.faces.images import MAX_PHOTO_BYTES
-from lib.faces.sources.source import BATCH_ROWS, ContainerSource, Photo, Row, Shard, scan_batch
+from lib.faces.sources.record_frames import (
+    FRAME,
+    HEADER,
+    LABEL,
+    MAGIC,
+    CutOffError,
+    Record,
+    content,
+    is_followed,
+    next_start,
+    read_run,
+    record_at,
+)
+from lib.faces.sources.source import BATCH_ROWS, ContainerSource, Photo, Row, Run, Shard, scan_batch
 from lib.ranged_files import RangedFile
 
 logger = logging.getLogger(__name__)
-
-MAGIC = bytes.fromhex("0a23d7ce")
-_FRAME = struct.Struct("<4sI")
-_HEADER = struct.Struct("<IfQQ")
-_LABEL = struct.Struct("<f")
-_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 
 SHARD_BYTES = 256 * 2**20
 """Bytes of a file that one task scans."""
 
 _CHECKED = 64
 """Number of offsets of an index that are checked in its file."""
-
-_SEARCH_BYTES = 2**20
-
-
-class Record(NamedTuple):
-    """The place of a record.
-
-    Attributes:
-        start: of its first frame.
-        pieces: place and length of its data.
-        stop: where the next record begins.
-    """
-
-    start: int
-    pieces: tuple[tuple[int, int], ...]
-    stop: int
-
-    @property
-    def num_bytes(self) -> int:
-        """The length of its data, with the magic put back between the pieces."""
-        return sum(length for _, length in self.pieces) + len(MAGIC) * (len(self.pieces) - 1)
-
-
-class CutOffError(ValueError):
-    """The file ends before the record does."""
 
 
 class RecordioSource(ContainerSource):
@@ -111,10 +92,15 @@ class RecordioSource(ContainerSource):
         for row in rows:
             try:
                 record = record_at(file, row["row"])
-                head = content(file, record, 0, _HEADER.size)
-                yield row, content(file, record, _HEADER.size + 4 * _HEADER.unpack(head)[0], MAX_PHOTO_BYTES + 1)
+                head = content(file, record, 0, HEADER.size)
+                yield row, content(file, record, HEADER.size + 4 * HEADER.unpack(head)[0], MAX_PHOTO_BYTES + 1)
             except (ValueError, struct.error):
                 yield row, table.CORRUPT
+
+    def read_run(self, name: str, rows: pa.Table) -> Run | None:
+        """Return the photos of rows, by one read of the file."""
+        start_N, size_N = (rows[column].to_numpy() for column in ("row", "num_bytes"))
+        return read_run(self.file_url(name), start_N, size_N)
 
     def _records(self, file: RangedFile, shard: Shard) -> Iterator[Record]:
         """Yield the whole records that begin in a range."""
@@ -125,12 +111,12 @@ class RecordioSource(ContainerSource):
                 "another by --photos, or its format by --photos-format"
             )
         if position:
-            position = _next_start(file, position, shard.stop)
+            position = next_start(file, position, shard.stop)
         while position < shard.stop:
             try:
                 record = record_at(file, position)
             except CutOffError:
-                following = _next_start(file, position + 4, file.num_bytes)
+                following = next_start(file, position + 4, file.num_bytes)
                 if following >= file.num_bytes:
                     self.passed_over["records cut off"] += 1
                     logger.warning(
@@ -143,10 +129,10 @@ class RecordioSource(ContainerSource):
                 continue
             except ValueError:
                 self.passed_over["damaged records"] += 1
-                position = _next_start(file, position + 4, file.num_bytes)
+                position = next_start(file, position + 4, file.num_bytes)
                 continue
-            if not _is_followed(file, record):
-                within = _next_start(file, position + 4, record.stop)
+            if not is_followed(file, record):
+                within = next_start(file, position + 4, record.stop)
                 if within < record.stop:  # its length is wrong, because another record begins within it
                     self.passed_over["damaged records"] += 1
                     position = within
@@ -156,17 +142,17 @@ class RecordioSource(ContainerSource):
 
     def _label_and_size(self, file: RangedFile, record: Record) -> tuple[str | None, int] | None:
         """Return a photo's label as text, and its size; None for a record without an image."""
-        head = content(file, record, 0, _HEADER.size + _LABEL.size)
-        if len(head) < _HEADER.size:
+        head = content(file, record, 0, HEADER.size + LABEL.size)
+        if len(head) < HEADER.size:
             self.passed_over["damaged records"] += 1
             return None
-        num_labels, label, _, _ = _HEADER.unpack_from(head)
-        size = record.num_bytes - _HEADER.size - _LABEL.size * num_labels
+        num_labels, label, _, _ = HEADER.unpack_from(head)
+        size = record.num_bytes - HEADER.size - LABEL.size * num_labels
         if size <= 0:
             self.passed_over["records without an image" if size == 0 else "damaged records"] += 1
             return None
         if num_labels:
-            (label,) = _LABEL.unpack_from(head, _HEADER.size)
+            (label,) = LABEL.unpack_from(head, HEADER.size)
         if not math.isfinite(label):
             self.passed_over["labels that are no numbers"] += 1
             return None if size <= 0 else ("", size)
@@ -197,7 +183,7 @@ class RecordioSource(ContainerSource):
             reason = str(error).splitlines()[0]
             raise UserError(f"{shown} is no index of a RecordIO file ({reason}): {next_step}") from error
         within = np.sort(offsets[offsets < num_bytes])
-        file = RangedFile(self.file_url(name), num_bytes, block_bytes=_FRAME.size)
+        file = RangedFile(self.file_url(name), num_bytes, block_bytes=FRAME.size)
         sample = within[:: max(1, len(within) // _CHECKED)]
         wrong = [int(offset) for offset in sample if file.at(int(offset), 4) != MAGIC]
         if 2 * len(wrong) > len(sample) or (len(offsets) and not len(within)):
@@ -211,72 +197,3 @@ class RecordioSource(ContainerSource):
             logger.warning(
                 "%s names %d records beyond the end of its file, which is cut off: they are lost", shown, num_beyond
             )
-
-
-def record_at(file: RangedFile, start: int) -> Record:
-    """Return the record that begins at a place.
-
-    Raises:
-        CutOffError: the file ends within it.
-        ValueError: none begins there, or its pieces do not follow each other.
-    """
-    pieces: list[tuple[int, int]] = []
-    position = start
-    while True:
-        frame = file.at(position, _FRAME.size)
-        if len(frame) < _FRAME.size:
-            raise CutOffError
-        magic, lrec = _FRAME.unpack(frame)
-        cflag, length = lrec >> 29, lrec & (1 << 29) - 1
-        if magic != MAGIC or cflag not in ((_MIDDLE, _LAST) if pieces else (_WHOLE, _FIRST)):
-            raise ValueError
-        pieces.append((position + _FRAME.size, length))
-        position += _FRAME.size + length
-        if position > file.num_bytes:
-            raise CutOffError
-        position += -length % 4
-        if cflag in (_WHOLE, _LAST):
-            return Record(start, tuple(pieces), position)
-
-
-def content(file: RangedFile, record: Record, start: int, length: int) -> bytes:
-    """Return `length` bytes of a record's data from `start` on, with the magic between its pieces; fewer at its end."""
-    if len(record.pieces) == 1:
-        ((place, num_bytes),) = record.pieces
-        return file.at(place + start, min(length, num_bytes - start)) if start < num_bytes else b""
-    data = bytearray()
-    for number, (place, num_bytes) in enumerate(record.pieces):
-        data += (MAGIC if number else b"") + file.at(place, min(num_bytes, start + length))
-        if len(data) >= start + length:
-            break
-    return bytes(data[start : start + length])
-
-
-def _next_start(file: RangedFile, position: int, stop: int) -> int:
-    """Return the start of the next complete record at or after a place, `stop` if there is none before it."""
-    position += -position % 4
-    while position < stop:
-        data = file.at(position, _SEARCH_BYTES)
-        found = data.find(MAGIC)
-        while found >= 0:
-            if found % 4 == 0 and position + found < stop and _is_start(file, position + found):
-                return position + found
-            found = data.find(MAGIC, found + 1)
-        # The magic is at multiples of four bytes, so no two blocks share one.
-        position += _SEARCH_BYTES
-    return stop
-
-
-def _is_start(file: RangedFile, position: int) -> bool:
-    """Return whether a whole record begins at a place, and another, or the end of the file, follows it.
-
-    Writers that do not cut records leave the magic within images.
-    """
-    try:
-        return _is_followed(file, record_at(file, position))
-    except ValueError:
-        return False
-
-
-def _is_followed(file: RangedFile, record: Record) -> bool:
-    return record.stop >= file.num_bytes or file.at(record.stop, len(MAGIC)) == MAGIC

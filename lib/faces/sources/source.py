@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from lib import storage
 from lib.errors import UserError
@@ -58,6 +60,20 @@ class Shard(NamedTuple):
     start: int = 0
     stop: int = 0
     mark: str = ""
+
+
+class Run(NamedTuple):
+    """Photos that lie one after the other in bytes that were read at once.
+
+    Attributes:
+        data_B: the bytes, uint8.
+        start_N: where each photo begins; -1 for one that `read` has to read.
+        stop_N: where it ends.
+    """
+
+    data_B: NDArray[np.uint8]
+    start_N: NDArray[np.int64]
+    stop_N: NDArray[np.int64]
 
 
 class Source(ABC):
@@ -131,6 +147,13 @@ class Source(ABC):
         Raises:
             UserError: a file that holds photos cannot be read.
         """
+
+    def read_run(self, name: str, rows: pa.Table) -> Run | None:  # noqa: ARG002
+        """Return the photos of rows of one file, in the order of the scan, if they can be read at once; else None.
+
+        It spares the work for each photo where photos are copied, and bounds how much is in memory.
+        """
+        return None
 
     def file_url(self, name: str) -> str:
         """Return the URL of a file; the name "" is the source's own URL."""

@@ -167,6 +167,45 @@ def test_a_record_that_is_gone_since_the_scan_is_corrupt(tmp_path):
     assert [data for _, data in source.read(rows, num_ahead=1)][-1] == table.CORRUPT
 
 
+def in_a_run(source: Source, rows: pa.Table) -> dict[int, bytes]:
+    """Return the images that are read at once, by their rows."""
+    run = source.read_run(rows["source"][0].as_py(), rows)
+    if run is None:
+        return {}
+    places = enumerate(zip(run.start_N.tolist(), run.stop_N.tolist(), strict=True))
+    return {n: run.data_B[start:stop].tobytes() for n, (start, stop) in places if start >= 0}
+
+
+@pytest.mark.parametrize("layout", [insightface, im2rec])
+def test_images_read_at_once_are_those_read_one_by_one(tmp_path, layout):
+    photos = images(40)
+    layout(tmp_path / "a.rec", photos, [float(n) for n in range(40)])
+    source = open_source(str(tmp_path))
+    rows = scanned(source)
+    assert in_a_run(source, rows) == {n: photo for n, photo in enumerate(photos) if n not in (1, 2)}  # these are cut
+    some = rows.take([3, 4, 6, 7, 8, 9, 39])
+    assert in_a_run(source, rows.slice(3, 9)) == dict(enumerate(photos[3:12]))
+    assert in_a_run(source, some) in ({}, {n: photos[k] for n, k in enumerate([3, 4, 6, 7, 8, 9, 39])})
+
+
+def test_what_changed_since_the_scan_is_not_read_at_once_as_something_else(tmp_path):
+    photos = images(40)
+    im2rec(tmp_path / "a.rec", photos, [float(n) for n in range(40)], index=False)
+    source = open_source(str(tmp_path))
+    rows = scanned(source)
+    whole = (tmp_path / "a.rec").read_bytes()
+    draw = random.Random(11)
+    for _ in range(200):
+        data = bytearray(whole)
+        for place in rows["row"].to_pylist():
+            if draw.random() < 0.1:
+                data[place + draw.randrange(36)] ^= 1 << draw.randrange(8)
+        (tmp_path / "a.rec").write_bytes(data[: draw.choice([len(data), draw.randrange(len(data))])])
+        one_by_one = [data for _, data in source.read(rows.to_pylist(), num_ahead=1)]
+        for n, image in in_a_run(source, rows).items():
+            assert image == one_by_one[n]
+
+
 def test_random_damage_ends_in_rows_or_one_line(tmp_path):
     draw = random.Random(3)
     insightface(tmp_path / "a.rec", images(30), [float(n // 2) for n in range(30)], index=False)
