@@ -52,4 +52,4 @@ def opened(source: Any, name: str, wanted: Sequence[pa.Field], buffer_size: int)
         # Arrow raises several errors for a damaged file. Errors of the system have a number.
         if isinstance(error, UserError) or getattr(error, "errno", None):
             raise
-        raise UserError(f"{name} is no whole Parquet file: {_NEXT_STEP}") from error
+        raise UserError(f"{name} is no whole Parquet file: {_NEXT_STEP}, or copy it again if it is yours") from error

@@ -27,7 +27,9 @@ class RangedFile(io.RawIOBase):
         self._position = 0
 
     def at(self, start: int, length: int) -> bytes:
-        """Return `length` bytes from `start` on, fewer where the file ends."""
+        """Return `length` bytes from `start` on, fewer where the file ends; none before its beginning."""
+        if start < 0:
+            return b""
         first = start - self._start
         if first < 0 or first + length > len(self._block):
             stop = min(self.num_bytes, start + max(length, self._block_bytes))

@@ -48,6 +48,11 @@ def read_pairs(url: str, photos: Strings, *, seed: int = 0) -> Pairs:
         return _named_pairs(read_cfp(url), photos, url, seed)
     if suffix in (".csv", ".parquet"):
         return parse_pairs_table(read_bytes(url), photos, url, seed=seed)
+    if suffix == ".mat":
+        raise UserError(
+            f"{url}: the protocols of AgeDB are not read, because they call the photos otherwise than the files are "
+            "called: name agedb_30.bin, AgeDB-30 as a text list, or a .csv with photo_a, photo_b, same"
+        )
     raise UserError(
         f"{url}: pairs are read from .txt (LFW's format, or a list of names), .csv, .parquet, or the folders FF and FP "
         f"of CFP, not {suffix or 'a bare name'!r}"

@@ -173,6 +173,8 @@ def test_files_are_read_by_their_suffix(tmp_path):
     )
     with pytest.raises(UserError, match=r"not '\.json'"):
         read_pairs(str(folder / "pairs.json"), PHOTOS)
+    with pytest.raises(UserError, match=r"years\.mat: the protocols of AgeDB are not read, .*: name agedb_30\.bin"):
+        read_pairs(str(folder / "3_newSplits_30_years.mat"), PHOTOS)
 
 
 @pytest.mark.real_photos

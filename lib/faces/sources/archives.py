@@ -29,12 +29,7 @@ from lib.ranged_files import RangedFile
 
 logger = logging.getLogger(__name__)
 
-_OPENERS: dict[str, Any] = {
-    ".gz": gzip.open,
-    ".tgz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _BROKEN = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -44,6 +39,7 @@ _BROKEN = (
     lzma.LZMAError,
     ValueError,
     struct.error,
+    NotImplementedError,
 )
 """Errors of readers for damaged archives. Errors of the storage are `UserError` or `JobError`."""
 

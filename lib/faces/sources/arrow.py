@@ -17,6 +17,9 @@ from lib.ranged_files import RangedFile
 
 logger = logging.getLogger(__name__)
 
+_BROKEN = (pa.ArrowException, EOFError, OSError, UnicodeDecodeError)
+"""Errors of Arrow for damaged streams. Errors of the storage are `UserError` or `JobError`."""
+
 
 class ArrowSource(ContainerSource):
     """Arrow streams. The `group` of a photo is the place of its record batch in the file."""
@@ -37,7 +40,7 @@ class ArrowSource(ContainerSource):
             while (place := file.tell()) < file.num_bytes:
                 try:
                     batch = _next_batch(file, schema)
-                except (pa.ArrowInvalid, OSError) as error:
+                except _BROKEN as error:
                     if isinstance(error, UserError):
                         raise
                     self.passed_over["record batches cut off"] += 1
@@ -71,23 +74,35 @@ class ArrowSource(ContainerSource):
 
 
 def _schema(file: RangedFile) -> pa.Schema:
-    return pa.ipc.read_schema(pa.ipc.read_message(file))
+    return pa.ipc.read_schema(_message(file, "schema"))
 
 
 def _next_batch(file: RangedFile, schema: pa.Schema) -> pa.RecordBatch | None:
     """Return the record batch at the place of the file, None at its end."""
     try:
-        message = pa.ipc.read_message(file)
+        message = _message(file, "record batch")
     except EOFError:
         return None
-    return pa.ipc.read_record_batch(message, schema)
+    batch = pa.ipc.read_record_batch(message, schema)
+    batch.validate(full=True)
+    return batch
+
+
+def _message(file: RangedFile, kind: str) -> pa.Message:
+    """Return the next message. Arrow believes what a damaged one says of itself, and ends the process."""
+    message = pa.ipc.read_message(file)
+    if message.type != kind:
+        raise pa.ArrowInvalid(f"a message of type {message.type}, not {kind}")
+    return message
 
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, EOFError) as error:
+    except _BROKEN as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{storage.redacted(url)} is no whole Arrow stream: copy it again, or write it by save_to_disk"
         ) from error

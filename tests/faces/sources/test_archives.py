@@ -161,6 +161,16 @@ def test_what_is_no_archive_is_refused(tmp_path):
             scanned(open_source(str(tmp_path / name)))
 
 
+def test_a_zip_of_a_version_that_nobody_knows_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("7/a.jpg", b"a")
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 255  # needed to extract
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(UserError, match=r"is no whole zip file \(zip file version 25\.5\)"):
+        scanned(open_source(str(tmp_path / "a.zip")))
+
+
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_random_damage_ends_in_rows_or_one_line(tmp_path, kind):
     draw = random.Random(5)

@@ -1,6 +1,7 @@
 """Arrow and Parquet files as Hugging Face writes them, and lists of photos."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,42 @@ def test_an_arrow_file_that_is_cut_off_keeps_the_batches_before(tmp_path, caplog
     path.write_bytes(b"no arrow file at all")
     with pytest.raises(UserError, match="is no whole Arrow stream"):
         scanned(open_source(str(path)))
+
+
+def test_random_damage_of_an_arrow_file_ends_in_rows_or_one_line(tmp_path):
+    """Arrow itself ends the process at some of these, such as a message that says it is of another kind."""
+    draw = random.Random(8)
+    path = save_to_disk(tmp_path / "it's a set")
+    whole = path.read_bytes()
+    lines: list[str] = []
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 1, 2, 8])):
+            # The descriptions of the columns are a small part of a file of photos.
+            place = draw.randrange(600 if draw.random() < 0.6 else len(data))
+            data[place] = draw.choice([draw.randrange(256), 0xFF, 0, data[place] ^ 1 << draw.randrange(8)])
+        path.write_bytes(data[: draw.randint(1, len(data))] if draw.random() < 0.2 else data)
+        source = open_source(str(path))
+        try:
+            rows = scanned(source)
+            assert all(isinstance(data, bytes) or data == table.MISSING for _, data in source.read(rows, num_ahead=1))
+        except UserError as refused:
+            lines.append(str(refused))
+    assert lines
+    assert all("\n" not in line and "it's a set" in line for line in lines)
+
+
+def test_a_message_of_another_kind_is_no_schema(tmp_path):
+    path = save_to_disk(tmp_path / "set")
+    data = bytearray(path.read_bytes())
+    schema = pa.ipc.read_message(pa.BufferReader(data))
+    start = data.index(schema.serialize().to_pybytes()[8:])
+    kinds = [n for n in range(start, start + 40) if data[n] == 1]  # the kind of a schema
+    for place in kinds:
+        for kind in (0, 2, 3, 4, 200):
+            path.write_bytes(data[:place] + bytes([kind]) + data[place + 1 :])
+            with pytest.raises(UserError, match="is no whole Arrow stream"):
+                scanned(open_source(str(path)))
 
 
 def test_lists_of_both_layouts(tmp_path):
