@@ -96,7 +96,7 @@ docs: $(VENV)/.development
 
 # The figures of docs/measurements.md. BENCH_DATA names a folder with celeba/, lfw/ and weights/. Default: drawn photos.
 bench: $(VENV)/.development
-	@for script in detector_runtimes preprocess_quality turned_photos preprocess_speed preprocess_memory preprocess_batches hostile_photos planning aligned_sets forgetting curation_loop metrics_speed face_cache node_copies negative_search feature_precision confusable_people usage_counts gallery_search ijb train_speed training_job embed_speed sweep_speed start_up hostile_configurations kills; do \
+	@for script in detector_runtimes preprocess_quality turned_photos preprocess_speed preprocess_memory preprocess_batches hostile_photos planning aligned_sets forgetting curation_loop metrics_speed face_cache node_copies negative_search feature_precision confusable_people usage_counts gallery_search ijb train_speed training_job embed_speed sweep_speed start_up hostile_configurations kills scale_soak lost_nodes; do \
 		echo "== bench/$$script.py"; $(BIN)/python -m bench.$$script || exit 1; done
 
 # Builds the container image with docker, podman or buildah: make image IMAGE=registry/me/conv-facenet:0.1.0

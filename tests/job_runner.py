@@ -220,10 +220,11 @@ def connected(head: RayHead) -> Iterator[RayHead]:
 
 
 @contextmanager
-def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[None]:
-    """Let another node, a process of this machine, join a cluster for the duration."""
+def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[int]:
+    """Let another node, processes of this machine, join a cluster for the duration; yield their session."""
     (agent_port,) = free_ports(1)
-    with (head.folder / "node.txt").open("wb") as log:
+    said = head.folder / f"node {agent_port}.txt"
+    with said.open("wb") as log:
         process = subprocess.Popen(
             [
                 *_ray_start(head.folder),
@@ -237,8 +238,8 @@ def ray_node(head: RayHead, *, num_cpus: int) -> Iterator[None]:
             start_new_session=True,
         )
     try:
-        wait_until(lambda: "Ray runtime started" in (head.folder / "node.txt").read_text(), process)
-        yield
+        wait_until(lambda: "Ray runtime started" in said.read_text(), process)
+        yield process.pid
     finally:
         kill_session(process.pid)
         process.wait()
