@@ -15,6 +15,7 @@ import torch
 from lib import storage
 from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, fingerprint
+from lib.part_workers import Share
 from lib.recognition.model import EmbeddingModel, ModelSpec, save_model
 from lib.sample.sample_job import SampleConfig, make_sample
 from tests.job_runner import RayHead, connected, ray_head, run_job
@@ -88,8 +89,17 @@ def head(s3_server: S3Server) -> Iterator[RayHead]:
 
 @pytest.fixture(scope="module")
 def connected_head(head: RayHead) -> Iterator[RayHead]:
-    """Connect this process to that cluster: what jobs call runs there, without the start of a process for each."""
-    with connected(head):
+    """Connect this process to that cluster: what jobs call runs there, without the start of a process for each.
+
+    Their parts go to one worker: most of its cost is the start. Jobs with a process of their own have two.
+    """
+    of_gpus = Share.of_gpus
+
+    def one_without_gpus(gpus: int, *, most_a_gpu: int) -> Share:
+        return of_gpus(gpus, most_a_gpu=most_a_gpu) if gpus else Share(num_workers=1, num_cpus=2)
+
+    with connected(head), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Share, "of_gpus", one_without_gpus)
         yield head
 
 

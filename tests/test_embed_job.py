@@ -99,6 +99,7 @@ def test_photos_killed_and_started_again_give_the_embeddings_of_their_faces(
     assert third["aligned"] == undisturbed[1]["aligned"]
 
 
+@pytest.mark.slow
 def test_embeddings_go_to_the_folder_of_the_run_and_only_the_splits_asked_for(
     connected_head: RayHead, model_url: str, faces_url: str, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_mirror_images_are_asked_for_and_written_down(
     assert "--output" in mixed.last_error
 
 
+@pytest.mark.slow
 def test_a_bucket_holds_model_faces_and_embeddings(
     connected_head: RayHead, s3_bucket: str, undisturbed: tuple[Path, dict], model_url: str, faces_url: str
 ) -> None:
@@ -145,6 +147,7 @@ def test_a_bucket_holds_model_faces_and_embeddings(
     assert np.array_equal(there.embeddings_ND, read_embeddings(str(undisturbed[0])).embeddings_ND)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_unless_they_may_overwrite(
     connected_head: RayHead, undisturbed: tuple[Path, dict], model_url: str, faces_url: str, tmp_path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_faces_of_another_fingerprint_are_warned_of_or_refused(
         embed_job(dataclasses.replace(config, strict=True))
 
 
+@pytest.mark.slow
 def test_a_model_that_gives_nan_ends_the_job_in_one_line(
     connected_head: RayHead, model_url: str, faces_url: str, tmp_path: Path
 ) -> None:

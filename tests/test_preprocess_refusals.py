@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.job_runner import run_here
+from tests.job_runner import RayHead, run_here
 
 
 def test_a_list_of_photos_decides_which_are_planned(sample_data: Path, tmp_path: Path) -> None:
@@ -44,7 +44,6 @@ def _photo_folder(root: Path, identities: str | None) -> None:
         ("a b.jpg 1\n../../etc/passwd 2\n", [], "line 2 (../../etc/passwd) leads out of the photo folder"),
         ("a b.jpg 1\na b.jpg 2\n", [], "two identities"),
         ("a b.jpg 1\n", ["--detector", "guess"], "--detector is 'guess'"),
-        ("a b.jpg 1\n", ["--gpus", "1"], "--gpus is 1"),
         ("a b.jpg 1\n", ["--detector", "batch-face"], "never downloaded"),
         ("a b.jpg 1\n", ["--detector-weights", "/nowhere/w.onnx"], "/nowhere/w.onnx"),
         ("a b.jpg 1\n", ["--photos", "foo://bucket/x"], "'foo'"),
@@ -64,6 +63,23 @@ def test_what_cannot_start_says_so_in_one_line(
     assert refused.last_error.startswith("error: ")
     assert "Traceback" not in refused.errors
     assert refused.output == ""
+
+
+def test_gpus_that_the_cluster_does_not_have_are_refused(
+    connected_head: RayHead, sample_data: Path, tmp_path: Path
+) -> None:
+    refused = run_here(
+        "preprocess.py",
+        "--data",
+        str(sample_data),
+        "--faces",
+        str(tmp_path),
+        "--gpus",
+        "1",
+        extra=connected_head.environment,
+    )
+    assert refused.status == 2, refused.errors
+    assert "--gpus is 1, but the cluster has " in refused.last_error
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag", "1"], ["--image-size", "large"]])

@@ -1,6 +1,7 @@
 """Imports run down from room to room, and never in a circle (docs/architecture.md). Files and functions are short."""
 
 import ast
+import functools
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -28,10 +29,16 @@ def room_of(module: str) -> str:
     return parts[1] if len(parts) > 2 or f"{module}.__init__" in MODULES or (ROOT / "lib" / parts[-1]).is_dir() else ""
 
 
+@functools.cache
+def nodes_of(module: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(MODULES[module].read_text())))
+
+
+@functools.cache
 def imported_by(module: str) -> set[str]:
     """Return the modules of lib that a module imports, at its head or later."""
     found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in nodes_of(module):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -65,8 +72,8 @@ def test_no_file_is_long() -> None:
 def test_no_function_is_long() -> None:
     num_lines = {
         f"{module}:{node.lineno} {node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for module in MODULES
+        for node in nodes_of(module)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert {function: num for function, num in num_lines.items() if num > MAX_FUNCTION_LINES} == {}

@@ -226,6 +226,7 @@ def test_a_job_on_ray_shows_our_lines_alone_and_how_far_it_is_in_one(tmp_path: P
     assert "Started a local Ray instance" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_brings_its_reason_along(tmp_path: Path) -> None:
     ended = run(tmp_path, WORKER.replace("END", "time.sleep(1); os._exit(1)"))
     lines = ended.errors.splitlines()

@@ -146,7 +146,8 @@ def test_each_policy_of_triplets_mines_with_a_full_store(connected_head: RayHead
     assert rows[1]["val_loss"] > rows[1]["val_loss_random"]
 
 
-@pytest.mark.parametrize("batch", ["identities", pytest.param("triplets", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["identities", "triplets"])
 def test_a_node_that_holds_some_people_at_once_trains_and_mines_among_them(
     connected_head: RayHead, data: Path, batch: str
 ) -> None:
@@ -162,8 +163,8 @@ def test_a_node_that_holds_some_people_at_once_trains_and_mines_among_them(
     assert shares == sorted(shares)
     assert shares[2] > shares[0], "other people were held later"
     assert all(0 < row["num_images"] <= 3 * 0.75 * 24 * 8 for row in rows)
-    used = pq.read_table(data / "runs" / f"held {batch}" / "usage.parquet")
-    assert sum(count > 0 for count in used["anchor"].to_pylist()) > 0.75 * 24 * 8
+    used = pq.read_table(data / "runs" / f"held {batch}" / "usage.parquet").to_pylist()
+    assert len({row["photo"].partition("/")[0] for row in used if row["anchor"]}) > 0.75 * 24
     assert len(list((data / "the cache").glob("faces-share-*.arrow"))) <= 2
 
 
@@ -191,6 +192,7 @@ def test_two_deterministic_runs_have_the_same_history(head: RayHead, data: Path)
     assert len({row["train_loss"] for row in first}) == 3, "it learns"
 
 
+@pytest.mark.slow
 def test_faces_that_lack_something_are_trained_on_and_the_lack_is_told(head: RayHead, tmp_path: Path) -> None:
     """A crop that cannot be decoded is skipped; without validation people the last model is kept."""
     write_faces(tmp_path / "faces", people={"train": 6}, broken=("person 3/“2”.jpg",))
@@ -203,6 +205,7 @@ def test_faces_that_lack_something_are_trained_on_and_the_lack_is_told(head: Ray
     assert load_model(done.result["model"]).spec.threshold is None
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(connected_head: RayHead, data: Path) -> None:
     arguments = flags(data, "nan", "--epochs", "3", "--no-normalize", "--warmup-share", "0")
     ended = run_here("train.py", *arguments, "--lr", "1e30")
@@ -238,7 +241,7 @@ def test_a_path_of_python_with_a_space_in_it_is_no_obstacle(data: Path, tmp_path
 
 
 def test_fine_tuning_takes_a_model_and_leaves_its_statistics_and_frozen_stages(
-    head: RayHead, data: Path, tmp_path: Path
+    connected_head: RayHead, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = ModelSpec(backbone="test_efficientnet", embedding_dim=16, image_size=40, mean=(0.1, 0.2, 0.3))
     earlier = EmbeddingModel(spec)
@@ -247,9 +250,10 @@ def test_fine_tuning_takes_a_model_and_leaves_its_statistics_and_frozen_stages(
     save_model(earlier, str(tmp_path / "an earlier model"))
     # All paths as seen from another folder, which is not the workers' own.
     there = Path(os.path.relpath(data, tmp_path))
-    more = ["--epochs", "1", "--batch-size", "48", "--triplets-per-epoch", "480", "--workers", "2"]
+    monkeypatch.chdir(tmp_path)
+    more = ["--epochs", "1", "--batch-size", "48", "--triplets-per-epoch", "480"]
     more += ["--backbone", spec.backbone, "--init", "an earlier model", "--frozen-stages", "2"]
-    done = run_job("train.py", *flags(there, "tuned", *more), extra=head.environment, cwd=tmp_path)
+    done = run_here("train.py", *flags(there, "tuned", *more))
     assert done.status == 0, done.errors
     assert done.result["model"] == str(data / "runs" / "tuned" / "model")
     assert load_model(done.result["model"]).spec.mean == (0.1, 0.2, 0.3)
@@ -337,6 +341,7 @@ def test_embeddings_of_512_numbers_are_learnt_mined_and_kept(connected_head: Ray
     assert embed(model, np.zeros((1, 40, 40, 3), np.uint8)).shape == (1, 512)
 
 
+@pytest.mark.slow
 def test_mirror_images_are_part_of_the_model_and_of_its_validation(connected_head: RayHead, data: Path) -> None:
     brief = ["--epochs", "2", "--batch-size", "24", "--triplets-per-epoch", "96"]
     done = run_here("train.py", *flags(data, "mirrored", *brief, "--flip"))

@@ -58,6 +58,7 @@ def test_all_people_can_be_trained_on_where_a_file_judges(connected_head: RayHea
     assert all(row["accuracy"] is not None and row["lfw_accuracy"] is not None for row in rows)
 
 
+@pytest.mark.slow
 def test_pairs_of_a_file_choose_the_epoch_where_there_are_no_validation_people(
     connected_head: RayHead, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def remove_what_came_after_the_seam(run: Path) -> None:
     assert (progress.epoch, progress.stage, progress.finished) == (3, 0, False)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_between_the_stages_goes_on_as_if_nothing_had_happened(
     connected_head: RayHead, tmp_path: Path
 ) -> None:

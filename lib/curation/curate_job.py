@@ -7,9 +7,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from typing import Annotated, Any
 
 import numpy as np
@@ -125,8 +124,8 @@ def curate(config: CurateConfig) -> dict[str, Any]:
 
     logger.info("comparing pictures that may be the same")
     pairs_P2, distances_P = near.within(NEAR_SHARE * threshold)
-    found += duplicates(pairs_P2, distances_P, photos, identity_N, partial(crops_of, source))
-    found = surest_first(found)
+    crops = crops_of(source, {photos[n] for n in np.unique(pairs_P2)})
+    found = surest_first([*found, *duplicates(pairs_P2, distances_P, photos, identity_N, crops)])
     leaked = _leaked(source, against, photos, vectors_ND, identity_N, theirs, threshold) if against and theirs else []
     changes = changes_table(found, leaked, photos, splits, names, theirs.photos if theirs else [])
     storage.write_parquet(storage.join(output, CURATION_NAME), changes)
@@ -204,17 +203,14 @@ def _leaked(
     """Return proposals for photos that are in the test set, too. Their evidence is rows of the test set."""
     rows = np.flatnonzero(~theirs.failed_N)
     pairs_P2, distances_P = near_pairs(vectors_ND, theirs.embeddings_ND[rows], NEAR_SHARE * threshold)
-
-    def crops_of_both(asked: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        for each, prefix in ((source, "ours/"), (against, "theirs/")):
-            of_set = {name.removeprefix(prefix) for name in asked if name.startswith(prefix)}
-            yield from ((prefix + name, crop) for name, crop in crops_of(each, of_set))
-
+    ours_in, theirs_in = np.unique(pairs_P2[:, 0]), rows[np.unique(pairs_P2[:, 1])]
+    ours = ((f"ours/{name}", crop) for name, crop in crops_of(source, {photos[n] for n in ours_in}))
+    others = ((f"theirs/{name}", crop) for name, crop in crops_of(against, {theirs.photos[n] for n in theirs_in}))
     # One list of both sets, the test set first, so that a pair is two indices into it.
     names = [f"theirs/{name}" for name in theirs.photos] + [f"ours/{name}" for name in photos]
     people = np.concatenate([np.full(len(theirs.photos), NOBODY), identity_N])
     both_P2 = np.stack([rows[pairs_P2[:, 1]], pairs_P2[:, 0] + len(theirs.photos)], axis=1)
-    found = duplicates(both_P2, distances_P, names, people, crops_of_both)
+    found = duplicates(both_P2, distances_P, names, people, chain(ours, others))
     return [
         Proposal(
             kind=each.kind,

@@ -71,7 +71,7 @@ def forget(config: ForgetConfig) -> dict[str, Any]:
     journal = open_journal(data_url, key, given)
     targets, is_there = _resolved(config, where, given, tombstones, journal)
     if not is_there and not journal.is_begun:
-        remove_leftovers(where.unfinished, where.half_written)
+        remove_leftovers(where.listings, where.half_written)
         logger.info("they were forgotten before, and nothing of them is left")
         return {"job": "forget", "receipt": None, "rows": 0, "files_rewritten": 0, "files_removed": 0, "models": []}
     journal.begin(targets)
@@ -194,7 +194,7 @@ def _take_out(
         journal.note_table(table, rewritten)
         tables.swap(table.url, rewritten, sorted(table.rows), journal.op)
     journal.note_files(files, caches)
-    remove_leftovers(where.unfinished, where.half_written)
+    remove_leftovers(where.listings, where.half_written)
     for file in files:
         if file.kind.is_removed:
             logger.info("%s is removed: %s makes it again", storage.redacted(file.url), file.kind.again)

@@ -1,4 +1,4 @@
-"""What killed jobs have left that may tell of somebody: listings, searches, half-written files. No job needs them."""
+"""What killed jobs have left that may name somebody: kept listings, and half-written files. No later job needs them."""
 
 import logging
 import re
@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from lib import storage
 from lib.local_files import TEMPORARY_NAME, local_path
 from lib.parts import MANIFEST_FOLDER
-from lib.recognition.gallery_search import SEARCH_FOLDER
 
 logger = logging.getLogger(__name__)
 
 ABANDONED_AFTER_S = 60.0
 """A temporary file that nobody has written to for so long is a killed job's."""
 
-_FOLDERS = re.compile(rf"(.*/)?({MANIFEST_FOLDER}/listing|{SEARCH_FOLDER})(?=/)")
+_LISTING = re.compile(rf"(.*/)?{MANIFEST_FOLDER}/listing(?=/)")
 
 
-def unfinished_folder(path: str) -> str | None:
-    """Return the folder of an unfinished listing or gallery search that a file is in; None if it is in none."""
-    match = _FOLDERS.match(path)
+def listing_in(path: str) -> str | None:
+    """Return the folder of a kept listing that a file is in; None if it is in none."""
+    match = _LISTING.match(path)
     return match and match[0]
 
 
@@ -29,14 +28,14 @@ def is_half_written(path: str) -> bool:
     return TEMPORARY_NAME.fullmatch(path.rpartition("/")[2]) is not None
 
 
-def remove_leftovers(folders: Sequence[str], half_written: Sequence[str]) -> None:
-    """Remove unfinished listings and searches, whomever they name, and temporary files of killed jobs.
+def remove_leftovers(listings: Sequence[str], half_written: Sequence[str]) -> None:
+    """Remove kept listings, whomever they name, and temporary files of killed jobs.
 
     Raises:
         JobError: the storage fails.
     """
-    for url in folders:
-        logger.info("%s is removed: its job was not finished, and does that again", storage.redacted(url))
+    for url in listings:
+        logger.info("%s is removed: the next job lists the photos again", storage.redacted(url))
         storage.remove_tree(url)
     for url in half_written:
         if storage.is_local(url) and _age_s(url) > ABANDONED_AFTER_S:

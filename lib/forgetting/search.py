@@ -12,7 +12,7 @@ from lib.faces import card
 from lib.faces.export_faces import PLAN_NAME as EXPORT_PLAN_NAME
 from lib.faces.tombstones import FOLDER
 from lib.forgetting.kinds import MANY, Kind, kind_of, listed
-from lib.forgetting.leftovers import is_half_written, unfinished_folder
+from lib.forgetting.leftovers import is_half_written, listing_in
 from lib.forgetting.models import is_run
 from lib.forgetting.tables import TableHits, look_for, named_in
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets, of_names
@@ -38,7 +38,7 @@ class Places:
         runs: folders of runs.
         texts: URLs of texts that no job has made.
         exports: folders of faces that were exported for other projects.
-        unfinished: folders of listings and of gallery searches that killed jobs have left.
+        listings: folders with lists of photos that killed jobs have left.
         half_written: files with temporary names.
         origins: folders of photos that were embedded or identified, by the folder of the output, whose names are
             relative to them.
@@ -49,7 +49,7 @@ class Places:
     runs: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     exports: list[str] = field(default_factory=list)
-    unfinished: list[str] = field(default_factory=list)
+    listings: list[str] = field(default_factory=list)
     half_written: list[str] = field(default_factory=list)
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ def places(data_url: str, others: Sequence[str]) -> Places:
             _add_folder(found, url)
         else:
             _add(found, url.rpartition("/")[0], [url.rpartition("/")[2]], [0])
-    found.tables, found.unfinished = sorted(set(found.tables)), sorted(set(found.unfinished))
+    found.tables, found.listings = sorted(set(found.tables)), sorted(set(found.listings))
     found.origins = _origins(found)
     return found
 
@@ -129,8 +129,8 @@ def _add(found: Places, root: str, paths: Sequence[str], sizes: Sequence[int]) -
     found.tables += [storage.join(root, path) if path else root for path in tables]
     for path, num_bytes in zip(paths, sizes, strict=True):
         folder, _, name = path.rpartition("/")
-        if (unfinished := unfinished_folder(path)) is not None:
-            found.unfinished.append(storage.join(root, unfinished))
+        if (listing := listing_in(path)) is not None:
+            found.listings.append(storage.join(root, listing))
             continue
         if is_half_written(path):
             found.half_written.append(storage.join(root, path))

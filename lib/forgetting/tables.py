@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from lib import parts, storage
 from lib.errors import JobError
 from lib.faces import card
-from lib.forgetting.leftovers import unfinished_folder
+from lib.forgetting.leftovers import listing_in
 from lib.forgetting.targets import FACE_OF, IDENTITY, PHOTO, Targets, named_columns
 from lib.recognition.embeddings_table import counts_of
 
@@ -79,7 +79,7 @@ def look_for(url: str, targets: Targets) -> TableHits:
     # The list of photos of an unfinished version names them too.
     planned = storage.list_files(storage.join(url, parts.MANIFEST_FOLDER), suffix=".parquet")
     names = [f"{parts.MANIFEST_FOLDER}/{info.path}" for info in planned]
-    names = [*_part_names(found), *(name for name in names if unfinished_folder(name) is None)]
+    names = [*_part_names(found), *(name for name in names if listing_in(name) is None)]
     with ThreadPoolExecutor(_READERS) as pool:
         numbers = dict(zip(names, pool.map(in_part, names), strict=True))
     hits = TableHits(url, {name: num for name, num in numbers.items() if num})

@@ -108,10 +108,6 @@ def data(tmp_path: Path) -> Path:
     pq.write_table(pa.table(columns), matches / "matches.parquet")
     matches.joinpath("matches.csv").write_text(f"photo,decision\n{MINE[0]},{OTHER}\n{THEIRS[0]},{GONE}\n")
     matches.joinpath("matches.jpg").write_bytes(CROPS[MINE[0]])
-    # A killed search holds hashes of names; these bytes stand for them.
-    search = matches / "_search" / "0a1b"
-    search.mkdir(parents=True)
-    pq.write_table(pa.table({"person": [GONE]}), search / "named-00000.parquet")
     half = curation / f".{'0a' * 16}.tmp"
     half.write_bytes(page_with([MINE[0], THEIRS[0]])[:-20])
     os.utime(half, (time.time() - 3600,) * 2)

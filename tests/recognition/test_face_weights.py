@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from lib.errors import UserError
 from lib.faces.alignment import ARCFACE, EYES
-from lib.recognition import iresnet
+from lib.recognition import export_job, iresnet
 from lib.recognition.embed_job import model_name
 from lib.recognition.embedder import TorchEmbedder, extraction_settings, load_embedder
 from lib.recognition.export_job import ExportConfig, export
@@ -121,6 +121,17 @@ def insightface_url(insightface: nn.Module, tmp_path_factory: pytest.TempPathFac
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def converted_url(insightface: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return an ONNX file that somebody made of the network."""
+    sink, example = io.BytesIO(), torch.zeros(2, 3, 112, 112)
+    dynamic = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(insightface, (example,), sink, dynamic_shapes=dynamic, opset_version=18, dynamo=True)
+    path = tmp_path_factory.mktemp("converted") / "converted.onnx"
+    path.write_bytes(sink.getvalue())
+    return str(path)
+
+
 def test_vectors_of_cvlfaces_file_are_those_of_its_network(
     cvlface: Tensors, cvlface_url: str, crops: np.ndarray, tmp_path: Path
 ) -> None:
@@ -153,15 +164,10 @@ def test_a_file_of_weights_is_a_model_that_says_what_it_needs(insightface_url: s
 @pytest.mark.parametrize("color", ["rgb", "bgr"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_converted_onnx_file_gives_the_same_vectors(
-    insightface_url: str, insightface: nn.Module, crops: np.ndarray, tmp_path: Path, color: str, flip: bool
+    insightface_url: str, converted_url: str, crops: np.ndarray, color: str, flip: bool
 ) -> None:
-    sink = io.BytesIO()
-    example = torch.zeros(2, 3, 112, 112)
-    dynamic = ({0: torch.export.Dim("batch")},)
-    torch.onnx.export(insightface, (example,), sink, dynamic_shapes=dynamic, opset_version=18, dynamo=True)
-    (tmp_path / "converted.onnx").write_bytes(sink.getvalue())
     wanted = OnnxInput(color=color, mean=(127.5, 120.0, 110.0), std=(127.5, 120.0, 130.0))  # type: ignore[arg-type]
-    converted = OnnxModel(str(tmp_path / "converted.onnx"), wanted, flip=flip)
+    converted = OnnxModel(converted_url, wanted, flip=flip)
     ours = load_embedder(insightface_url, wanted, flip=flip)
     np.testing.assert_allclose(ours.embed(crops), converted.embed(crops), atol=1e-4)
     block = ours.buffer(3)
@@ -170,8 +176,9 @@ def test_a_converted_onnx_file_gives_the_same_vectors(
 
 
 def test_the_exported_file_stands_in_for_the_weights(
-    cvlface_url: str, crops: np.ndarray, faces_url: str, tmp_path: Path
+    cvlface_url: str, crops: np.ndarray, faces_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(export_job, "NUM_CROPS", 4)
     result = export(ExportConfig(model=cvlface_url, faces=faces_url, flip=True))
     assert result["onnx"] == cvlface_url.removesuffix("pt") + "onnx"
     file, weights = load_embedder(result["onnx"]), load_embedder(cvlface_url, flip=True)

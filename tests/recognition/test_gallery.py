@@ -61,7 +61,7 @@ def tables(tmp_path: Path) -> tuple[str, str]:
     return gallery, written(tmp_path / "probes é", [asked[n : n + 8] for n in range(0, 40, 8)])
 
 
-def planned(tables: tuple[str, str], output: Path | str, top: int = 4, threshold: float = 1.5) -> MatchPlan:
+def planned(tables: tuple[str, str], output: Path, top: int = 4, threshold: float = 1.5) -> MatchPlan:
     search = planned_search(known_people(tables[0], EMBEDDER), tables[1], str(output), top, [str(threshold)])
     return MatchPlan(search=search, output=str(output), threshold=threshold, with_names=True, several=False)
 
@@ -160,32 +160,6 @@ def test_a_search_goes_on_with_what_is_missing_and_leaves_nothing_of_an_earlier_
     success = storage.read_json(f"{tables[0]}/_SUCCESS")
     storage.write_json(f"{tables[0]}/_SUCCESS", {**success, "run_id": "2"})  # the gallery was made again
     assert len(left_to_search(planned(tables, output).search)) == 12
-
-
-def test_a_search_in_a_bucket_finds_the_same_and_goes_on(
-    tables: tuple[str, str], tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = matched(planned(tables, tmp_path / "out"))
-    there = []
-    for url in tables:
-        there.append(f"{s3_bucket}/{Path(url).name}")
-        for path in filter(Path.is_file, Path(url).rglob("*")):
-            storage.write_bytes(f"{there[-1]}/{path.relative_to(url)}", path.read_bytes())
-    monkeypatch.setattr(gallery_search, "SHARD_FACES", 20)
-    monkeypatch.setattr(gallery_search, "GROUP_ROWS", 16)
-    storage.write_bytes(f"{s3_bucket}/out é/matches.csv", b"earlier")
-    plan = planned((there[0], there[1]), f"{s3_bucket}/out é")
-    for group in left_to_write(plan):
-        for shard in range(len(plan.search.shards)):
-            SearchWorker(plan.search).search({"group": group, "shard": shard})
-        MatchWorker(plan).write({"group": group})
-    assert (left_to_search(plan.search), left_to_write(plan)) == ([], [])
-    names = [plan.file_name(group, "parquet") for group in range(3)]
-    found = pa.concat_tables([storage.read_parquet(f"{s3_bucket}/out é/{name}") for name in names])
-    assert found.to_pylist() == whole
-    storage.remove_tree(f"{s3_bucket}/out é/_search")
-    assert len(left_to_search(plan.search)) == 12
-    assert storage.children(f"{s3_bucket}/out é")[0] == sorted([*names, *(plan.file_name(n, "csv") for n in range(3))])
 
 
 def test_photos_without_any_face_have_rows_and_no_matches(tables: tuple[str, str], tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_other_weights_and_another_head_start_at_random(tmp_path: Path) -> None:
     torch.testing.assert_close(worker.state.centres.centres_RSD, drawn)
 
 
+@pytest.mark.slow
 def test_two_workers_go_on_from_a_run_on_fewer_people(connected_head: RayHead, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces", people={"train": EARLIER, "val": 4})
     more = ("--loss", "cosface", "--batch", "photos", "--epochs", "1", "--batch-size", "8", "--workers", "2")

@@ -94,7 +94,7 @@ def _work(rank: int, num_workers: int, folder: Path) -> None:
     os._exit(0)  # gloo was seen to abort while it is taken down
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
+@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_workers_have_loss_and_gradients_of_one_process_with_the_whole_matrix(num_workers: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_work, args=(rank, num_workers, tmp_path)) for rank in range(num_workers)]
