@@ -1,16 +1,21 @@
 """The launchers without Slurm: what they ask it for, and that the command they end in is one the job understands."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from lib import storage
+from lib.recognition.embedder import load_embedder
+from lib.recognition.embeddings_table import schema
 from tests.job_runner import ROOT, environment, run_here
 
-JOBS = ["preprocess", "train", "embed", "evaluate"]
+JOBS = ["preprocess", "train", "embed", "identify", "evaluate"]
 
 
 def bash(*command: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -38,14 +43,27 @@ def test_a_launcher_asks_slurm_for_what_the_others_ask_for(job: str) -> None:
     assert len(re.findall("^#SBATCH", script, re.MULTILINE)) == len(asked)
 
 
+@pytest.fixture(scope="module")
+def gallery_url(model_url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return embeddings of one person by the model."""
+    url = str(tmp_path_factory.mktemp("a gallery"))
+    model = {"digest": load_embedder(model_url).digest, "embedding_dim": 16, "template": "eyes"}
+    row = {"photo": "a", "identity": "A", "status": "aligned", "embedding": [0.0] * 16}
+    rows = pa.Table.from_pylist([row], schema=schema(16, "{}", json.dumps(model)))
+    storage.write_parquet(f"{url}/split=test/part-000000.parquet", rows)
+    storage.write_json(f"{url}/_SUCCESS", {"run_id": "1", "fingerprint": {}, "counts": {}})
+    return url
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_the_command_of_a_launcher_is_one_the_job_understands(
-    job: str, sample_data: Path, faces_url: str, model_url: str, tmp_path: Path
+    job: str, sample_data: Path, faces_url: str, model_url: str, gallery_url: str, tmp_path: Path
 ) -> None:
     flags = {
         "preprocess": ["--data", str(sample_data)],
         "train": ["--data", str(tmp_path), "--faces", faces_url, "--backbone", "test_convnext", "--name", "a 'b'"],
         "embed": ["--model", model_url, "--faces", faces_url, "--output", str(tmp_path / 'a "b"')],
+        "identify": ["--model", model_url, "--gallery", gallery_url, "--photos", str(sample_data / "photos")],
         # The test split of so few people is too small to make pairs of.
         "evaluate": ["--model", model_url, "--faces", faces_url, "--split", "train", "--output", str(tmp_path / "c d")],
     }
