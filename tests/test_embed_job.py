@@ -21,6 +21,7 @@ from lib.recognition.embed_job import EmbedConfig, embed_job
 from lib.recognition.embeddings_table import MODEL_KEY, read_embeddings
 from lib.recognition.model import embed, load_model, save_model
 from lib.recognition.recognizer import decoded_crop
+from tests.faces.sources.test_recordio import insightface
 from tests.job_runner import RayHead, kill_session, run_here, run_job, start_job, wait_until
 
 
@@ -110,26 +111,22 @@ def test_embeddings_go_to_the_folder_of_the_run_and_only_the_splits_asked_for(
     assert {path.parent.name for path in output.glob("*/*.parquet")} == {"split=val"}
 
 
-def test_mirror_images_are_asked_for_and_written_down(
-    connected_head: RayHead,
-    undisturbed: tuple[Path, dict],
-    model_url: str,
-    faces_url: str,
-    faces_rows: list[dict],
-    tmp_path: Path,
+def test_crops_of_a_record_file_are_embedded_as_they_are_with_mirror_images(
+    connected_head: RayHead, undisturbed: tuple[Path, dict], model_url: str, aligned: list[dict], tmp_path: Path
 ) -> None:
-    flags = ["--model", model_url, "--faces", faces_url, "--splits", "val"]
+    crops = [row["crop"] for row in aligned if row["split"] == "val"]
+    insightface(tmp_path / "crops é.rec", crops, [float(number) for number in range(len(crops))])
+    flags = ["--model", model_url, "--photos", str(tmp_path / "crops é.rec"), "--aligned", "eyes"]
     done = run_here("embed.py", *flags, "--output", str(tmp_path / "e"), "--flip")
     assert done.status == 0, done.errors
+    assert done.result["aligned"] == len(crops)
     made, plain = read_embeddings(str(tmp_path / "e")), read_embeddings(str(undisturbed[0]))
     assert (made.model["flip"], plain.model["flip"]) == (True, False)
+    assert sorted(map(str, made.identities), key=int) == [str(number) for number in range(len(crops))]
     model = load_model(model_url)
     model.spec = dataclasses.replace(model.spec, flip=True)
-    crops = {row["photo"]: row["crop"] for row in faces_rows}
-    has_face_N = ~made.failed_N
-    shown = [photo for photo, has_face in zip(made.photos, has_face_N, strict=True) if has_face]
-    expected_ND = embed(model, np.stack([decoded_crop(crops[photo]) for photo in shown]))
-    np.testing.assert_allclose(made.embeddings_ND[has_face_N], expected_ND, atol=1e-5)
+    expected_ND = embed(model, np.stack([decoded_crop(crops[int(str(each))]) for each in made.identities]))
+    np.testing.assert_allclose(made.embeddings_ND, expected_ND, atol=1e-5)
     mixed = run_here("embed.py", *flags, "--output", str(tmp_path / "e"))
     assert mixed.status == 2
     assert "--output" in mixed.last_error

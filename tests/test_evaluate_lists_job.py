@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lib import storage
@@ -38,12 +40,17 @@ def lists(aligned: list[dict], tmp_path: Path) -> dict[str, list[tuple[str, str,
     return dict(zip((str(tmp_path / name) for name in ("pairs_CPLFW.txt", "agedb_30_ann.txt")), drawn, strict=True))
 
 
-def test_lists_give_the_table_of_papers(
-    connected_head: RayHead, model_url: str, faces_url: str, lists: dict[str, list], tmp_path: Path
+def test_lists_over_crops_in_parquet_give_the_table_of_papers(
+    connected_head: RayHead, model_url: str, aligned: list[dict], lists: dict[str, list], tmp_path: Path
 ) -> None:
+    columns = {"image": [row["crop"] for row in aligned], "photo": [row["photo"] for row in aligned]}
+    people = [row["identity"] for row in aligned]
+    crops = tmp_path / "crops é.parquet"
+    pq.write_table(pa.table({**columns, "identity": people}), crops, row_group_size=20)
     done = run_here(
         "evaluate.py",
-        *("--model", model_url, "--faces", faces_url, "--output", str(tmp_path / "out"), "--gpus", "0"),
+        *("--model", model_url, "--photos", str(crops), "--aligned", "eyes"),
+        *("--output", str(tmp_path / "out"), "--gpus", "0"),
         *("--protocol", "insightface", "--pairs", *lists),
     )
     assert done.status == 0, done.errors

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -56,10 +57,13 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gallery_search, "GROUP_ROWS", 1)  # the photos of each split are a group: workers search
-    flags = ["--model", model_url, "--gallery", gallery_url, "--photos", str(photos), "--faces", faces_url]
+    packed = tmp_path / "in question.tar"
+    with tarfile.open(packed, "w") as archive:
+        archive.add(photos, ".")  # as `tar -C folder .` does
+    flags = ["--model", model_url, "--gallery", gallery_url, "--photos", str(packed), "--faces", faces_url]
     flags += ["--threshold", "0.0001", "--output", str(tmp_path / "out é"), "--identities", str(tmp_path / "who é.csv")]
     people = {row["photo"]: row["identity"] for row in aligned}
-    lines = [f"{path.relative_to(photos)},{people[path.name]}" for path in sorted(photos.glob("t*/*"))]
+    lines = [f"{packed.name}/{path.relative_to(photos)},{people[path.name]}" for path in sorted(photos.glob("t*/*"))]
     (tmp_path / "who é.csv").write_text("\n".join(["photo,identity", *lines, ""]))
     done = run_here("identify.py", *flags, extra=connected_head.environment)
     assert done.status == 0, done.errors
@@ -67,11 +71,11 @@ def test_known_people_are_named_strangers_are_not_and_every_photo_is_accounted_f
     files = [tmp_path / "out é" / f"matches-{n:05d}.parquet" for n in range(done.result["files"])]
     assert [done.result["matches"], done.result["csv"]] == [str(files[0]), str(files[0].with_suffix(".csv"))]
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    best = {row["photo"]: row for row in rows if row["rank"] in (1, None)}
-    train = [row for name, row in best.items() if name.startswith("train/")]
+    best = {row["photo"].removeprefix(f"{packed.name}/"): row for row in rows if row["rank"] in (1, None)}
+    train = {name: row for name, row in best.items() if name.startswith("train/")}
     assert len(train) == 6
-    for row in train:
-        name = row["photo"].removeprefix("train/").removesuffix("#0")
+    for photo, row in train.items():
+        name = photo.removeprefix("train/").removesuffix("#0")
         # The same photo is in the gallery: distance 0, but for the last digits of another batch.
         assert row["decision"] == row["identity"] == people[name]
         assert row["distance"] < 1e-4

@@ -79,7 +79,7 @@ def check_scanned(source: Source, database: PhotoDatabase, num: int, *, has_list
             kinds = f" ({_counted(source.passed_over)} lie there)" if source.passed_over else ""
             raise UserError(
                 f"{shown} holds no photos{kinds}: {', '.join(PHOTO_SUFFIXES)} are read, and .parquet, .rec, .tar, .zip "
-                "and .arrow files of photos"
+                "and .arrow files of photos; a .lst file, by its own name"
             )
         return
     if not num:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,9 @@ _UNREADABLE = (
     TypeError,
     struct.error,
 )
+
+_GLOBAL = re.compile(r"\bGLOBAL (\S+)")
+"""How PyTorch names a function or class that a pickle wants."""
 
 _WRAPPERS = ("state_dict_ema", "model_state_dict", "state_dict", "model")
 """Keys under which training scripts store the tensors. Averaged weights come first."""
@@ -67,12 +71,19 @@ def tensors_of(content: bytes, url: str) -> Tensors:
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{url!r} cannot be read as PyTorch weights: it is damaged, or holds more than tensors, which is never "
-            f"unpickled ({reason}); save its state_dict() alone and try again"
-        ) from error
+        raise UserError(f"{url!r} cannot be read as PyTorch weights: {_why(error)}") from error
     return _named_tensors(loaded, url)
+
+
+def _why(error: Exception) -> str:
+    """Return what is wrong with a file of weights, without PyTorch's advice to trust it."""
+    text = str(error)
+    wanted = _GLOBAL.search(text)
+    if wanted or "WeightsUnpickler" in text:
+        what = f"wants {wanted[1]!r}" if wanted else "holds more than tensors"
+        return f"it {what}, and only tensors are ever unpickled; save its state_dict() alone and try again"
+    reason = " ".join(re.split(r"\. |\n", text.strip())[0].split())[:200] or type(error).__name__
+    return f"it is damaged, or holds no tensors ({reason}); copy it again, or save its state_dict() and try again"
 
 
 def load_tensors(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:

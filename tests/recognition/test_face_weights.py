@@ -245,7 +245,9 @@ def test_bad_files_are_refused_in_one_line(cvlface: Tensors, insightface_url: st
     assert "fc.weight is (512, 100352), the model needs (512, 25088)" in refused("224.pt", wide)
     broken = {**cvlface, "input_layer.1.bias": torch.full((64,), torch.nan)}
     assert "bn1.bias holds NaN" in refused("nan.pt", broken)
-    assert "never unpickled" in refused("evil.pt", {"input_layer.0.weight": Harmful()})
+    evil = refused("evil.pt", {"input_layer.0.weight": Harmful()})
+    assert "it wants 'getattr', and only tensors are ever unpickled; save its state_dict() alone" in evil
+    assert "trust" not in evil
     assert not Path("/tmp/must never be there").exists()
     (tmp_path / "cut.pth").write_bytes(Path(insightface_url).read_bytes()[:5000])
     with pytest.raises(UserError, match="cannot be read as PyTorch weights"):

@@ -90,7 +90,8 @@ class TarSource(ContainerSource):
                         if kept is not None:
                             yield kept
                         place = info.offset_data - tarfile.BLOCKSIZE
-                        kept = Member(info.name, place, info.size, file) if info.isfile() else None
+                        name = info.name.removeprefix("./")
+                        kept = Member(name, place, info.size, file) if info.isfile() else None
                     if kept is not None:
                         yield kept
                     # `next` also ends without an error at a damaged header.
@@ -249,7 +250,7 @@ def _samples(
     labels: dict[str, bytes] = {}
     current = None
     for member in members:
-        if kind := junk(member.name.removeprefix("./")):
+        if kind := junk(member.name):
             source.passed_over[kind] += 1
             continue
         folder, _, base = member.name.rpartition("/")

@@ -16,6 +16,8 @@ from lib.faces.sources.parquet import ParquetSource
 from lib.faces.sources.patterns import matches, split_pattern
 from lib.faces.sources.recordio import RecordioSource
 from lib.faces.sources.source import PhotoColumns, Source
+from lib.file_systems import is_local, is_s3
+from lib.local_files import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,11 @@ def open_source(
     )
 
 
+def _is_file(url: str) -> bool:
+    """Return whether a URL that exists is a file on a disk, or one in S3 that is not empty."""
+    return local_path(url).is_file() if is_local(url) else is_s3(url) and storage.file_info(url).num_bytes > 0
+
+
 def check_format(photos_format: str) -> None:
     """Raise UserError for a value that `--photos-format` does not take."""
     if photos_format not in (AUTO, *FORMATS):
@@ -90,6 +97,12 @@ def _format_of_file(url: str) -> str | None:
         )
     if name.endswith(PHOTO_SUFFIXES):
         raise UserError(f"--photos {storage.redacted(url)} is one photo: name the folder that it lies in")
+    if not split_pattern(url)[1] and _is_file(url):
+        known = ", ".join(suffix for each in FORMATS.values() if each is not FolderSource for suffix in each.suffixes)
+        raise UserError(
+            f"--photos {storage.redacted(url)} is a file, and not one that holds photos by its name ({known}): name "
+            "such a file, or a folder"
+        )
     return None
 
 

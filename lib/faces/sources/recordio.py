@@ -73,7 +73,7 @@ class RecordioSource(ContainerSource):
         """
         file = RangedFile(self.file_url(shard.name))
         rows: list[tuple[str | None, int, int]] = []
-        damaged = self.passed_over["damaged records"]
+        damaged, unlabelled = (self.passed_over[kind] for kind in ("damaged records", "labels that are no numbers"))
         for record in self._records(file, shard):
             labelled = self._label_and_size(file, record)
             if labelled is not None:
@@ -83,8 +83,11 @@ class RecordioSource(ContainerSource):
                 rows = []
         if rows:
             yield self._batch(shard, rows)
+        shown = storage.redacted(file.url)
         if num := self.passed_over["damaged records"] - damaged:
-            logger.warning("%s: %d damaged stretches are passed over", storage.redacted(file.url), num)
+            logger.warning("%s: %d damaged stretches are passed over", shown, num)
+        if num := self.passed_over["labels that are no numbers"] - unlabelled:
+            logger.warning("%s: %d labels are no numbers: their photos are of nobody known", shown, num)
 
     def read_file(self, name: str, rows: Iterable[Row]) -> Iterator[Photo]:
         """Yield the photos of rows, with one block of the file in memory; `corrupt` if the record is gone."""

@@ -161,6 +161,11 @@ def test_what_is_no_archive_is_refused(tmp_path):
             scanned(open_source(str(tmp_path / name)))
 
 
+def test_a_tar_of_the_folder_itself_has_the_names_of_its_files(tmp_path):
+    tar(tmp_path / "a.tar", {f"./{name}": data for name, data in SAMPLES.items()})
+    assert read(open_source(str(tmp_path / "a.tar"))) == {f"a.tar/{name}": row for name, row in PEOPLE.items()}
+
+
 def test_a_zip_of_a_version_that_nobody_knows_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("7/a.jpg", b"a")

@@ -107,11 +107,12 @@ def test_ranges_of_any_size_find_each_record_once(tmp_path, monkeypatch):
         assert scanned(open_source(str(tmp_path))).equals(whole), size
 
 
-def test_labels_over_two_to_the_24th_are_whole_numbers(tmp_path):
+def test_labels_over_two_to_the_24th_are_whole_numbers(tmp_path, caplog):
     im2rec(tmp_path / "a.rec", images(3), [2.0**24 + 2, 3e7, float("nan")])
     source = open_source(str(tmp_path / "a.rec"))
     assert scanned(source)["identity"].to_pylist() == ["16777218", "30000000", None]
     assert source.passed_over["labels that are no numbers"] == 1
+    assert "a.rec: 1 labels are no numbers: their photos are of nobody known" in caplog.text
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -131,6 +132,12 @@ def test_a_file_without_the_magic_is_refused(tmp_path):
     (tmp_path / "a.rec").write_bytes(b"no magic here" * 9)
     with pytest.raises(UserError, match=r"a\.rec is no RecordIO file"):
         scanned(open_source(str(tmp_path)))
+
+
+def test_a_file_beside_the_records_is_named_for_what_it_is(tmp_path):
+    im2rec(tmp_path / "it's a.rec", images(3), [0.0] * 3)
+    with pytest.raises(UserError, match=r"it's a\.idx is a file, and not one that holds photos by its name \(\.rec, "):
+        open_source(str(tmp_path / "it's a.idx"))
 
 
 def test_the_index_of_another_file_is_refused(tmp_path):
