@@ -18,9 +18,9 @@ Ints = NDArray[np.int64]
 
 NEIGHBOURS = 16
 """Clusters that a search finds for each."""
-MIN_RECALL = 0.9
+MIN_RECALL = 0.95
 """Share of the neighbours within the limit that the search of many clusters finds, measured on some of them. A pair is
-found from either side, so fewer than one in ten are missed; and a cluster has the pairs of all its faces."""
+found from either side, so fewer than one in twenty are missed; and a cluster has the pairs of all its faces."""
 _CHUNK = 1 << 16
 """Rows that are searched, and pairs that are compared, at once."""
 
@@ -66,7 +66,7 @@ def near_clusters(centres_MD: Floats, spreads_M: Floats, among_L: Ints, asked_Q:
     points_LD = np.concatenate([centres_MD[among_L], np.sqrt(spreads_M[among_L])[:, None]], axis=1, dtype=np.float32)
     queries_QD = np.concatenate([centres_MD[asked_Q], np.zeros((len(asked_Q), 1))], axis=1, dtype=np.float32)
     num = min(NEIGHBOURS + 1, len(among_L))  # a cluster finds itself, too
-    index = neighbour_index(points_LD)
+    index = neighbour_index(points_LD, many_queries=True)
     widen(index, points_LD, queries_QD, num, MIN_RECALL, within=limit)
     found: list[Ints] = []
     squared: list[Floats] = []
