@@ -1,5 +1,6 @@
 """Finds the photo of a name in a list. Lists often spell names differently from the disk."""
 
+import os
 import unicodedata
 from collections.abc import Iterable
 
@@ -16,7 +17,8 @@ def find_photos(database: PhotoDatabase, folder: str) -> None:
     """Set the column `photo` of the table `lines` to the photo of the table `scanned` that each line names.
 
     A list may differ from the disk in `./` or the folder's own name in front, in backslashes, in the form of accents
-    (NFC, NFD), and in the suffix. A name that fits two photos is used for neither.
+    (NFC, NFD), and in the suffix. For photos in archives it may leave out the archive, and the folders in it that all
+    of them share. A name that fits two photos is used for neither.
     """
     # A name that is not UTF-8 is written as on the disk, or as in a table.
     _match(database, "scanned m on m.photo = lines.stored")
@@ -25,13 +27,29 @@ def find_photos(database: PhotoDatabase, folder: str) -> None:
     if not _num_unmatched(database):
         return
     _make_keys(database)
-    _make_wanted(database, folder)
-    for wanted, of in (("key", "keys"), ("key_stem", "stems"), ("below", "keys"), ("below_stem", "stems")):
-        if _num_unmatched(database):
-            found = f"(select wanted.number, {of}.photo from wanted join {of} on {of}.key = wanted.{wanted})"
-            _match(database, f"{found} m on m.number = lines.number")
-    for name in ("keys", "stems", "wanted"):
+    for above in ("", *_folders_of_archives(database)):
+        if not _num_unmatched(database):
+            break
+        _make_wanted(database, folder, above)
+        for wanted, of in (("key", "keys"), ("key_stem", "stems"), ("below", "keys"), ("below_stem", "stems")):
+            if _num_unmatched(database):
+                found = f"(select wanted.number, {of}.photo from wanted join {of} on {of}.key = wanted.{wanted})"
+                _match(database, f"{found} m on m.number = lines.number")
+        database.run("drop table wanted")
+    for name in ("keys", "stems"):
         database.run(f"drop table {name}")
+
+
+def _folders_of_archives(database: PhotoDatabase) -> list[str]:
+    """Return the folders that all photos share, outermost first, if all of them are in archives."""
+    num_files, first, last = database.rows(
+        "select count(*) filter (where source is null), min(photo), max(photo) from scanned"
+    )[0]
+    if num_files or first is None:
+        return []
+    common = os.path.commonpath([name.rpartition("/")[0] for name in (first, last)])
+    parts = common.split("/") if common else []
+    return ["/".join([*parts[:num], ""]) for num in range(1, len(parts) + 1)]
 
 
 def _num_unmatched(database: PhotoDatabase) -> int:
@@ -66,13 +84,16 @@ def _make_keys(database: PhotoDatabase) -> None:
     database.run("drop table of_photos")
 
 
-def _make_wanted(database: PhotoDatabase, folder: str) -> None:
-    """Make the table `wanted` of the keys of lines without a photo, with and without the folder's name."""
+def _make_wanted(database: PhotoDatabase, folder: str, above: str) -> None:
+    """Make the table `wanted` of the keys of lines without a photo, with and without the folder's name.
+
+    They begin with the folder `above`, if there is one.
+    """
     database.run(
         "create table wanted (number bigint, key varchar, key_stem varchar, below varchar, below_stem varchar)"
     )
     for batch in database.batches("select number, name from lines where photo is null"):
-        keys = [key_of(name) for name in batch.column(1).to_pylist()]
+        keys = [above + key_of(name) for name in batch.column(1).to_pylist()]
         below = [key.removeprefix(f"{folder}/") for key in keys]
         names = _table(key=keys, key_stem=map(stem_of, keys), below=below, below_stem=map(stem_of, below))
         database.append("wanted", names.add_column(0, "number", batch.column(0)))

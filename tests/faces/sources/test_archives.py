@@ -108,6 +108,19 @@ def test_an_archive_of_photos_is_a_folder_of_photos(tmp_path, kind):
         assert manifest.num_passed_over == {"__MACOSX": 1, ".pdf": 1}
 
 
+@pytest.mark.parametrize("above", ["", "img align/", "img.zip/img align/"])
+def test_a_list_may_leave_out_the_archive_and_the_folder_in_it(tmp_path, above):
+    with zipfile.ZipFile(tmp_path / "img.zip", "w") as archive:
+        for number in range(1, 13):
+            archive.writestr(f"img align/{number:06d}.jpg", b"photo")
+    lines = [f"{above}{number:06d}.jpg {number // 3}" for number in range(1, 14)]  # the last one is not there
+    (tmp_path / "identity_CelebA.txt").write_text("\n".join(lines))
+    source = open_source(str(tmp_path / "img.zip"))
+    manifest = read_manifest(source, str(tmp_path / "identity_CelebA.txt"), identities_required=True)
+    found = dict(manifest.database.rows("select photo, identity from photos where status is null"))
+    assert found == {f"img.zip/img align/{number:06d}.jpg": str(number // 3) for number in range(1, 13)}
+
+
 def test_an_archive_for_each_person(tmp_path):
     for person in ("ada", "bob"):
         tar(tmp_path / f"{person}.tar", {"1.jpg": person.encode(), "2.jpg": b"2"})
