@@ -186,3 +186,32 @@ def test_a_read_only_disk_is_refused_before_anything_starts(sample_data: Path, t
     assert refused.status == 2
     assert "Read-only file system" in refused.last_error
     assert str(tmp_path / "read only") in refused.last_error
+
+
+def test_a_kill_while_workers_list_a_large_folder_costs_no_photo(head: RayHead, tmp_path: Path) -> None:
+    """More photos than one process lists. They are empty files, so that nothing but the listing takes time."""
+    for person in range(140):
+        (tmp_path / "photos" / f"person {person}").mkdir(parents=True)
+        for photo in range(500):
+            (tmp_path / "photos" / f"person {person}" / f"{photo}.jpg").touch()
+    faces = tmp_path / "faces"
+    listing = faces / "_manifest" / "listing"
+    with start_job("preprocess.py", *flags(tmp_path, faces), extra=head.environment) as job:
+        try:
+            wait_until(lambda: len(list(listing.rglob("*.parquet"))) > 3, job)
+        finally:
+            kill_session(job.pid)
+    assert not list(faces.glob("split=*"))
+    listed = {path: path.stat().st_mtime_ns for path in listing.rglob("*.parquet")}
+    with start_job("preprocess.py", *flags(tmp_path, faces), extra=head.environment) as job:
+        try:
+            wait_until(
+                lambda: any(faces.glob("split=*/part-*")) or len(list(listing.rglob("*.parquet"))) > len(listed), job
+            )
+        finally:
+            assert all(path.stat().st_mtime_ns == at for path, at in listed.items() if path.exists()), "listed again"
+            kill_session(job.pid)
+    done = run_job("preprocess.py", *flags(tmp_path, faces), extra=head.environment)
+    assert done.status == 0, done.errors
+    assert done.result["corrupt"] == 70_000
+    assert rows(faces) == sorted(f"person {person}/{photo}.jpg" for person in range(140) for photo in range(500))
