@@ -16,6 +16,7 @@ from lib.training import centre_store
 from lib.training.centre_store import CentreStore, owned
 from lib.training.flag_groups import LossSettings
 from lib.training.losses import gather_batch
+from tests.training.processes import run_workers
 
 CPU = torch.device("cpu")
 NUM, DIM = 37, 8
@@ -94,15 +95,9 @@ def _work(rank: int, num_workers: int, folder: Path) -> None:
     os._exit(0)  # gloo was seen to abort while it is taken down
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_workers", [2, 4])
 def test_workers_have_loss_and_gradients_of_one_process_with_the_whole_matrix(num_workers: int, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(rank, num_workers, tmp_path)) for rank in range(num_workers)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=150)
-        assert worker.exitcode == 0
+    run_workers(_work, num_workers, num_workers, tmp_path)
     embeddings, labels = batch()
     embeddings.requires_grad_()
     whole = store().centres_RSD.requires_grad_()

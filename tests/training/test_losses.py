@@ -1,7 +1,6 @@
 """Triplet losses against torch, NumPy brute force, pytorch-metric-learning, and one process against two."""
 
 import math
-import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.training.losses import batch_softmax_loss, batch_triplet_loss, gather_batch, triplet_margin_loss
+from tests.training.processes import run_workers
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -253,14 +253,7 @@ def test_two_workers_have_the_gradient_of_one_with_the_whole_batch(tmp_path: Pat
     labels = labels[torch.randperm(24, generator=torch.Generator().manual_seed(0))]  # people stand on both workers
     model = torch.nn.Linear(8, 6)
     torch.save((inputs.detach(), labels, model.state_dict()), tmp_path / "batch.pt")
-    workers = [
-        multiprocessing.get_context("spawn").Process(target=_train_as_rank, args=(rank, tmp_path)) for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        assert worker.exitcode == 0
+    run_workers(_train_as_rank, 2, tmp_path)
     for batch_mean in BATCH_MEANS:
         model.zero_grad()
         _batch_gradient(model, inputs.detach(), labels, batch_mean)

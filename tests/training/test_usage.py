@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from lib.errors import UserError
 from lib.training import checkpoints, collective, usage
 from lib.training.checkpoints import Checkpoint, Progress
 from lib.training.usage import ROLES, UsageCounter, loaded_usage, usage_table
+from tests.training.processes import run_workers
 
 NUM_PHOTOS, BLOCK = 23, 4
 """Six blocks, the last with 3 photos."""
@@ -100,13 +100,7 @@ def test_three_workers_then_two_then_one_go_on_to_the_same_counts(
 ) -> None:
     monkeypatch.setattr(usage, "BLOCK_PHOTOS", BLOCK)
     run = str(tmp_path / "it's a run")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(rank, run, tmp_path)) for rank in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=150)
-        assert worker.exitcode == 0
+    run_workers(_work, 3, run, tmp_path)
     used: list[np.ndarray] = []
     for start, num_workers in enumerate((3, 2, 1)):
         used += [drawn(rank, start) for rank in range(num_workers)]
