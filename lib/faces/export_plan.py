@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +13,7 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.faces.face_filter import FaceFilter, face_filter
 from lib.parts import split_in
+from lib.threads import mapped
 
 Format = Literal["webdataset", "folder", "parquet"]
 
@@ -124,9 +124,11 @@ def plan_export(faces_url: str, success: dict[str, Any], out: FacesOut, *, with_
     identities: set[str] = set()
     left_out = Counter[str]()
     has_folders = False
-    with ThreadPoolExecutor(_READERS) as pool:
-        counted = pool.map(lambda name: _counted(storage.join(faces_url, name), out.taken, with_nobody), names)
-        for name, part in zip(names, counted, strict=True):  # one at a time: together they name everybody many times
+    # A few at a time: together they name everybody many times.
+    with mapped(
+        lambda name: _counted(storage.join(faces_url, name), out.taken, with_nobody), names, num_threads=_READERS
+    ) as counted:
+        for name, part in zip(names, counted, strict=True):
             counts.append((name, part.num_faces))
             identities.update(part.identities)
             has_folders = has_folders or part.has_folders

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ from lib.faces import table
 from lib.faces.photo_database import PhotoDatabase
 from lib.faces.plan_files import MADE_OF, PartPlan
 from lib.parts import Found, made_again, next_version
+from lib.threads import mapped
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,10 @@ def changes(found: Found, plan: PartPlan, names: Collection[str], *, policy: str
     database = PhotoDatabase()
     for name in ("faces", "now"):
         database.run(f"create table {name} (photo varchar, made_of bigint, identity varchar)")
-    with ThreadPoolExecutor(_READERS) as pool:
-        for rows in pool.map(lambda name: storage.read_parquet(storage.join(found.url, name), columns), dropped):
+    with mapped(
+        lambda name: storage.read_parquet(storage.join(found.url, name), columns), dropped, num_threads=_READERS
+    ) as parts:
+        for rows in parts:
             database.append("faces", rows.select(_COMPARED))
     for part in added:
         database.append("now", plan.rows(part).select(_COMPARED))
@@ -99,6 +101,5 @@ def names_to_retry(found: Found, names: Sequence[str], statuses: Collection[str]
         rows = storage.read_parquet(storage.join(found.url, name), table.columns("status"))
         return bool(pc.any(pc.is_in(rows["status"], wanted)).as_py())
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        chosen = list(pool.map(has_any, finished))
-    return {name: made_again(name, version) for name, again in zip(finished, chosen, strict=True) if again}
+    with mapped(has_any, finished, num_threads=_READERS) as chosen:
+        return {name: made_again(name, version) for name, again in zip(finished, chosen, strict=True) if again}

@@ -2,47 +2,22 @@
 
 import logging
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib import storage
 from lib.faces import quality, quality_figures, table
-from lib.faces.photo_database import BATCH_ROWS, PhotoDatabase
+from lib.faces.people import People
 from lib.parts import split_in
+from lib.threads import mapped
 
 logger = logging.getLogger(__name__)
 
 _MAX_REFUSED_NAMED = 200
-
-
-class _People:
-    """Counts the people of each split, in a database on disk because there may be millions."""
-
-    def __init__(self) -> None:
-        self._database = PhotoDatabase()
-        self._database.run("create table people (split varchar, identity varchar)")
-        self._waiting: list[pa.Table] = []
-
-    def add(self, split: str, identities: list[str]) -> None:
-        """Count the identities of aligned faces."""
-        splits = pa.repeat(pa.scalar(split), len(identities))
-        self._waiting.append(pa.table({"split": splits, "identity": pa.array(identities, pa.string())}))
-        if sum(map(len, self._waiting)) >= BATCH_ROWS:
-            self._write()
-
-    def by_split(self) -> dict[str, int]:
-        """Return the number of identities of each split."""
-        self._write()
-        counts = dict(self._database.rows("select split, count(distinct identity) from people group by split"))
-        return {split: counts.get(split, 0) for split in table.SPLITS}
-
-    def _write(self) -> None:
-        if self._waiting:
-            self._database.append("people", pa.concat_tables(self._waiting))
-            self._waiting = []
+_READERS = 8
 
 
 @dataclass
@@ -50,7 +25,7 @@ class Totals:
     """The sums over all parts of a table."""
 
     statuses: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in table.SPLITS})
-    people: _People = field(default_factory=_People)
+    people: People = field(default_factory=People)
     num_known: Counter[str] = field(default_factory=Counter)
     refused: list[dict[str, str]] = field(default_factory=list)
     bytes_before: int = 0
@@ -64,12 +39,12 @@ class Totals:
 
 
 class _Part(NamedTuple):
-    """What is read of a part: its rows without the crops, and the figures of its file."""
+    """The counts of a part, and what is kept of its rows."""
 
-    names: list[str]
-    identities: list[str | None]
-    statuses: list[str]
-    reasons: list[str | None]
+    statuses: Counter[str]
+    known: pa.ChunkedArray
+    """The identity of each aligned face that has one."""
+    refused: list[dict[str, str]]
     bytes_before: int
     """Size of the photos."""
     bytes_after: int
@@ -79,11 +54,11 @@ class _Part(NamedTuple):
 
 
 def count_rows(faces_url: str, file_names: list[str]) -> Totals:
-    """Return the sums over these parts, read in threads without their crops."""
+    """Return the sums over these parts, read in threads without their crops, a few at a time."""
     logger.info("counting %d parts", len(file_names))
     totals = Totals()
-    with ThreadPoolExecutor(8) as pool:
-        for name, part in zip(file_names, pool.map(lambda name: _read_part(faces_url, name), file_names), strict=True):
+    with mapped(lambda name: _read_part(faces_url, name), file_names, num_threads=_READERS) as parts:
+        for name, part in zip(file_names, parts, strict=True):
             _add(totals, split_in(name), part)
     return totals
 
@@ -95,12 +70,13 @@ def _read_part(faces_url: str, name: str) -> _Part:
         metadata = file.schema_arrow.metadata or {}
         footer = file.metadata
         num_bytes = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-    names, identities, statuses = (rows[column].to_pylist() for column in ("photo", "identity", "status"))
+    is_aligned = pc.equal(rows["status"], table.ALIGNED)
+    named = [column for column in ("photo", "status", "reason") if column in rows.column_names]
+    refused = rows.filter(pc.invert(is_aligned)).slice(0, _MAX_REFUSED_NAMED).select(named).to_pylist()
     return _Part(
-        names=names,
-        identities=identities,
-        statuses=statuses,
-        reasons=rows["reason"].to_pylist() if "reason" in rows.column_names else [None] * len(names),
+        statuses=Counter({each["values"]: each["counts"] for each in pc.value_counts(rows["status"]).to_pylist()}),
+        known=rows["identity"].filter(is_aligned).drop_null(),
+        refused=[{column: value for column, value in row.items() if value is not None} for row in refused],
         bytes_before=int(metadata.get(table.BYTES_KEY, b"0")),
         bytes_after=num_bytes,
         made_on=metadata.get(table.MADE_ON_KEY, b"").decode(),
@@ -114,13 +90,6 @@ def _add(totals: Totals, split: str, part: _Part) -> None:
     totals.statuses[split].update(part.statuses)
     totals.bytes_before += part.bytes_before
     totals.bytes_after += part.bytes_after
-    known = [
-        identity
-        for identity, status in zip(part.identities, part.statuses, strict=True)
-        if status == table.ALIGNED and identity is not None
-    ]
-    totals.people.add(split, known)
-    totals.num_known[split] += len(known)
-    for name, status, reason in zip(part.names, part.statuses, part.reasons, strict=True):
-        if status != table.ALIGNED and len(totals.refused) < _MAX_REFUSED_NAMED:
-            totals.refused.append({"photo": name, "status": status, **({"reason": reason} if reason else {})})
+    totals.people.add(split, part.known)
+    totals.num_known[split] += len(part.known)
+    totals.refused += part.refused[: _MAX_REFUSED_NAMED - len(totals.refused)]

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from lib import parts, storage
@@ -16,6 +15,7 @@ from lib.forgetting.leftovers import is_half_written, listing_in
 from lib.forgetting.models import is_run
 from lib.forgetting.tables import TableHits, look_for, named_in
 from lib.forgetting.targets import IDENTITY, PHOTO, Targets, of_names
+from lib.threads import mapped
 
 logger = logging.getLogger(__name__)
 
@@ -196,8 +196,8 @@ def _looked_at(where: Places, targets: Targets) -> Iterator[FileHits]:
         num = _counted(kind.without, url, data, where.targets_in(url, targets))
         return FileHits(url, kind, num, hashlib.sha256(data).hexdigest())
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        yield from (hits for hits in pool.map(look, where.files) if hits)
+    with mapped(look, where.files, num_threads=_READERS) as found:
+        yield from (hits for hits in found if hits)
 
 
 def _content(url: str) -> bytes | None:
@@ -227,5 +227,5 @@ def texts_with(where: Places, targets: Targets) -> list[str]:
         data = _content(url)
         return data is not None and any(name in data for name in names)
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [url for url, found in zip(where.texts, pool.map(holds, where.texts), strict=True) if found]
+    with mapped(holds, where.texts, num_threads=_READERS) as named:
+        return [url for url, is_named in zip(where.texts, named, strict=True) if is_named]

@@ -9,7 +9,6 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from lib.faces import card
 from lib.forgetting.leftovers import listing_in
 from lib.forgetting.targets import FACE_OF, IDENTITY, PHOTO, Targets, named_columns
 from lib.recognition.embeddings_table import counts_of
+from lib.threads import mapped
 
 _READERS = 16
 _WRITERS = 4
@@ -58,8 +58,8 @@ def named_in(url: str, targets: Targets) -> set[tuple[str, str | None]]:
         photos = [_photo_of(photo, found) for photo in rows[PHOTO].to_pylist()]
         return set(zip(photos, rows[IDENTITY].to_pylist(), strict=True))
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return {each for named in pool.map(of_part, _part_names(found)) for each in named}
+    with mapped(of_part, _part_names(found), num_threads=_READERS) as parts_of_targets:
+        return {each for named in parts_of_targets for each in named}
 
 
 def _photo_of(row: str, found: parts.Found) -> str:
@@ -80,8 +80,8 @@ def look_for(url: str, targets: Targets) -> TableHits:
     planned = storage.list_files(storage.join(url, parts.MANIFEST_FOLDER), suffix=".parquet")
     names = [f"{parts.MANIFEST_FOLDER}/{info.path}" for info in planned]
     names = [*_part_names(found), *(name for name in names if listing_in(name) is None)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        numbers = dict(zip(names, pool.map(in_part, names), strict=True))
+    with mapped(in_part, names, num_threads=_READERS) as counted:
+        numbers = dict(zip(names, counted, strict=True))
     hits = TableHits(url, {name: num for name, num in numbers.items() if num})
     for success in (*([found.success] if found.success else []), *parts.kept_successes(url)):
         by_split: Counter[str] = Counter()
@@ -119,8 +119,8 @@ def take_out(hits: TableHits, targets: Targets, op: str) -> dict[str, dict[str, 
         storage.write_bytes(storage.join(hits.url, new_name), sink.getvalue())
         return {**about, "new_name": new_name, "new_sha256": hashlib.sha256(sink.getvalue()).hexdigest()}
 
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        return dict(zip(names, pool.map(rewritten, names), strict=True))
+    with mapped(rewritten, names, num_threads=_WRITERS) as written:
+        return dict(zip(names, written, strict=True))
 
 
 def swap(url: str, rewritten: Mapping[str, Mapping[str, Any]], unwanted: Sequence[str], op: str) -> None:

@@ -6,20 +6,22 @@ Shape suffixes: N rows, D embedding dimension.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lib import storage
 from lib.errors import UserError
 from lib.faces import table as faces_table
+from lib.faces.people import People
 from lib.faces.table import FINGERPRINT_KEY
 from lib.faces.table import SCHEMA as FACES_SCHEMA
 from lib.parts import read_success, split_in
+from lib.threads import mapped
 
 _READERS = 16
 
@@ -159,14 +161,16 @@ def filled(column: pa.ChunkedArray) -> NDArray[np.float32]:
 
 def counts_of(url: str, file_names: Sequence[str]) -> dict[str, Any]:
     """Return how many rows, of which statuses, and how many identities these files hold."""
-    statuses, identities = Counter[str](), set[str]()
+    statuses, people = Counter[str](), People()
     columns = faces_table.columns("identity", "status")
-    with ThreadPoolExecutor(_READERS) as pool:
-        for rows in pool.map(lambda name: storage.read_parquet(storage.join(url, name), columns), file_names):
-            statuses.update(rows["status"].to_pylist())
-            identities.update(identity for identity in rows["identity"].to_pylist() if identity is not None)
+    with mapped(
+        lambda name: storage.read_parquet(storage.join(url, name), columns), file_names, num_threads=_READERS
+    ) as parts:
+        for name, rows in zip(file_names, parts, strict=True):
+            statuses.update({each["values"]: each["counts"] for each in pc.value_counts(rows["status"]).to_pylist()})
+            people.add(split_in(name), rows["identity"])
     return {
         "rows": statuses.total(),
         **{status: statuses[status] for status in faces_table.STATUSES},
-        "identities": len(identities),
+        "identities": people.num(),
     }

@@ -1,4 +1,6 @@
+import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from lib import storage
-from lib.faces import card, table
+from lib.faces import card, row_counts, table
 from lib.faces.images import to_jpeg
 from lib.faces.part_plan import BUCKETS, SIZE
 from lib.faces.plan_files import Part, PartPlan
@@ -99,7 +101,8 @@ def test_card_success_and_readme_say_the_same(faces: Path) -> None:
     readme = (faces / "README.md").read_text()
     sizes = {name: (faces / name).stat().st_size for name in PARTS}
     assert success.pop("content")
-    assert success == {**PLAN, "run_id": written["run_id"], "version": 1, "counts": counts, "parts": sizes}
+    about = {"run_id": written["run_id"], "version": 1, "format": 1}
+    assert success == {**PLAN, **about, "counts": counts, "parts": sizes}
     assert written["counts"] == counts
     assert written["fingerprint"] == FINGERPRINT
     assert written["passed_over"] == {".gif": 2}
@@ -180,3 +183,28 @@ def test_a_crop_that_cannot_be_decoded_leaves_its_place_in_the_contact_sheet_emp
     sheet = cv2.imread(str(tmp_path / card.SHEET_NAME))
     assert counts["aligned"] == 4
     assert (sheet[:110, :230] > 250).all()
+
+
+def test_few_parts_are_in_memory_while_they_are_counted(faces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, rows = next(iter(PARTS.items()))
+    write_part(faces, name, rows, num_bytes=0)
+    read, most_ahead, num_added = row_counts._read_part, 0, 0
+    num_read = itertools.count(1)
+
+    def reading(url: str, name: str) -> row_counts._Part:
+        nonlocal most_ahead
+        most_ahead = max(most_ahead, next(num_read) - num_added)
+        return read(url, name)
+
+    add = row_counts._add
+
+    def adding(*arguments: Any) -> None:
+        nonlocal num_added
+        time.sleep(0.002)  # the readers could be far ahead
+        add(*arguments)
+        num_added += 1
+
+    monkeypatch.setattr(row_counts, "_read_part", reading)
+    monkeypatch.setattr(row_counts, "_add", adding)
+    assert row_counts.count_rows(str(faces), [name] * 300).num_rows == 300 * len(rows)
+    assert most_ahead <= 2 * row_counts._READERS
