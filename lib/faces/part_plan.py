@@ -22,6 +22,8 @@ from lib.parts import digest_of, part_key, part_name, split_in
 
 # Small enough that an interruption costs little, large enough that ten million photos are ten thousand files.
 MIN_PART, MAX_PART, PARTS_WANTED = 32, 1000, 64
+MOST_PARTS = 1 << 15
+"""From so many parts of `MAX_PART` on, parts grow instead: the driver takes some 10 kB for each."""
 
 PIECES_OF_A_GROUP = 4
 """Most parts of a Parquet row group of at most `MAX_PART` photos, because each reads the group from its start."""
@@ -41,9 +43,14 @@ def content_of(
     return digest_of([content, "verify"]) if is_verified else content
 
 
+def part_size(num_photos: int) -> int:
+    """Return the intended number of photos of a part."""
+    return max(min(MAX_PART, max(MIN_PART, num_photos // PARTS_WANTED)), num_photos // MOST_PARTS)
+
+
 def plan_parts(manifest: Manifest, content: str, earlier: Mapping[str, Any] | None = None) -> PartPlan:
     """Return the parts of a manifest. `content` is that of the settings, `earlier` the plan of the version before."""
-    wanted = min(MAX_PART, max(MIN_PART, len(manifest) // PARTS_WANTED))
+    wanted = part_size(len(manifest))
     size = int((earlier or {}).get(SIZE, wanted))
     if wanted >= 4 * size:
         size = wanted

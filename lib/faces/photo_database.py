@@ -32,6 +32,7 @@ class PhotoDatabase:
 
     Attributes:
         folder: for further files that belong to the data.
+        close: frees memory and disk before the object goes.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class PhotoDatabase:
         config = {**_CONFIG, "temp_directory": str(self.folder / "spilled")}
         self._connection = stack.enter_context(duckdb.connect(str(self.folder / "photos.duckdb"), config=config))
         self._connection.execute("set enable_progress_bar = false")  # ours is shown
-        weakref.finalize(self, stack.close)
+        self.close = weakref.finalize(self, stack.close)
 
     def run(self, sql: str, *values: Any) -> None:
         """Run a statement."""

@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.faces import table
 from lib.faces.extraction import ExtractionSettings, FaceExtractor
 from lib.faces.manifest import Manifest, read_manifest
-from lib.faces.part_plan import PartPlan, earlier_files, plan_parts
+from lib.faces.part_plan import PartPlan, earlier_files, part_size, plan_parts
 from lib.faces.photo_parts import PhotoReader, part_item
 from lib.faces.sources import parquet
 from lib.faces.sources.opening import open_source
@@ -313,3 +313,10 @@ def test_no_thread_that_reads_outlives_its_part(tmp_path: Path, fails: bool) -> 
             kept.append(error)
         assert set(threading.enumerate()) == before
     assert {type(each) for each in kept} == {ValueError if fails else dict}
+
+
+@pytest.mark.parametrize(
+    ("num_photos", "size"), [(50, 32), (6_400, 100), (64_000, 1000), (30_000_000, 1000), (100_000_000, 3051)]
+)
+def test_parts_grow_so_that_a_driver_can_hold_their_list(num_photos: int, size: int) -> None:
+    assert part_size(num_photos) == size
