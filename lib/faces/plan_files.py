@@ -111,8 +111,6 @@ class PartPlan:
         more = {"num_passed_over": dict(self.num_passed_over), "num_shards": num_shards, "folder": folder}
         more |= {"num_forgotten": self.num_forgotten}
         storage.write_json(storage.join(url, _LISTED_NAME), {**about, **more})
-        if self.owner is not None:
-            self.owner.close()  # the plan is stored, and workers may need the memory
         return replace(self, url=inner_url, owner=None)
 
 

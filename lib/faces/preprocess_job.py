@@ -143,7 +143,8 @@ def _make(
     _tell_what_changed(config, found, plan, len(todo))
     begun = begin(found, {**settings, **plan.layout}, names)
     if todo and plan.owner is not None:
-        plan = plan.stored(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
+        owner, plan = plan.owner, plan.stored(storage.join(config.faces_url, MANIFEST_FOLDER), _list_digest(config))
+        owner.close()  # frees its memory: the workers may need it
         storage.remove_tree(kept_url)
     processed = _process(config, source, plan, todo, found, settings["fingerprint"], begun)
     storage.remove_unfinished(config.faces_url)
