@@ -120,7 +120,7 @@ def test_a_worker_has_parts_in_hand_at_once() -> None:
     assert done.num == 4
 
 
-@pytest.mark.parametrize("num_parts", [1, 3])
+@pytest.mark.parametrize("num_parts", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.usefixtures("connected_head")
 def test_workers_are_added_where_there_is_room(tmp_path: Path, num_parts: int) -> None:
     items = [{"part": part} for part in range(12)]

@@ -19,6 +19,7 @@ COLUMNS = ("accuracy", "accuracy_std", "auc", "eer", "tar_at_far_1e-3")
 BRIEF = ("--epochs", "2", "--batch-size", "48", "--triplets-per-epoch", "480", "--workers", "2")
 
 
+@pytest.mark.slow
 def test_two_workers_measure_each_epoch_on_a_file_as_evaluate_does(connected_head: RayHead, tmp_path: Path) -> None:
     write_faces(tmp_path / "faces")
     file = write_pairs(tmp_path / "pairs of test.csv", range(32, 40), photos=8)
@@ -58,7 +59,6 @@ def test_all_people_can_be_trained_on_where_a_file_judges(connected_head: RayHea
     assert all(row["accuracy"] is not None and row["lfw_accuracy"] is not None for row in rows)
 
 
-@pytest.mark.slow
 def test_pairs_of_a_file_choose_the_epoch_where_there_are_no_validation_people(
     connected_head: RayHead, tmp_path: Path
 ) -> None:

@@ -19,6 +19,9 @@ import yaml
 
 from tests.job_runner import ROOT
 
+# It reads a megabyte of JSON for each document.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
+
 FOLDER = ROOT / "k8s"
 CRD = Path(__file__).parent / "crds" / "ray.io_rayjobs.yaml.gz"
 KUBERNETES = "1.37"

@@ -94,8 +94,10 @@ def test_slow_models_are_timed_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_file_that_differs_is_not_written(
-    model_url: str, faces_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[str, dict], model_url: str, faces_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    content = Path(exported[0]).read_bytes()
+    monkeypatch.setattr(export_job, "onnx_bytes", lambda *_: content)
     monkeypatch.setattr(export_job, "MAX_MIRRORED_DIFFERENCE", -1.0)
     with pytest.raises(JobError, match="nothing was written; give --no-flip"):
         export(ExportConfig(model=model_url, faces=faces_url, output=str(tmp_path / "model.onnx"), flip=True))

@@ -146,7 +146,10 @@ def test_export_follows_the_flags(model_url: str, flipped_url: str, faces_url: s
         ExportConfig(flip=True, no_flip=True)
 
 
-@pytest.mark.parametrize("backbone", ["test_efficientnet", "test_vit", "iresnet18"])
+@pytest.mark.parametrize(
+    "backbone",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("test_efficientnet", "test_vit")), "iresnet18"],
+)
 def test_other_backbones_are_exported_with_mirror_images(tmp_path: Path, backbone: str) -> None:
     torch.manual_seed(0)
     size = {"test_vit": 160, "iresnet18": 112}.get(backbone, 48)
