@@ -115,7 +115,7 @@ def test_an_error_of_a_workers_start_keeps_its_words(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("connected_head")
 def test_a_worker_has_parts_in_hand_at_once() -> None:
     items = [{"part": part} for part in range(4)]
-    share = Share(num_workers=1, num_parts=2)
+    share = Share(num_workers=1, num_cpus=2, num_parts=2)  # no room for a second worker, which would take some of them
     done = run_parts(items, InHandTogether, (), unit="photo", num_done=0, num_all=4, share=share)
     assert done.num == 4
 
