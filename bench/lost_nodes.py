@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.inputs import ROOT, job_command, job_environment
-from bench.scale_soak import count_parts, times_seen, write_list
+from bench.inputs import ROOT, job_environment
+from bench.scale_soak import count_parts, job_of, times_seen
 from tests.job_runner import kill_session, ray_head, ray_node
 
 PHOTOS_A_PART = 1000
@@ -28,12 +28,8 @@ EVERY_S = 1.0
 
 def lose_nodes(folder: Path, num_nodes: int, num_photos: int) -> dict[str, Any]:
     """Run the job on a cluster of so many nodes, lose two of them, and return what came of it."""
-    listed, faces, said = folder / "photos.parquet", folder / "faces", folder / "log.txt"
-    (folder / "photos").mkdir()
-    (folder / "photos" / "about.txt").write_text("An empty folder would count as gone.")
-    write_list(listed, num_photos)
-    flags = ["--photos", str(folder / "photos"), "--photo-list", str(listed), "--faces", str(faces)]
-    command = job_command("preprocess.py", "--data", str(folder), *flags)
+    command, faces = job_of(folder, num_photos)
+    said = folder / "log.txt"
     with ExitStack() as stack:
         head = stack.enter_context(ray_head(num_cpus=1))
         nodes = [stack.enter_context(ray_node(head, num_cpus=1)) for _ in range(num_nodes - 1)]

@@ -95,8 +95,17 @@ def megabytes_of(pid: int) -> float:
     return int(found[1]) / 1000 if found else 0.0
 
 
-def write_list(path: Path, num: int) -> None:
-    """Write the list of so many photos."""
+def job_of(folder: Path, num: int) -> tuple[list[str], Path]:
+    """Write a list of so many photos, none of which is there; return the command of the job, and its faces."""
+    photos, faces, listed = folder / "photos", folder / "faces", folder / "photos.parquet"
+    photos.mkdir()
+    (photos / "about.txt").write_text("An empty folder would count as gone.")
+    _write_list(listed, num)
+    flags = ["--photos", str(photos), "--photo-list", str(listed), "--faces", str(faces), "--data", str(folder)]
+    return job_command("preprocess.py", *flags), faces
+
+
+def _write_list(path: Path, num: int) -> None:
     schema = pa.schema([("photo", pa.string())])
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, num, ROWS_AT_ONCE):
@@ -139,12 +148,7 @@ def times_seen(faces: Path, num: int) -> np.ndarray:
 
 def soak(num: int, folder: Path, watch: Watch) -> dict[str, Any]:
     """Run the job, kill it twice, and return what came of it."""
-    photos, faces, listed = folder / "photos", folder / "faces", folder / "photos.parquet"
-    photos.mkdir()
-    (photos / "about.txt").write_text("An empty folder would count as gone.")
-    write_list(listed, num)
-    flags = ["--photos", str(photos), "--photo-list", str(listed), "--faces", str(faces), "--data", str(folder)]
-    command = job_command("preprocess.py", *flags)
+    command, faces = job_of(folder, num)
     started = time.monotonic()
     planned = subprocess.run(
         [*command, "--dry-run"], env=job_environment(), cwd=ROOT, check=True, stdout=subprocess.PIPE

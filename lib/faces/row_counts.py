@@ -74,7 +74,7 @@ def _read_part(faces_url: str, name: str) -> _Part:
     named = [column for column in ("photo", "status", "reason") if column in rows.column_names]
     refused = rows.filter(pc.invert(is_aligned)).slice(0, _MAX_REFUSED_NAMED).select(named).to_pylist()
     return _Part(
-        statuses=Counter({each["values"]: each["counts"] for each in pc.value_counts(rows["status"]).to_pylist()}),
+        statuses=Counter(rows["status"].to_pylist()),
         known=rows["identity"].filter(is_aligned).drop_null(),
         refused=[{column: value for column, value in row.items() if value is not None} for row in refused],
         bytes_before=int(metadata.get(table.BYTES_KEY, b"0")),

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from lib import storage
@@ -167,7 +166,7 @@ def counts_of(url: str, file_names: Sequence[str]) -> dict[str, Any]:
         lambda name: storage.read_parquet(storage.join(url, name), columns), file_names, num_threads=_READERS
     ) as parts:
         for name, rows in zip(file_names, parts, strict=True):
-            statuses.update({each["values"]: each["counts"] for each in pc.value_counts(rows["status"]).to_pylist()})
+            statuses.update(rows["status"].to_pylist())
             people.add(split_in(name), rows["identity"])
     return {
         "rows": statuses.total(),
