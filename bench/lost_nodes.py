@@ -41,7 +41,7 @@ def lose_nodes(folder: Path, num_nodes: int, num_photos: int) -> dict[str, Any]:
         num_parts = num_photos / PHOTOS_A_PART  # at least: how many there are is planned by the job
         while job.poll() is None:
             if len(lost_at) < len(LOST) and count_parts(faces) > LOST[len(lost_at)] * num_parts:
-                kill_session(nodes[3 + len(lost_at)])
+                kill_session(nodes.pop())
                 lost_at.append(round(time.monotonic() - started))
             time.sleep(EVERY_S)
         seconds = time.monotonic() - started
