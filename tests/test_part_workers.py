@@ -31,15 +31,17 @@ class AlwaysDies:
 
 
 class InHandTogether:
-    """Finishes a part only when the next one has begun."""
+    """Finishes a part only beside another one, whichever that is: their order is Ray's."""
 
     def __init__(self) -> None:
-        self._begun = [threading.Event() for _ in range(4)]
+        self._two = threading.Barrier(2)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        self._begun[item["part"]].set()
-        together = item["part"] == 3 or self._begun[item["part"] + 1].wait(120)
-        return summary(lambda _: (int(together), 0), item)
+        try:
+            self._two.wait(120)
+        except threading.BrokenBarrierError:
+            return summary(lambda _: (0, 0), item)
+        return summary(lambda _: (1, 0), item)
 
 
 class LosesItsGpuOnce:

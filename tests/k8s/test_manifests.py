@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shlex
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -292,7 +293,7 @@ def test_the_job_that_forgets_takes_the_names_of_its_secret_as_they_are(tmp_path
     settings = {"DATA_URL": str(tmp_path / "the data"), "PATH": f"{SCRIPTS}:/usr/bin:/bin"}
     for flags, rows in (("--dry-run --no-names", 17), ("", 17)):
         done = subprocess.run(
-            [*container["command"], script.replace("/app", str(ROOT)).replace("/forget", str(secret), 2)],
+            [*container["command"], script.replace("/app", shlex.quote(str(ROOT))).replace("/forget", str(secret), 2)],
             env=environment({**settings, "FORGET_FLAGS": flags}),
             capture_output=True,
             text=True,
