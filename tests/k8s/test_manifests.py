@@ -4,7 +4,6 @@ import copy
 import json
 import re
 import shlex
-import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
